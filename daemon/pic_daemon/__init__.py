@@ -1,0 +1,6 @@
+"""The service that classifies new images in drop folders and logs every match.
+
+Data flows one way: `folders` and `watch` find files, `settle` says when one is
+complete, `images` turns it into pixels, `model` scores it, `match_log` records
+the outcome; `service` is the loop that joins them. Nothing here imports torch.
+"""

@@ -1,0 +1,230 @@
+"""The commands of the host that serves: pic-daemon, pic-classify, pic-matches."""
+
+import csv
+import json
+import logging
+import re
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from pic_daemon import match_log
+from pic_daemon.config import Config, load_config
+from pic_daemon.errors import InputError
+from pic_daemon.folders import file_system_of
+from pic_daemon.inotify_limits import watches_left, watches_needed
+from pic_daemon.match_log import MatchLog, read_matches, text_of
+from pic_daemon.model import Model, load_model
+from pic_daemon.reading import read_image
+from pic_daemon.service import Service
+
+_BATCH = 32
+_PATH = click.Path(path_type=Path)
+_PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
+_NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
+
+
+def _service_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--config", type=_PATH, help="TOML file with the keys below."),
+        click.option("--watch", multiple=True, type=_PATH, metavar="DIR",
+                     help="Drop folder, with all below it; may be repeated."),
+        click.option("--model", type=_PATH, help="ONNX file made by pic-export."),
+        click.option("--database", type=_PATH, help="SQLite match log; made if missing."),
+        click.option("--provider", type=_PROVIDERS, help="Execution provider [auto]."),
+        click.option("--batch-size", type=int, help="Images scored at a time [32]."),
+        click.option("--workers", type=int, help="Files decoded at a time [one a core]."),
+        click.option("--settle-seconds", type=float,
+                     help="How long an unannounced file must stand still [2]."),
+        click.option("--rescan-seconds", type=float,
+                     help="How often folders and log are compared [300]."),
+        click.option("--max-pixels", type=int,
+                     help="Largest picture decoded, width x height [200000000]."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group()
+@click.version_option(package_name="product-image-classifier")
+def daemon() -> None:
+    """Classify every image that lands in a folder and log it in SQLite.
+
+    Example: pic-daemon run --watch /srv/drop --model model.onnx --database log.db
+    """
+
+
+@daemon.command()
+@_service_options
+@click.option("--verbose", is_flag=True, help="Log every image, not matches alone.")
+def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
+    """Watch folders until SIGTERM or Ctrl-C; either finishes what is in hand."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("watchdog").setLevel(logging.WARNING)
+    settings = load_config(config, overrides)
+    model = load_model(settings.model, settings.provider)
+    log = MatchLog.open(settings.database)
+    logging.getLogger("pic_daemon").info(_about_model(model))
+    service = Service(settings, model, log)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    try:
+        service.run()
+    except sqlite3.Error as error:
+        raise click.ClickException(f"database {settings.database}: {error}") from error
+    finally:
+        log.close()
+
+
+@daemon.command()
+@_service_options
+def check(config: Path | None, **overrides: Any) -> None:
+    """Try config, folders, model and database without starting; exit 2 if one fails."""
+    settings = load_config(config, overrides)
+    model = load_model(settings.model, settings.provider)
+    match_log.check(settings.database)
+    click.echo(_about_model(model))
+    click.echo(f"database {settings.database}: ok")
+    for folder in settings.folders:
+        kind = file_system_of(folder.path) or "unknown"
+        note = ", announces nothing: found by rescans only" if kind in _NO_EVENTS else ""
+        click.echo(f"folder {folder.path}: file system {kind}{note}")
+    _check_watches(settings)
+
+
+def _about_model(model: Model) -> str:
+    info = model.info
+    return (
+        f"model {model.path}: {info.architecture}, {info.input_size} x "
+        f"{info.input_size}, threshold {info.threshold:.6g}, "
+        f"catalog of {info.catalog_size}; provider {model.provider} "
+        f"({model.provider_reason})"
+    )
+
+
+def _check_watches(settings: Config) -> None:
+    left = watches_left()
+    if left is None:
+        click.echo("inotify: not on this system")
+        return
+    needed = sum(watches_needed(folder) for folder in settings.folders)
+    click.echo(f"inotify: {needed} watches needed, {left} left for this user")
+    if needed > left:
+        raise InputError(
+            f"{needed} folders need an inotify watch each and {left} are left: "
+            "raise fs.inotify.max_user_watches with sysctl."
+        )
+
+
+@click.command()
+@click.version_option(package_name="product-image-classifier")
+@click.option("--model", required=True, type=_PATH, help="ONNX file made by pic-export.")
+@click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE...")
+def classify(model: Path, provider: Any, as_json: bool, images: tuple[Path, ...]) -> None:
+    """Classify images once and print the result; exit 2 if one could not be read.
+
+    Example: pic-classify --model model.onnx --json photo.jpg
+    """
+    loaded = load_model(model, provider)
+    failures = 0
+    for start in range(0, len(images), _BATCH):
+        for row in _classify_batch(loaded, images[start : start + _BATCH]):
+            failures += row["status"] == "failed"
+            if as_json:
+                click.echo(json.dumps(row))
+            else:
+                score = "" if row["score"] is None else f"{row['score']:.6f}"
+                tail = f"  ({row['error']})" if row["error"] else ""
+                click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
+    if failures:
+        raise InputError(f"{failures} of {len(images)} images could not be classified.")
+
+
+def _classify_batch(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
+    pixels = [r.image.pixels for r in readings if r.image]
+    scores = iter(model.score(np.stack(pixels)).tolist() if pixels else [])
+    rows = []
+    for path, reading in zip(paths, readings, strict=True):
+        score = next(scores) if reading.image else None
+        gone = "no such file" if reading.stamp is None else "changed while being read"
+        rows.append(
+            {
+                "path": text_of(str(path)),
+                "status": "failed" if score is None else model.verdict(score),
+                "score": score,
+                "threshold": model.info.threshold,
+                "error": None if reading.image else reading.error or gone,
+            }
+        )
+    return rows
+
+
+def _one_line(path: str) -> str:
+    """A name with line breaks or control characters must not break the table."""
+    return path if path.isprintable() else path.encode("unicode_escape").decode()
+
+
+def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    if span := re.fullmatch(r"(\d+)([smhdw])", text):
+        names = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+        return datetime.now(UTC) - timedelta(**{names[span[2]]: int(span[1])})
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@click.command()
+@click.version_option(package_name="product-image-classifier")
+@click.option("--database", required=True, type=_PATH, help="The match log.")
+@click.option(
+    "--since",
+    callback=_moment,
+    metavar="TIME",
+    help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
+)
+@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0)
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--csv", "as_csv", is_flag=True, help="CSV with a header line.")
+def matches(database: Path, since: datetime | None, min_score: float, limit: int,
+            as_json: bool, as_csv: bool) -> None:  # fmt: skip
+    """Print recorded matches, newest first; works while the daemon writes.
+
+    Example: pic-matches --database log.db --since 1d --min-score 0.9
+    """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other.")
+    rows = read_matches(database, since, min_score, limit)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, fieldnames=match_log.MATCH_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        for row in rows:
+            click.echo(
+                f"{row['classified_at']}  {row['score']:.6f}  {_one_line(row['path'])}"
+            )
+        if not rows:
+            click.echo("no matches", err=True)

@@ -1,0 +1,147 @@
+"""Settings of the service: from a TOML file, from the command line, or both."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import EXCLUDED, Folder
+from pic_daemon.images import MAX_PIXELS, PATTERNS
+from pic_daemon.model import Provider
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the service needs to know; times are in seconds.
+
+    `settle_seconds`: a file that nobody announced as complete is read once it has
+    stood still this long. `rescan_seconds`: how often the folders are compared with
+    the match log. `workers` = 0: one reader per core.
+    """
+
+    folders: tuple[Folder, ...]
+    model: Path
+    database: Path
+    provider: Provider = "auto"
+    batch_size: int = 32
+    workers: int = 0
+    settle_seconds: float = 2.0
+    rescan_seconds: float = 300.0
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def readers(self) -> int:
+        """How many files are decoded at the same time."""
+        return self.workers or os.cpu_count() or 1
+
+
+_KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
+_FOLDER_KEYS = {"path", "recursive", "include", "exclude"}
+_MINIMUM: dict[str, float] = {
+    "batch_size": 1,
+    "workers": 0,
+    "settle_seconds": 0,
+    "rescan_seconds": 1,
+    "max_pixels": 1,
+}
+
+
+def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """Join a TOML file with overrides of the same keys (None: not given) and check both.
+
+    The override ``watch`` is a list of folder paths. Relative paths in the file are
+    taken from the file's folder. Raises InputError naming the key.
+    """
+    values = _read(file) if file else {}
+    where = str(file) if file else "the command line"
+    base = file.parent if file else Path()
+    unknown = set(values) - set(_KEYS) - {"watch"}
+    if unknown:
+        raise InputError(
+            f"{where}: unknown key {sorted(unknown)[0]!r}; "
+            f"known are watch, {', '.join(sorted(_KEYS))}."
+        )
+    for name in ("model", "database"):
+        if isinstance(values.get(name), str):
+            values[name] = base / values[name]
+    tables = values.pop("watch", [])
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise InputError(f"{where}: write every folder as a [[watch]] table.")
+    given = {k: v for k, v in overrides.items() if v is not None and k != "watch"}
+    settings = {name: _typed(where, name, v) for name, v in {**values, **given}.items()}
+    for name, option in (("model", "--model"), ("database", "--database")):
+        if name not in settings:
+            raise InputError(f"no {name} given: set {name} in the config or {option}.")
+    folders = [_folder(where, base, table) for table in tables]
+    folders += [_folder("--watch", Path(), {"path": p}) for p in overrides["watch"]]
+    if not folders:
+        raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
+    config = Config(tuple(folders), **settings)
+    _keep_apart(config)
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"config {file} is not valid TOML: {error}.") from error
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
+    kind = _KEYS[name]
+    if kind is Path:
+        if not isinstance(value, str | Path) or not str(value):
+            raise InputError(f"{where}: {name} must be a path, not {value!r}.")
+        return Path(value).absolute()
+    if name == "provider":
+        if value not in get_args(Provider):
+            raise InputError(f"{where}: provider must be one of auto, cpu, cuda.")
+        return value
+    wrong_kind = isinstance(value, bool) or (kind is int and isinstance(value, float))
+    if wrong_kind or not isinstance(value, int | float):
+        raise InputError(f"{where}: {name} must be a number, not {value!r}.")
+    if value < _MINIMUM[name]:
+        raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]}.")
+    return value
+
+
+def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
+    unknown = set(table) - _FOLDER_KEYS
+    if unknown:
+        raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r} in [[watch]].")
+    if not isinstance(table.get("path"), str | Path):
+        raise InputError(f"{where}: a [[watch]] table needs a path.")
+    path = base / table["path"]
+    if not path.is_dir():
+        raise InputError(f"watch folder {path} does not exist or is no folder.")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"watch folder {path} may not be read by this user.")
+    recursive = table.get("recursive", True)
+    if not isinstance(recursive, bool):
+        raise InputError(f"{where}: recursive must be true or false.")
+    patterns = {}
+    for name, default in (("include", PATTERNS), ("exclude", EXCLUDED)):
+        value = table.get(name, default)
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(pattern, str) for pattern in value
+        ):
+            raise InputError(f"{where}: {name} must be a list of file name patterns.")
+        patterns[name] = tuple(value)
+    return Folder(path.resolve(), recursive, **patterns)
+
+
+def _keep_apart(config: Config) -> None:
+    home = config.database.resolve().parent
+    for folder in config.folders:
+        inside = folder.recursive and folder.path in home.parents
+        if home == folder.path or inside:
+            raise InputError(
+                f"the database {config.database} lies in the watch folder "
+                f"{folder.path}; keep it elsewhere."
+            )

@@ -1,0 +1,107 @@
+"""Drop folders: which files in them count, and what is in them now."""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pic_daemon.images import PATTERNS
+
+EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
+"""Names left alone by default: hidden files and downloads that are not finished."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """How a file looked at one moment: size in bytes, mtime in ns, inode number."""
+
+    bytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileStamp":
+        """The stamp in a stat result."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A drop folder. `include` and `exclude` are file name patterns, case ignored;
+    `exclude` also keeps out sub-folders by name."""
+
+    path: Path
+    recursive: bool = True
+    include: tuple[str, ...] = field(default=PATTERNS)
+    exclude: tuple[str, ...] = field(default=EXCLUDED)
+
+    def wants(self, path: str) -> bool:
+        """Whether a file at this absolute path lies in the folder and fits the patterns."""
+        relative = os.path.relpath(path, self.path)
+        *parents, name = relative.split(os.sep)
+        if os.pardir in parents or (parents and not self.recursive):
+            return False
+        return (
+            _fits(name, self.include)
+            and not _fits(name, self.exclude)
+            and not any(_fits(parent, self.exclude) for parent in parents)
+        )
+
+    def scan(self, below: str | None = None) -> Iterator[tuple[str, FileStamp]]:
+        """Every wanted regular file on the disk now, or only those under `below`.
+
+        Symbolic links are not followed. Folders that vanish or cannot be read
+        meanwhile are passed over: the next scan sees them.
+        """
+        pending = [below or str(self.path)]
+        while pending:
+            try:
+                entries = os.scandir(pending.pop())
+            except OSError:
+                continue
+            with entries:
+                for entry in entries:
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            if self.recursive and not _fits(entry.name, self.exclude):
+                                pending.append(entry.path)
+                        elif self.wants(entry.path) and entry.is_file(
+                            follow_symlinks=False
+                        ):
+                            status = entry.stat(follow_symlinks=False)
+                            yield entry.path, FileStamp.of(status)
+                    except OSError:
+                        continue
+
+
+def stamp_of(path: str) -> FileStamp | None:
+    """The stamp of a regular file, or None where there is none (links do not count)."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return FileStamp.of(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def file_system_of(path: Path) -> str:
+    """Type of the file system that holds `path`, such as ``ext4``; '' where unknown."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    target = os.path.realpath(path)
+    best, kind = "", ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = left.split()[4].encode().decode("unicode_escape")
+        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, right.split()[0]
+    return kind
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    lowered = name.lower()
+    return any(fnmatch(lowered, pattern.lower()) for pattern in patterns)

@@ -1,0 +1,289 @@
+"""The SQLite match log: the only state of the service that survives it.
+
+One writer, one transaction per batch, WAL with synchronous FULL: a row that was
+reported is on the disk.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from sqlite_utils import Database, Migrations
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp
+from pic_daemon.model import Model
+
+Status = Literal["match", "no-match", "failed"]
+
+BUSY_TIMEOUT_S = 60.0
+
+MATCH_COLUMNS = ("path", "score", "threshold", "model", "classified_at", "sha256")
+
+migrations = Migrations("product-image-classifier")
+
+
+@migrations()
+def create_log(db: Database) -> None:
+    """Tables of the first version."""
+    db.execute(
+        """
+        CREATE TABLE models (
+            sha256 TEXT PRIMARY KEY,
+            path TEXT NOT NULL,
+            metadata TEXT NOT NULL CHECK (json_valid(metadata)),
+            first_used_at TEXT NOT NULL,
+            last_used_at TEXT NOT NULL
+        ) STRICT
+        """
+    )
+    db.execute(
+        """
+        CREATE TABLE images (
+            id INTEGER PRIMARY KEY,
+            path TEXT NOT NULL,
+            sha256 TEXT NOT NULL,         -- '' where the file could not be read
+            bytes INTEGER NOT NULL,
+            width INTEGER,
+            height INTEGER,
+            format TEXT,
+            status TEXT NOT NULL CHECK (status IN ('match', 'no-match', 'failed')),
+            score REAL,
+            threshold REAL,
+            model TEXT REFERENCES models (sha256),
+            seen_at TEXT NOT NULL,
+            classified_at TEXT NOT NULL,
+            latency_ms REAL NOT NULL,
+            error TEXT,
+            mtime_ns INTEGER NOT NULL,    -- with bytes and inode: is the file on disk
+            inode INTEGER NOT NULL,       -- still the one that was recorded?
+            UNIQUE (path, sha256),
+            CHECK ((status = 'failed') = (score IS NULL)),
+            CHECK ((status = 'failed') = (error IS NOT NULL))
+        ) STRICT
+        """
+    )
+    db.execute(
+        "CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match'"
+    )
+    db.execute(
+        """
+        CREATE VIEW matches AS
+        SELECT path, score, threshold, model, classified_at, sha256
+        FROM images WHERE status = 'match'
+        """
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image: a row of the table `images`.
+
+    `seen_at` and `classified_at` are POSIX times in seconds. `score` and
+    `threshold` are in [0, 1]; None with status ``failed``, when `error` says why.
+    """
+
+    path: str
+    sha256: str
+    stamp: FileStamp
+    status: Status
+    seen_at: float
+    classified_at: float
+    width: int | None = None
+    height: int | None = None
+    format: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    error: str | None = None
+
+
+class MatchLog:
+    """An open match log. Not shared between threads."""
+
+    def __init__(self, path: Path, db: Database) -> None:
+        self.path = path
+        self._db = db
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open for writing; create it or bring its schema up to date where needed.
+
+        Raises InputError where `path` is no SQLite file, belongs to another
+        program, has a newer schema or cannot be written.
+        """
+        check(path)
+        try:
+            connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
+            db = Database(connection)
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA synchronous = FULL")
+            (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise InputError(
+                    f"{path}: SQLite cannot use its write-ahead log here (it stays in "
+                    f"mode {mode!r}). Put the database on a local disk."
+                )
+            if migrations.pending(db):
+                migrations.apply(db)
+        except sqlite3.Error as error:
+            raise InputError(f"database {path}: {error}.") from error
+        return cls(path, db)
+
+    def close(self) -> None:
+        """Close the connection; what was recorded is on the disk already."""
+        self._db.close()
+
+    def use_model(self, model: Model) -> None:
+        """Note that `model` scores from now on; rows refer to it by its hash."""
+        now = iso_time(datetime.now(UTC).timestamp())
+        with self._transaction():
+            self._db.execute(
+                """
+                INSERT INTO models VALUES (?, ?, ?, ?, ?)
+                ON CONFLICT (sha256) DO UPDATE
+                SET path = excluded.path, last_used_at = excluded.last_used_at
+                """,
+                [model.sha256, str(model.path), model.metadata_json(), now, now],
+            )
+
+    def knows(self, path: str, stamp: FileStamp) -> bool:
+        """Whether the file at `path`, as it stands on the disk, has its row already."""
+        row = self._db.execute(
+            "SELECT 1 FROM images "
+            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ?",
+            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode],
+        ).fetchone()
+        return row is not None
+
+    def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
+        """Whether `path` with this content has its row; if so, remember the new stamp."""
+        with self._transaction():
+            cursor = self._db.execute(
+                "UPDATE images SET mtime_ns = ?, inode = ? WHERE path = ? AND sha256 = ?",
+                [stamp.mtime_ns, stamp.inode, text_of(path), sha256],
+            )
+        return cursor.rowcount > 0
+
+    def record(self, outcomes: Iterable[Outcome], model: Model) -> None:
+        """Write one batch in one transaction; it is on the disk when this returns."""
+        rows = [
+            [
+                text_of(o.path), o.sha256, o.stamp.bytes, o.width, o.height, o.format,
+                o.status, o.score, o.threshold, model.sha256, iso_time(o.seen_at),
+                iso_time(o.classified_at),
+                round(max(0.0, o.classified_at - o.seen_at) * 1000, 3),
+                o.error, o.stamp.mtime_ns, o.stamp.inode,
+            ]
+            for o in outcomes
+        ]  # fmt: skip
+        with self._transaction():
+            self._db.conn.executemany(
+                """
+                INSERT INTO images (
+                    path, sha256, bytes, width, height, format, status, score,
+                    threshold, model, seen_at, classified_at, latency_ms, error,
+                    mtime_ns, inode
+                ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT (path, sha256) DO UPDATE
+                SET mtime_ns = excluded.mtime_ns, inode = excluded.inode
+                """,
+                rows,
+            )
+            self._db.execute(
+                "UPDATE models SET last_used_at = ? WHERE sha256 = ?",
+                [iso_time(datetime.now(UTC).timestamp()), model.sha256],
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        # IMMEDIATE takes the write lock at once, so that waiting for it is covered
+        # by the busy timeout and never fails half-way.
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.conn.rollback()
+            raise
+        self._db.conn.commit()
+
+
+def check(path: Path) -> None:
+    """Raise InputError where a file at `path` exists and cannot be our match log.
+
+    Writes nothing; a file that does not exist yet is fine if its folder does.
+    """
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise InputError(f"database {path}: its folder does not exist; create it.")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"database {path}: its folder is not writable.")
+        return
+    try:
+        db = _open_read_only(path)
+        tables = set(db.table_names())
+        applied = {m.name for m in migrations.applied(db)}
+        db.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"{path} cannot be used as the match log: {error}. "
+            "Name a SQLite file or one that does not exist yet."
+        ) from error
+    unknown = applied - {m.name for m in migrations._migrations}
+    if unknown:
+        raise InputError(
+            f"{path} was written by a newer version (schema steps unknown here: "
+            f"{', '.join(sorted(unknown))}). Upgrade product-image-classifier."
+        )
+    if not applied and tables:
+        raise InputError(
+            f"{path} is the database of another program (it holds "
+            f"{', '.join(sorted(tables)[:3])}). Name another file."
+        )
+
+
+def read_matches(
+    path: Path, since: datetime | None, min_score: float, limit: int
+) -> list[dict[str, Any]]:
+    """Rows of the view `matches`, newest first, at most `limit`; never blocks the writer.
+
+    Raises InputError where `path` is not a match log.
+    """
+    if not path.exists():
+        raise InputError(f"database {path} does not exist.")
+    check(path)
+    try:
+        db = _open_read_only(path)
+        rows = list(
+            db.query(
+                "SELECT * FROM matches WHERE classified_at >= ? AND score >= ? "
+                "ORDER BY classified_at DESC, path LIMIT ?",
+                [iso_time(since.timestamp()) if since else "", min_score, limit],
+            )
+        )
+        db.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
+    return rows
+
+
+def iso_time(seconds: float) -> str:
+    """A POSIX time as UTC ISO 8601 with milliseconds, which sorts as text."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def text_of(path: str) -> str:
+    """A path as valid Unicode: bytes that are not UTF-8 become ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _open_read_only(path: Path) -> Database:
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
+    # recursive_triggers off: sqlite-utils would otherwise need to touch the file.
+    return Database(connection)

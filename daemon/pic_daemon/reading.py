@@ -1,0 +1,65 @@
+"""Read one file: bytes, hash and pixels from a single open, so that they agree."""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+
+from pic_daemon.folders import FileStamp
+from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, decode
+
+MAX_BYTES = 1 << 30
+"""Largest file read into memory, in bytes."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading `path` gave.
+
+    `stamp` is None where no regular file is there any more. `changed`: the file was
+    written to meanwhile and nothing else here counts. Otherwise either `image` or
+    `error` is set; `sha256` is '' where the bytes could not be had.
+    """
+
+    path: str
+    stamp: FileStamp | None
+    sha256: str = ""
+    image: DecodedImage | None = None
+    error: str | None = None
+    changed: bool = False
+
+
+def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
+    """Read, hash and decode one file to size x size pixels; never raises OSError."""
+    stamp = None
+    try:
+        # O_NONBLOCK: opening a FIFO that was swapped in must not hang the reader.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return Reading(path, None)
+            stamp = FileStamp.of(status)
+            if stamp.bytes > MAX_BYTES:
+                return Reading(path, stamp, error=f"larger than {MAX_BYTES:,} bytes")
+            data = file.read(stamp.bytes + 1)
+            after = FileStamp.of(os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return Reading(path, None)
+    except OSError as error:
+        stamp = stamp or _stamp_unread(path)
+        return Reading(path, stamp, error=f"cannot be read: {error.strerror}")
+    if after != stamp or len(data) != stamp.bytes:
+        return Reading(path, after, changed=True)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        return Reading(path, stamp, digest, decode(data, size, max_pixels))
+    except ImageError as error:
+        return Reading(path, stamp, digest, error=str(error))
+
+
+def _stamp_unread(path: str) -> FileStamp | None:
+    try:
+        return FileStamp.of(os.lstat(path))
+    except OSError:
+        return None

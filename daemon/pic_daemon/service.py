@@ -1,0 +1,279 @@
+"""The loop: hint or scan -> settled? -> read -> batch -> score -> one transaction.
+
+One thread owns all state and the database. Readers and watchdog only put messages
+into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
+the scan at the next start: what has no row yet is done then.
+"""
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pic_daemon.config import Config
+from pic_daemon.folders import FileStamp, stamp_of
+from pic_daemon.match_log import MatchLog, Outcome, text_of
+from pic_daemon.model import Model
+from pic_daemon.reading import Reading, read_image
+from pic_daemon.settle import SettleTracker
+from pic_daemon.systemd import notify
+from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, watching
+
+logger = logging.getLogger("pic_daemon")
+
+_BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
+_SCAN_STEP = 1000  # files compared between two looks into the inbox
+_READ_AHEAD = 2  # batches being read or waiting to be scored
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Finish what is in hand, then leave the loop."""
+
+
+Message = Hint | Reading | Stop
+
+
+@dataclass
+class _InHand:
+    """A file between being chosen and being recorded."""
+
+    seen_at: float
+    settled: bool
+    hinted_again: bool = False
+
+
+@dataclass
+class Service:
+    """The running service: `run` returns after a Stop message."""
+
+    config: Config
+    model: Model
+    log: MatchLog
+    inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
+    _settling: SettleTracker = field(init=False)
+    _ready: deque[str] = field(default_factory=deque)
+    _in_hand: dict[str, _InHand] = field(default_factory=dict)
+    _reading: int = 0
+    _batch: list[Reading] = field(default_factory=list)
+    _batch_since: float = 0.0
+    _scans: deque[Iterator[tuple[str, FileStamp]]] = field(default_factory=deque)
+    _next_rescan: float = 0.0
+    _stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._settling = SettleTracker(self.config.settle_seconds)
+
+    def stop(self) -> None:
+        """Ask the loop to end; safe in a signal handler and from any thread."""
+        self.inbox.put(Stop())
+
+    def run(self) -> None:
+        """Watch, classify and record until stopped."""
+        self.log.use_model(self.model)
+        with (
+            ThreadPoolExecutor(self.config.readers, "reader") as readers,
+            watching(self.config.folders, self.inbox.put),
+        ):
+            # The scan comes after the watches: what arrives between is seen twice
+            # rather than never.
+            self._scan_all()
+            notify("READY=1")
+            logger.info("ready, watching %d folders", len(self.config.folders))
+            while not (self._stopping and not self._reading and not self._batch):
+                more = not self._stopping and self._choose(readers)
+                self._receive(0.0 if more else self._patience())
+                if self._batch_is_due():
+                    self._finish_batch()
+            notify("STOPPING=1")
+
+    # What to read next
+
+    def _choose(self, readers: ThreadPoolExecutor) -> bool:
+        """Hand files to the readers; returns whether there is more to look at now."""
+        now = time.monotonic()
+        for path, stamp in self._settling.due(now):
+            self._end_wait(path, stamp, now)
+        if now >= self._next_rescan:
+            self._scan_all()
+        room = _READ_AHEAD * self.config.batch_size
+        steps = _SCAN_STEP
+        while self._reading + len(self._batch) < room:
+            if self._ready:
+                self._reading += 1
+                readers.submit(self._read, self._ready.popleft())
+            elif self._scans and steps:
+                steps -= 1
+                found = next(self._scans[0], None)
+                if found:
+                    self._consider(*found, complete=False)
+                else:
+                    self._scans.popleft()
+            else:
+                return bool(self._scans)
+        return False
+
+    def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
+        if path in self._in_hand or self.log.knows(path, stamp):
+            return
+        age = time.time() - stamp.mtime_ns / 1e9
+        still = age >= self.config.settle_seconds
+        if complete or still:
+            self._take(path, settled=still)
+        else:
+            self._settling.wait(path, stamp, time.monotonic(), time.time())
+
+    def _take(self, path: str, settled: bool) -> None:
+        seen_at = self._settling.release(path) or time.time()
+        self._in_hand[path] = _InHand(seen_at, settled)
+        self._ready.append(path)
+
+    def _end_wait(self, path: str, expected: FileStamp, now: float) -> None:
+        stamp = stamp_of(path)
+        if stamp is None:
+            self._settling.release(path)
+        elif stamp == expected:
+            self._take(path, settled=True)
+        else:
+            self._settling.wait(path, stamp, now, time.time())
+
+    def _scan_all(self) -> None:
+        self._next_rescan = time.monotonic() + self.config.rescan_seconds
+        if not self._scans:
+            self._scans.extend(folder.scan() for folder in self.config.folders)
+
+    def _read(self, path: str) -> None:
+        try:
+            size, limit = self.model.info.input_size, self.config.max_pixels
+            self.inbox.put(read_image(path, size, limit))
+        except BaseException as error:
+            logger.exception("reading %r", path)
+            problem = f"internal error: {error}"
+            self.inbox.put(Reading(path, stamp_of(path), error=problem))
+
+    # What came in
+
+    def _receive(self, timeout: float) -> None:
+        try:
+            message = self.inbox.get(timeout=timeout) if timeout else self.inbox.get(False)
+            while True:
+                self._handle(message)
+                if self._batch_is_full():
+                    return
+                message = self.inbox.get(False)
+        except queue.Empty:
+            return
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Reading():
+                self._reading -= 1
+                self._sort(message)
+            case FileHint(path, complete):
+                self._follow(path, complete)
+            case FolderHint(path):
+                for folder in self.config.folders:
+                    if folder.recursive and path.startswith(f"{folder.path}/"):
+                        self._scans.append(folder.scan(path))
+            case HintsLost():
+                logger.warning("the kernel dropped file events; scanning every folder")
+                self._scans.clear()
+                self._scan_all()
+            case Stop():
+                self._stopping = True
+
+    def _follow(self, path: str, complete: bool) -> None:
+        if path in self._in_hand:
+            self._in_hand[path].hinted_again = True
+        elif any(folder.wants(path) for folder in self.config.folders):
+            stamp = stamp_of(path)
+            if stamp:
+                self._consider(path, stamp, complete)
+
+    def _sort(self, reading: Reading) -> None:
+        """Score it, wait for it to be completed, or let it go."""
+        path, stamp = reading.path, reading.stamp
+        in_hand = self._in_hand[path]
+        if stamp is None:
+            self._let_go(path)  # gone before it was read
+        elif reading.changed or (reading.error and not in_hand.settled):
+            del self._in_hand[path]
+            self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
+        elif reading.sha256 and self.log.recognise(path, reading.sha256, stamp):
+            self._let_go(path)
+        else:
+            if not self._batch:
+                self._batch_since = time.monotonic()
+            self._batch.append(reading)
+
+    def _let_go(self, path: str) -> None:
+        if self._in_hand.pop(path).hinted_again:
+            self._follow(path, complete=True)
+
+    # What becomes of it
+
+    def _batch_is_full(self) -> bool:
+        return len(self._batch) >= self.config.batch_size
+
+    def _batch_is_due(self) -> bool:
+        """Full, or nothing else is coming, or the oldest has waited long enough."""
+        if not self._batch:
+            return False
+        waited = time.monotonic() - self._batch_since
+        return self._batch_is_full() or not self._reading or waited >= _BATCH_WAIT_S
+
+    def _finish_batch(self) -> None:
+        readings, self._batch = self._batch, []
+        images = [r.image.pixels for r in readings if r.image]
+        scores = iter(self.model.score(np.stack(images)).tolist() if images else [])
+        now = time.time()
+        outcomes = [
+            self._outcome(reading, next(scores) if reading.image else None, now)
+            for reading in readings
+        ]
+        self.log.record(outcomes, self.model)
+        for outcome in outcomes:
+            _report(outcome)
+            self._let_go(outcome.path)
+
+    def _outcome(self, reading: Reading, score: float | None, now: float) -> Outcome:
+        assert reading.stamp
+        image = reading.image
+        return Outcome(
+            path=reading.path,
+            sha256=reading.sha256,
+            stamp=reading.stamp,
+            status="failed" if score is None else self.model.verdict(score),
+            seen_at=self._in_hand[reading.path].seen_at,
+            classified_at=now,
+            width=image.width if image else None,
+            height=image.height if image else None,
+            format=image.format if image else None,
+            score=score,
+            threshold=self.model.info.threshold if image else None,
+            error=reading.error,
+        )
+
+    def _patience(self) -> float:
+        """Seconds the loop may sleep if no message comes."""
+        now = time.monotonic()
+        if self._stopping:
+            return 60.0 if not self._batch else _BATCH_WAIT_S
+        moments = [self._next_rescan, self._settling.next_due()]
+        if self._batch:
+            moments.append(self._batch_since + _BATCH_WAIT_S)
+        return max(0.001, min(m for m in moments if m is not None) - now)
+
+
+def _report(outcome: Outcome) -> None:
+    path = text_of(outcome.path)
+    if outcome.status == "failed":
+        logger.warning("failed path=%r reason=%r", path, outcome.error)
+    else:
+        level = logging.INFO if outcome.status == "match" else logging.DEBUG
+        logger.log(level, "%s path=%r score=%.6f", outcome.status, path, outcome.score)

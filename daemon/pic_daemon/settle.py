@@ -1,0 +1,65 @@
+"""When is a file complete? A tracker that knows nothing of events or disks.
+
+Cases it handles:
+- a writer closed the file, or renamed it into place: read it at once;
+- nothing told of the end (a scan found it): read it once its stamp has stood
+  still for `settle_seconds`;
+- it changes meanwhile: the wait begins anew;
+- it was read at once and proved incomplete: `wait` puts it back to stand still.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from pic_daemon.folders import FileStamp
+
+
+@dataclass
+class _Waiting:
+    stamp: FileStamp
+    due: float
+    seen_at: float
+
+
+@dataclass
+class SettleTracker:
+    """Files that are not complete yet. Times `now` are monotonic, in seconds."""
+
+    settle_seconds: float
+    _waiting: dict[str, _Waiting] = field(default_factory=dict)
+    _queue: list[tuple[float, str]] = field(default_factory=list)  # heap, may be stale
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def wait(self, path: str, stamp: FileStamp, now: float, seen_at: float) -> None:
+        """Watch `path`, first noticed at wall time `seen_at`, until it stands still."""
+        waiting = self._waiting.get(path)
+        if waiting and waiting.stamp == stamp:
+            return
+        due = now + self.settle_seconds
+        self._waiting[path] = _Waiting(stamp, due, waiting.seen_at if waiting else seen_at)
+        heapq.heappush(self._queue, (due, path))
+
+    def release(self, path: str) -> float | None:
+        """Stop waiting for `path`; returns when it was first noticed, if it was here."""
+        waiting = self._waiting.pop(path, None)
+        return waiting.seen_at if waiting else None
+
+    def due(self, now: float) -> list[tuple[str, FileStamp]]:
+        """Files whose wait is over, each told once, with the stamp they must still have."""
+        over = []
+        while (moment := self.next_due()) is not None and moment <= now:
+            _, path = heapq.heappop(self._queue)
+            over.append((path, self._waiting[path].stamp))
+        return over
+
+    def next_due(self) -> float | None:
+        """When the first wait ends, or None where nothing waits."""
+        while self._queue:
+            due, path = self._queue[0]
+            waiting = self._waiting.get(path)
+            if waiting and waiting.due == due:
+                return due
+            heapq.heappop(self._queue)
+        return None

@@ -1,0 +1,138 @@
+"""Parts that many tests share: a small real ONNX model, and the daemon as a process."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+from sqlite_utils import Database
+
+from pic_daemon.model import ModelInfo
+
+sys.path.insert(0, str(Path(__file__).parent))  # pictures.py
+
+SIZE = 16
+OPSET = helper.make_opsetid("", 18)
+BIN = Path(sys.executable).parent
+
+INFO = ModelInfo(
+    architecture="brightness",
+    input_size=SIZE,
+    resize_filter="bilinear",
+    color="sRGB",
+    threshold=0.5,
+    threshold_rule="set by hand",
+    catalog_digest="0" * 64,
+    catalog_size=1,
+    training_run="none",
+    created_at="2026-01-01T00:00:00Z",
+    versions="{}",
+)
+
+
+def write_model(path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """A real ONNX model whose score is the picture's mean brightness, 0 to 1."""
+    images = helper.make_tensor_value_info(
+        "images", TensorProto.UINT8, ["N", SIZE, SIZE, 3]
+    )
+    score = helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N"])
+    constants = [
+        helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]),
+        helper.make_tensor("white", TensorProto.FLOAT, [], [255.0]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Div", ["mean", "white"], ["score"]),
+    ]
+    graph = helper.make_graph(nodes, "brightness", [images], [score], constants)
+    model = helper.make_model(graph, opset_imports=[OPSET], ir_version=10)
+    helper.set_model_props(model, INFO.to_metadata() if metadata is None else metadata)
+    onnx.save_model(model, path)
+    return path
+
+
+def write_image(path: Path, level: int, side: int = 40) -> Path:
+    """A grey picture of the given level, which the model above scores as level / 255."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of our commands to its end."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+class DaemonProcess:
+    """pic-daemon as a real process on the folder `drop`."""
+
+    def __init__(self, home: Path, model: Path) -> None:
+        self.drop = home / "drop"
+        self.drop.mkdir(exist_ok=True)
+        self.database = home / "log.db"
+        self.model = model
+        self.log = home / "daemon.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: object) -> None:
+        command: list[object] = [BIN / "pic-daemon", "run", "--watch", self.drop]
+        command += ["--model", self.model, "--database", self.database]
+        command += ["--settle-seconds", 0.3, *options]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen([str(part) for part in command], stderr=log)
+        self.wait_until(lambda: "ready" in self.log.read_text())
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self._process
+        self._process.send_signal(number)
+        return self._process.wait(30)
+
+    def kill_if_running(self) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def rows(self) -> list[dict[str, object]]:
+        database = Database(self.database)
+        try:
+            return list(database.query("SELECT * FROM images ORDER BY path, id"))
+        finally:
+            database.close()
+
+    def wait_for_rows(self, count: int) -> list[dict[str, object]]:
+        self.wait_until(lambda: len(self.rows()) >= count)
+        return self.rows()
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        assert self._process
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, model_file: Path) -> Iterator[DaemonProcess]:
+    process = DaemonProcess(tmp_path, model_file)
+    yield process
+    process.kill_if_running()

@@ -1,0 +1,119 @@
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import DaemonProcess, write_image
+from sqlite_utils import Database
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_classify_prints_one_line_per_image(
+    run_tool: Run, model_file: Path, tmp_path: Path
+) -> None:
+    paths = [write_image(tmp_path / f"{level}.png", level) for level in (255, 51)]
+    result = run_tool("pic-classify", "--model", model_file, *paths)
+    assert result.returncode == 0
+    assert [line.split()[:2] for line in result.stdout.splitlines()] == [
+        ["match", "1.000000"],
+        ["no-match", "0.200000"],
+    ]
+
+
+def test_classify_as_json_names_what_it_could_not_read(
+    run_tool: Run, model_file: Path, tmp_path: Path
+) -> None:
+    good = write_image(tmp_path / "good.png", 255)
+    result = run_tool("pic-classify", "--model", model_file, "--json", good, "missing.png")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["status"] for row in rows] == ["match", "failed"]
+    assert rows[1]["error"] == "no such file"
+    assert result.returncode == 2
+    assert "1 of 2 images could not be classified" in result.stderr
+
+
+def test_check_tells_what_the_service_would_run_on(
+    run_tool: Run, model_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "drop" / "sub").mkdir(parents=True)
+    options = [
+        "--watch",
+        tmp_path / "drop",
+        "--model",
+        model_file,
+        "--database",
+        tmp_path / "l.db",
+    ]
+    result = run_tool("pic-daemon", "check", *options)
+    assert result.returncode == 0, result.stderr
+    assert "ExecutionProvider (" in result.stdout
+    assert f"folder {tmp_path / 'drop'}: file system " in result.stdout
+    assert "inotify: 2 watches needed, " in result.stdout
+    assert not (tmp_path / "l.db").exists()
+
+
+def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
+    run_tool: Run, model_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "drop").mkdir()
+    (tmp_path / "notes.txt").write_text("notes " * 100)
+    good = {
+        "--watch": tmp_path / "drop",
+        "--model": model_file,
+        "--database": tmp_path / "l.db",
+    }
+    cases: list[tuple[dict[str, Path], str]] = [
+        ({"--watch": tmp_path / "none"}, "does not exist"),
+        ({"--model": tmp_path / "notes.txt"}, "is not an ONNX model"),
+        ({"--model": tmp_path / "none.onnx"}, "No such file"),
+        ({"--database": tmp_path / "notes.txt"}, "file is not a database"),
+        ({"--database": tmp_path / "drop" / "l.db"}, "lies in the watch folder"),
+        ({"--database": tmp_path / "none" / "l.db"}, "folder does not exist"),
+    ]
+    for change, sentence in cases:
+        for command in ("check", "run"):
+            options = [part for pair in {**good, **change}.items() for part in pair]
+            result = run_tool("pic-daemon", command, *options)
+            assert (result.returncode, result.stdout) == (2, "")
+            assert sentence in result.stderr
+            assert "Traceback" not in result.stderr
+    assert not (tmp_path / "l.db").exists()
+
+
+def test_matches_come_as_table_json_and_csv_while_the_daemon_runs(
+    run_tool: Run, daemon: DaemonProcess
+) -> None:
+    daemon.start()
+    write_image(daemon.drop / "bright.png", 204)
+    write_image(daemon.drop / "white\nline.png", 255)
+    write_image(daemon.drop / "black.png", 0)
+    daemon.wait_for_rows(3)
+    log = ("pic-matches", "--database", daemon.database)
+
+    table = run_tool(*log).stdout.splitlines()
+    assert len(table) == 2 and table[1].split()[1] in {"0.800000", "1.000000"}
+    (row,) = (
+        json.loads(line)
+        for line in run_tool(*log, "--json", "--min-score", 0.9).stdout.splitlines()
+    )
+    assert row["path"] == str(daemon.drop / "white\nline.png")
+    records = list(
+        csv.DictReader(run_tool(*log, "--csv", "--since", "1h").stdout.splitlines(True))
+    )
+    assert {record["score"] for record in records} == {"1.0", "0.800000011920929"}
+    assert run_tool(*log, "--since", "2999-01-01").stdout == ""
+
+    plain = run_tool("sqlite-utils", daemon.database, "select * from matches")
+    assert len(json.loads(plain.stdout)) == 2
+
+
+def test_matches_refuses_what_is_no_match_log(run_tool: Run, tmp_path: Path) -> None:
+    Database(tmp_path / "songs.db")["songs"].insert({"title": "x"})
+    for name, sentence in (("none.db", "does not exist"), ("songs.db", "another program")):
+        result = run_tool("pic-matches", "--database", tmp_path / name)
+        assert result.returncode == 2
+        assert sentence in result.stderr
+    result = run_tool("pic-matches", "--database", tmp_path / "none.db", "--since", "soon")
+    assert result.returncode == 2 and "neither a span like 2h" in result.stderr

@@ -1,0 +1,77 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pic_daemon.config import load_config
+from pic_daemon.errors import InputError
+
+
+@pytest.fixture
+def drop(tmp_path: Path) -> Path:
+    (tmp_path / "drop").mkdir()
+    return tmp_path / "drop"
+
+
+def given(**overrides: Any) -> dict[str, Any]:
+    return {"watch": (), "model": None, "database": None, **overrides}
+
+
+def test_a_file_sets_every_key_and_the_command_line_wins(
+    tmp_path: Path, drop: Path
+) -> None:
+    file = tmp_path / "pic.toml"
+    file.write_text(
+        'model = "m.onnx"\ndatabase = "log.db"\nbatch_size = 8\nsettle_seconds = 1\n'
+        '[[watch]]\npath = "drop"\nrecursive = false\ninclude = ["*.png"]\n'
+    )
+    config = load_config(file, given(batch_size=16))
+    assert config.model == tmp_path / "m.onnx"
+    assert config.batch_size == 16
+    (folder,) = config.folders
+    assert (folder.path, folder.recursive, folder.include) == (drop, False, ("*.png",))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("modle = 'm'", "unknown key 'modle'"),
+        (
+            "model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ncolour = 1",
+            "unknown key 'colour'",
+        ),
+        ("batch_size = 'many'", "batch_size must be a number"),
+        ("batch_size = 1.5", "batch_size must be a number"),
+        ("batch_size = 0", "at least 1"),
+        ("provider = 'tpu'", "one of auto, cpu, cuda"),
+        ("model = 5", "model must be a path"),
+        ("watch = 'drop'", r"\[\[watch\]\] table"),
+        ("model = 'm'\ndatabase = 'd'\n[[watch]]\ninclude = ['*']", "needs a path"),
+        ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'no'", "does not exist"),
+        ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ninclude = 'x'", "a list"),
+        ("model = ", "not valid TOML"),
+        ("model = 'm'", "no database given"),
+        ("model = 'm'\ndatabase = 'd'", "no folder to watch"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    tmp_path: Path, drop: Path, text: str, sentence: str
+) -> None:
+    file = tmp_path / "pic.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        load_config(file, given())
+
+
+@pytest.mark.parametrize("place", ["drop/log.db", "drop/deep/log.db"])
+def test_the_database_may_not_lie_in_a_watch_folder(
+    tmp_path: Path, drop: Path, place: str
+) -> None:
+    (drop / "deep").mkdir()
+    with pytest.raises(InputError, match="lies in the watch folder"):
+        load_config(None, given(watch=(drop,), model="m", database=tmp_path / place))
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        load_config(tmp_path / "none.toml", given())

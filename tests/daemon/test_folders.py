@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+from conftest import write_image
+
+from pic_daemon.folders import Folder, file_system_of, stamp_of
+
+
+def names(folder: Folder) -> set[str]:
+    return {os.path.relpath(path, folder.path) for path, _ in folder.scan()}
+
+
+def test_images_are_found_by_name_whatever_the_case(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.PNG", "c.txt", ".hidden.jpg", "d.jpg.part", "sub/e.webp"):
+        write_image(tmp_path / "x.png", 0).rename(path := tmp_path / "x")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path.rename(tmp_path / name)
+    assert names(Folder(tmp_path)) == {"a.jpg", "b.PNG", "sub/e.webp"}
+    assert names(Folder(tmp_path, recursive=False)) == {"a.jpg", "b.PNG"}
+    assert names(Folder(tmp_path, include=("*.txt",))) == {"c.txt"}
+    assert names(Folder(tmp_path, exclude=("SUB", "a*"))) == {"b.PNG", ".hidden.jpg"}
+
+
+def test_wants_agrees_with_scan(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, recursive=False)
+    assert folder.wants(str(tmp_path / "a.jpg"))
+    assert not folder.wants(str(tmp_path / "sub" / "a.jpg"))
+    assert not folder.wants(str(tmp_path.parent / "a.jpg"))
+    assert not Folder(tmp_path).wants(str(tmp_path / ".trash" / "a.jpg"))
+
+
+def test_links_pipes_and_folders_named_like_images_are_no_files(tmp_path: Path) -> None:
+    outside = write_image(tmp_path / "outside" / "real.png", 0)
+    drop = tmp_path / "drop"
+    (drop / "x.jpg").mkdir(parents=True)
+    (drop / "link.png").symlink_to(outside)
+    (drop / "tree").symlink_to(outside.parent)
+    os.mkfifo(drop / "pipe.png")
+    assert names(Folder(drop)) == set()
+    assert stamp_of(str(drop / "link.png")) is None
+
+
+def test_a_folder_that_vanished_holds_nothing(tmp_path: Path) -> None:
+    assert names(Folder(tmp_path / "gone")) == set()
+
+
+def test_the_file_system_is_named() -> None:
+    assert file_system_of(Path("/proc")) == "proc"

@@ -1,0 +1,150 @@
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlite_utils import Database
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp
+from pic_daemon.match_log import MatchLog, Outcome, iso_time, read_matches
+from pic_daemon.model import Model, load_model
+
+STAMP = FileStamp(1000, 5, 7)
+
+
+@pytest.fixture
+def model(model_file: Path) -> Model:
+    return load_model(model_file, "cpu")
+
+
+@pytest.fixture
+def log(tmp_path: Path, model: Model) -> MatchLog:
+    log = MatchLog.open(tmp_path / "log.db")
+    log.use_model(model)
+    return log
+
+
+def match(
+    path: str, sha256: str = "a" * 64, score: float = 0.9, at: float = 100.0
+) -> Outcome:
+    return Outcome(path, sha256, STAMP, "match", at - 0.25, at, 40, 30, "PNG", score, 0.5)
+
+
+def failure(path: str, sha256: str = "b" * 64) -> Outcome:
+    return Outcome(path, sha256, STAMP, "failed", 99.0, 100.0, error="truncated")
+
+
+def query(log: MatchLog, sql: str) -> list[dict[str, object]]:
+    database = Database(log.path)
+    try:
+        return list(database.query(sql))
+    finally:
+        database.close()
+
+
+def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> None:
+    log.record([match("/drop/a.png")], model)
+    (row,) = query(log, "SELECT * FROM images")
+    del row["id"], row["mtime_ns"], row["inode"]
+    assert row == {
+        "path": "/drop/a.png", "sha256": "a" * 64, "bytes": 1000, "width": 40,
+        "height": 30, "format": "PNG", "status": "match", "score": 0.9,
+        "threshold": 0.5, "model": model.sha256, "seen_at": "1970-01-01T00:01:39.750Z",
+        "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
+    }  # fmt: skip
+    (used,) = query(log, "SELECT * FROM models")
+    assert used["sha256"] == model.sha256
+    assert str(used["first_used_at"]) <= str(used["last_used_at"])
+
+
+def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
+    log.record([match("/drop/a.png"), failure("/drop/b.png")], model)
+    (row,) = query(log, "SELECT * FROM matches")
+    assert list(row) == ["path", "score", "threshold", "model", "classified_at", "sha256"]
+
+
+def test_a_path_and_content_has_one_row_however_often_it_is_recorded(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model)
+    log.record([match("/drop/a.png")], model)
+    log.record([match("/drop/a.png", "c" * 64), match("/drop/b.png")], model)
+    assert len(query(log, "SELECT * FROM images")) == 3
+
+
+def test_what_was_recorded_is_known_until_the_file_changes(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model)
+    touched = FileStamp(1000, 6, 7)
+    assert log.knows("/drop/a.png", STAMP)
+    assert not log.knows("/drop/a.png", touched)
+    assert log.recognise("/drop/a.png", "a" * 64, touched)
+    assert log.knows("/drop/a.png", touched)
+    assert not log.recognise("/drop/a.png", "d" * 64, touched)
+
+
+def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
+    modes = [log._db.execute(f"PRAGMA {p}").fetchone()[0]
+             for p in ("journal_mode", "synchronous", "foreign_keys")]  # fmt: skip
+    assert modes == ["wal", 2, 1]
+    for table in ("images", "models"):
+        assert log._db[table].strict
+    with pytest.raises(sqlite3.IntegrityError):
+        log._db.execute("UPDATE models SET sha256 = NULL")
+
+
+def test_a_batch_is_written_whole_or_not_at_all(log: MatchLog, model: Model) -> None:
+    wrong = Outcome("/drop/b.png", "", STAMP, "failed", 1, 1, error=None)
+    with pytest.raises(sqlite3.IntegrityError):
+        log.record([match("/drop/a.png"), wrong], model)
+    assert query(log, "SELECT * FROM images") == []
+
+
+def test_a_name_that_is_not_utf8_is_written_readably(log: MatchLog, model: Model) -> None:
+    path = b"/drop/caf\xe9.png".decode("utf-8", "surrogateescape")
+    log.record([match(path)], model)
+    assert query(log, "SELECT path FROM images") == [{"path": "/drop/caf\\xe9.png"}]
+    assert log.knows(path, STAMP)
+
+
+def test_matches_are_read_newest_first_while_the_writer_holds_its_lock(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match(f"/drop/{n}.png", score=n / 10, at=n) for n in range(10)], model)
+    log._db.execute("BEGIN IMMEDIATE")
+    rows = read_matches(log.path, datetime.fromtimestamp(4, UTC), 0.6, limit=2)
+    assert [row["path"] for row in rows] == ["/drop/9.png", "/drop/8.png"]
+    log._db.conn.rollback()
+
+
+def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    Database(tmp_path / "other.db")["songs"].insert({"title": "x"})
+    with pytest.raises(InputError, match=r"another program \(it holds songs\)"):
+        MatchLog.open(tmp_path / "other.db")
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.db").write_text("these are my notes, not a database\n" * 50)
+    with pytest.raises(InputError, match="file is not a database"):
+        MatchLog.open(tmp_path / "log.db")
+
+
+def test_a_newer_schema_is_refused(log: MatchLog) -> None:
+    log.close()
+    database = Database(log.path)
+    database["_sqlite_migrations"].insert(
+        {"migration_set": "product-image-classifier", "name": "of_the_future",
+         "applied_at": "2030"}
+    )  # fmt: skip
+    database.close()
+    with pytest.raises(InputError, match=r"newer version .*of_the_future"):
+        MatchLog.open(log.path)
+
+
+def test_times_sort_as_text() -> None:
+    moments = [0.0, 1.0, 1.5, 1_700_000_000.0]
+    texts = [iso_time(m) for m in moments]
+    assert texts == sorted(texts)
+    assert texts[2] == "1970-01-01T00:00:01.500Z"

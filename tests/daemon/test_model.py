@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import INFO, SIZE, write_model
+from onnx import TensorProto, helper
+
+from pic_daemon.errors import InputError
+from pic_daemon.model import ModelInfo, load_model
+
+
+def test_metadata_survives_the_file(model_file: Path) -> None:
+    assert load_model(model_file).info == INFO
+
+
+def test_scores_are_one_probability_per_image(model_file: Path) -> None:
+    images = np.stack([np.full((SIZE, SIZE, 3), v, np.uint8) for v in (0, 51, 255)])
+    scores = load_model(model_file).score(images)
+    assert scores.dtype == np.float32
+    assert scores == pytest.approx([0.0, 0.2, 1.0])
+
+
+def test_the_verdict_takes_the_threshold_itself_as_a_match(model_file: Path) -> None:
+    model = load_model(model_file)
+    assert model.verdict(0.5) == "match"
+    assert model.verdict(0.49999) == "no-match"
+
+
+def test_the_provider_in_use_and_its_reason_are_known(model_file: Path) -> None:
+    model = load_model(model_file)
+    assert model.provider in {"CPUExecutionProvider", "CUDAExecutionProvider"}
+    assert model.provider_reason
+    assert load_model(model_file, "cpu").provider == "CPUExecutionProvider"
+
+
+def test_insisting_on_cuda_without_it_says_why(model_file: Path) -> None:
+    if load_model(model_file).provider == "CUDAExecutionProvider":
+        pytest.skip("CUDA loads on this machine")
+    with pytest.raises(InputError, match=r"CUDA execution provider does not load: .+"):
+        load_model(model_file, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({}, "not one of ours"),
+        ({**INFO.to_metadata(), "format_version": "2"}, "Upgrade product-image"),
+        ({**INFO.to_metadata(), "threshold": "high"}, "incomplete metadata"),
+        ({k: v for k, v in INFO.to_metadata().items() if k != "input_size"}, "input_size"),
+        ({**INFO.to_metadata(), "input_size": "17"}, "does not take images of 17 x 17"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused(
+    tmp_path: Path, metadata: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_model(write_model(tmp_path / "model.onnx", metadata))
+
+
+def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path) -> None:
+    garbage = tmp_path / "model.onnx"
+    garbage.write_bytes(b"not a model at all")
+    with pytest.raises(InputError, match=r"is not an ONNX model"):
+        load_model(garbage)
+    with pytest.raises(InputError, match="No such file"):
+        load_model(tmp_path / "missing.onnx")
+
+
+def test_a_model_that_returns_nan_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.onnx")
+    model = onnx.load_model(path)
+    white = next(c for c in model.graph.initializer if c.name == "white")
+    white.CopyFrom(helper.make_tensor("white", TensorProto.FLOAT, [], [0.0]))
+    onnx.save_model(model, path)
+    with pytest.raises(InputError, match="finite score"):
+        load_model(path)
+
+
+def test_an_older_reader_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(InputError, match="not a number"):
+        ModelInfo.from_metadata({**INFO.to_metadata(), "format_version": ""}, Path("m"))

@@ -1,0 +1,39 @@
+from pic_daemon.folders import FileStamp
+from pic_daemon.settle import SettleTracker
+
+SMALL, LARGE = FileStamp(10, 1, 7), FileStamp(20, 2, 7)
+
+
+def test_a_file_that_stands_still_is_due_once() -> None:
+    tracker = SettleTracker(2.0)
+    tracker.wait("a", SMALL, now=100.0, seen_at=5.0)
+    assert tracker.due(101.9) == []
+    assert tracker.next_due() == 102.0
+    assert tracker.due(102.0) == [("a", SMALL)]
+    assert tracker.due(103.0) == []
+    assert tracker.release("a") == 5.0
+    assert len(tracker) == 0
+
+
+def test_a_file_that_grows_waits_anew_and_keeps_when_it_was_first_seen() -> None:
+    tracker = SettleTracker(2.0)
+    tracker.wait("a", SMALL, now=100.0, seen_at=5.0)
+    tracker.wait("a", LARGE, now=101.0, seen_at=6.0)
+    assert tracker.due(102.5) == []
+    assert tracker.due(103.0) == [("a", LARGE)]
+    assert tracker.release("a") == 5.0
+
+
+def test_seeing_an_unchanged_file_again_does_not_prolong_its_wait() -> None:
+    tracker = SettleTracker(2.0)
+    tracker.wait("a", SMALL, now=100.0, seen_at=5.0)
+    tracker.wait("a", SMALL, now=101.0, seen_at=6.0)
+    assert tracker.due(102.0) == [("a", SMALL)]
+
+
+def test_a_released_file_is_never_due() -> None:
+    tracker = SettleTracker(2.0)
+    tracker.wait("a", SMALL, now=100.0, seen_at=5.0)
+    tracker.release("a")
+    assert tracker.due(200.0) == []
+    assert tracker.next_due() is None

@@ -1,0 +1,57 @@
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import DaemonProcess
+
+from pic_daemon.config import load_config
+
+SYSTEMD = Path(__file__).parents[2] / "systemd"
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_the_unit_is_valid(tmp_path: Path) -> None:
+    # verify insists that the program exists: put a file where the unit points.
+    unit = (SYSTEMD / "pic-daemon.service").read_text()
+    program = tmp_path / "pic-daemon"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    copy = tmp_path / "pic-daemon.service"
+    copy.write_text(unit.replace("/opt/pic/bin/pic-daemon", str(program)))
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True
+    )
+    problems = [line for line in result.stderr.splitlines() if "pic-daemon" in line]
+    assert (result.returncode, problems) == (0, [])
+
+
+def test_the_example_config_is_valid(tmp_path: Path) -> None:
+    text = (SYSTEMD / "pic-daemon.toml").read_text().replace("/srv/drop", str(tmp_path))
+    everything = text.replace("# provider", "provider").replace("# recursive", "recursive")
+    for key in ("batch_size", "workers", "settle_seconds", "rescan_seconds", "max_pixels",
+                "include", "exclude"):  # fmt: skip
+        everything = everything.replace(f"# {key} =", f"{key} =")
+    (tmp_path / "pic.toml").write_text(everything)
+    given = load_config(tmp_path / "pic.toml", {"watch": ()})
+    (tmp_path / "short.toml").write_text(text)
+    default = load_config(tmp_path / "short.toml", {"watch": ()})
+    assert given.batch_size == default.batch_size
+    assert given.max_pixels == default.max_pixels
+    assert given.folders[0].exclude == default.folders[0].exclude
+
+
+def test_systemd_hears_when_the_service_is_ready_and_when_it_stops(
+    daemon: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = os.path.join(os.path.relpath(tmp_path), "n")  # socket paths are short
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        daemon.start()
+        assert sock.recv(100) == b"READY=1"
+        daemon.stop()
+        assert sock.recv(100) == b"STOPPING=1"

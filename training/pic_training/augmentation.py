@@ -1,0 +1,81 @@
+"""How a picture is altered on its way: cropped, resized, compressed.
+
+Catalog and other images go through the same alterations with the same
+probabilities, so that a network can learn nothing from the alteration itself.
+The result is a real JPEG file, decoded by the daemon's own decoder.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pic_daemon.images import Pixels, decode
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges that each alteration draws from.
+
+    Each of the three is applied with probability `probability`, on its own.
+    Crop: a share `crop_area` of the picture's area, its aspect ratio changed by up to
+    the factor `crop_aspect` either way, anywhere. Resize: the longer side becomes
+    `side` pixels (log-uniform, never enlarged), and half of the time the picture is
+    then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
+    is not applied the file is saved at quality 95.
+    """
+
+    probability: float = 0.8
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: float = 1.25
+    side: tuple[int, int] = (48, 256)
+    quality: tuple[int, int] = (10, 95)
+
+
+def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
+    """Alter an RGB picture; returns the bytes of a JPEG file."""
+    if draw.random() < ranges.probability:
+        image = _crop(image, draw, ranges)
+    if draw.random() < ranges.probability:
+        image = _resize(image, draw, ranges)
+    quality = 95
+    if draw.random() < ranges.probability:
+        quality = int(draw.integers(ranges.quality[0], ranges.quality[1] + 1))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def sample(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation, size: int
+) -> Pixels:
+    """An altered picture as the daemon would see it: uint8, shape (size, size, 3)."""
+    return decode(augment(image, draw, ranges), size).pixels
+
+
+def _crop(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation
+) -> Image.Image:
+    area = draw.uniform(*ranges.crop_area)
+    stretch = ranges.crop_aspect ** draw.uniform(-1, 1)
+    width = min(image.width, max(1, round(image.width * np.sqrt(area * stretch))))
+    height = min(image.height, max(1, round(image.height * np.sqrt(area / stretch))))
+    left = int(draw.integers(0, image.width - width + 1))
+    top = int(draw.integers(0, image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation
+) -> Image.Image:
+    low, high = np.log(ranges.side)
+    side = float(np.exp(draw.uniform(low, high)))
+    back = draw.random() < 0.5
+    original = image.size
+    factor = side / max(original)
+    if factor >= 1:
+        return image
+    smaller = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    image = image.resize(smaller, Image.Resampling.BICUBIC)
+    return image.resize(original, Image.Resampling.BICUBIC) if back else image

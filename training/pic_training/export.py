@@ -1,0 +1,127 @@
+"""From a run folder to the one ONNX file that the daemon serves."""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from pic_daemon.errors import InputError
+from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
+from pic_daemon.model import ModelInfo, load_model
+from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.run_folder import load_network, read_json
+
+TOLERANCE = 1e-4
+"""Largest allowed difference of a score between PyTorch and onnxruntime, in fp32."""
+
+_BATCHES = (1, 7, 32)  # a single image, an odd number and a full batch
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How well the exported file agrees with PyTorch on `samples` real samples."""
+
+    samples: int
+    max_difference: float
+    flipped: int
+
+
+class _Served(nn.Module):
+    """The network with its sigmoid: uint8 images (N, H, W, 3) -> score (N,)."""
+
+    def __init__(self, network: Normalised) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.network(images))
+
+
+def export_run(folder: Path, output: Path) -> Parity:
+    """Write the best checkpoint of a run as one ONNX file and prove it.
+
+    The file appears under its name only after onnx's checker passed and the daemon's
+    own reader scored at least 256 validation samples as PyTorch does. Raises
+    InputError where `folder` is no finished run or the proof fails; then no file
+    is left behind.
+    """
+    config, network = load_network(folder)
+    report_file = folder / "report.json"
+    if not report_file.exists():
+        raise InputError(f"{folder} is not finished: resume it with pic-train --resume.")
+    report = read_json(report_file)
+    info = ModelInfo(
+        architecture=config.arch,
+        input_size=ARCHITECTURES[config.arch].size,
+        resize_filter=RESIZE_FILTER,
+        color=COLOR,
+        threshold=report["threshold"],
+        threshold_rule=report["threshold_rule"],
+        catalog_digest=report["catalog_digest"],
+        catalog_size=report["catalog_size"],
+        training_run=folder.resolve().name,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        versions=json.dumps(report["versions"], sort_keys=True),
+    )
+    served = _Served(network).eval()
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        _write(served, info, temporary)
+        parity = _prove(served, info, temporary, np.load(folder / "parity.npy"))
+        temporary.replace(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return parity
+
+
+def _write(served: nn.Module, info: ModelInfo, path: Path) -> None:
+    size = info.input_size
+    example = torch.zeros((2, size, size, 3), dtype=torch.uint8)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        program = torch.onnx.export(
+            served,
+            (example,),
+            input_names=["images"],
+            output_names=["score"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, info.to_metadata())
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, path, save_as_external_data=False)
+
+
+def _prove(served: nn.Module, info: ModelInfo, path: Path, images: Pixels) -> Parity:
+    model = load_model(path, "cpu")
+    with torch.no_grad():
+        expected = np.concatenate(
+            [served(torch.from_numpy(part)).numpy() for part in np.array_split(images, 8)]
+        )
+    worst, flipped = 0.0, 0
+    for batch in _BATCHES:
+        parts = [images[i : i + batch] for i in range(0, len(images), batch)]
+        scores = np.concatenate([model.score(part) for part in parts])
+        worst = max(worst, float(np.abs(scores - expected).max()))
+        flipped += int(((scores >= info.threshold) != (expected >= info.threshold)).sum())
+    if worst > TOLERANCE or flipped:
+        raise InputError(
+            f"the exported network disagrees with PyTorch: scores differ by up to "
+            f"{worst:.2e} (allowed {TOLERANCE:.0e}), {flipped} decisions flipped. "
+            "No file was written."
+        )
+    return Parity(len(images), worst, flipped)

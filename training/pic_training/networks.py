@@ -1,0 +1,156 @@
+"""The two architectures, each taking uint8 images and returning one logit per image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from pic_daemon.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of torchvision's published ResNet50 weights, for RGB in [0, 1].
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is fixed by the choice of a network; `size` is the input's side in pixels.
+
+    `mean` and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are
+    the defaults for stochastic gradient descent.
+    """
+
+    build: Callable[[str], nn.Module]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    lr: float
+    momentum: float
+    batch_size: int
+
+
+class Normalised(nn.Module):
+    """A network with its input scaling in front: uint8 (N, H, W, 3) -> logits (N,)."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, architecture: Architecture) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(architecture.mean) * 255, False)
+        self.register_buffer("std", torch.tensor(architecture.std) * 255, False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits, float32, shape (N,): above zero where the catalog is likelier."""
+        pixels = (images.to(torch.float32) - self.mean) / self.std
+        logits: torch.Tensor = self.network(pixels.permute(0, 3, 1, 2))
+        return logits.squeeze(1)
+
+
+def cnn(weights: str = "none") -> nn.Module:
+    """The published CNN: 25,167,785 parameters on 64 x 64 RGB.
+
+    Three convolutions (kernel 3, padding 1, stride 1; 3 -> 4 -> 8 -> 16 channels)
+    with ReLU and no pooling, Linear(65,536 -> 384, no bias), Linear(384 -> 1). The
+    sigmoid follows in the loss and in the exported graph.
+    """
+    if weights != "none":
+        raise InputError(
+            "there are no pretrained weights for the cnn; use --arch resnet50."
+        )
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64 * 64, 384, bias=False),
+        nn.ReLU(),
+        nn.Linear(384, 1),
+    )
+
+
+def resnet50(weights: str = "imagenet") -> nn.Module:
+    """torchvision's ResNet50 with one output.
+
+    `weights`: ``imagenet`` (torchvision fetches them), ``none``, or a file with a
+    state dict in torchvision's layout, whose last layer is left aside. Raises
+    InputError naming the keys or shapes that do not fit.
+    """
+    network = torchvision.models.resnet50()
+    if weights == "imagenet":
+        _load_imagenet(network)
+    elif weights != "none":
+        _load_file(network, Path(weights))
+    network.fc = nn.Linear(network.fc.in_features, 1)
+    return network  # type: ignore[no-any-return]
+
+
+ARCHITECTURES = {
+    "cnn": Architecture(
+        cnn,
+        size=64,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        lr=0.08,
+        momentum=0.0,
+        batch_size=32,
+    ),
+    "resnet50": Architecture(
+        resnet50,
+        size=224,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        lr=0.01,
+        momentum=0.9,
+        batch_size=32,
+    ),
+}
+
+
+def _load_imagenet(network: nn.Module) -> None:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+    try:
+        network.load_state_dict(weights.get_state_dict(check_hash=True))
+    except OSError as error:
+        raise InputError(
+            f"the ImageNet weights cannot be fetched ({error}); "
+            "give --weights FILE with a local state dict, or --weights none."
+        ) from error
+
+
+def _load_file(network: nn.Module, path: Path) -> None:
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file
+        raise InputError(
+            f"weights {path} cannot be read as a state dict: {str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
+        stored = stored["state_dict"]
+    if not isinstance(stored, dict):
+        raise InputError(f"weights {path} hold no state dict.")
+    wanted = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    # Wrappers such as DataParallel put a prefix before every key.
+    first = next((k for k in stored if k.endswith("conv1.weight") and "layer" not in k), "")
+    prefix = first.removesuffix("conv1.weight")
+    given = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    wrong = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
+    if wrong:
+        raise InputError(
+            f"weights {path} are not those of a ResNet50: {len(wrong)} keys are "
+            f"missing, among them {', '.join(wrong[:3])}."
+        )
+    for key, value in wanted.items():
+        if key in given and given[key].shape != value.shape:
+            raise InputError(
+                f"weights {path}: {key} has shape {tuple(given[key].shape)}, "
+                f"not {tuple(value.shape)}."
+            )
+    network.load_state_dict({k: given.get(k, v) for k, v in wanted.items()}, strict=False)

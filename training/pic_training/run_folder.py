@@ -1,0 +1,136 @@
+"""What a run folder holds, and writing it so that no file is ever half there."""
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pic_daemon.errors import InputError
+from pic_training.augmentation import Augmentation
+from pic_training.networks import ARCHITECTURES, Normalised
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of a run; stored as config.json."""
+
+    catalog: str
+    others: str
+    others_val: str | None
+    arch: str
+    weights: str
+    epochs: int
+    train_images: int
+    val_images: int
+    batch_size: int
+    lr: float
+    momentum: float
+    seed: int
+    device: str
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One line of metrics.csv. Losses are mean binary cross-entropies in nats."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+    images_per_second: float
+
+
+def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
+    """Make the run folder, or check that the one there is this run; True if made."""
+    stored = folder / "config.json"
+    if resume:
+        if not stored.exists():
+            raise InputError(f"{folder} holds no run to resume.")
+        before, now = read_json(stored), json.loads(json.dumps(asdict(config)))
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{folder} was begun with {key} = {before.get(key)!r}, not "
+                f"{now[key]!r}; resume with the same settings."
+            )
+        return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "another run" if stored.exists() else "other files"
+        raise InputError(
+            f"{folder} already holds {what}; name a new folder or add --resume."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}.") from error
+    return True
+
+
+def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normalised]:
+    """The settings and the trained network of a run folder, on the CPU, ready to score.
+
+    Raises InputError where the folder holds no finished epoch.
+    """
+    try:
+        stored = read_json(folder / "config.json")
+        ranges: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in stored.pop("augmentation").items()
+        }
+        config = RunConfig(**stored, augmentation=Augmentation(**ranges))
+        state = torch.load(folder / name, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} holds no finished epoch ({Path(error.filename).name} is missing); "
+            "train first with pic-train."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
+    architecture = ARCHITECTURES[config.arch]
+    network = Normalised(architecture.build("none"), architecture)
+    network.load_state_dict(state["network"])
+    return config, network.eval()
+
+
+def write_metrics(history: list[EpochMetrics], folder: Path) -> None:
+    """Write metrics.csv and metrics.json, one entry per epoch."""
+    rows = [asdict(m) for m in history]
+    write_json(folder / "metrics.json", rows)
+    with (
+        replacing(folder / "metrics.csv") as path,
+        path.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` once it is written in full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Balanced batches of augmented samples, each a function of its number.
+
+Sample `index` of epoch `epoch` is drawn from a generator seeded with (seed, split,
+epoch, index) alone. A resumed run therefore sees what an unbroken one would have
+seen, whatever the number of workers.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from pic_training.augmentation import Augmentation, sample
+from pic_training.sources import Kind, Source, Sources, Split
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+_SPLIT_NUMBER = {"train": 0, "val": 1}
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """`count` samples of one split, odd ones from the catalog, even ones from the others.
+
+    Validation draws the same samples whatever the epoch; training draws new ones.
+    """
+
+    sources: Sources
+    split: Split
+    count: int
+    size: int
+    seed: int
+    augmentation: Augmentation
+
+    def batches(self, batch_size: int) -> int:
+        """How many batches cover the set."""
+        return -(-self.count // batch_size)
+
+    def load(
+        self, epoch: int, batch_size: int, workers: int, first: int = 0
+    ) -> Iterator[Batch]:
+        """Batches from number `first` on.
+
+        Images are uint8 (N, size, size, 3), labels float32 (N,).
+        """
+        loader: DataLoader[Batch] = DataLoader(
+            _Batches(self, epoch if self.split == "train" else 0, batch_size),
+            batch_size=None,
+            sampler=range(first, self.batches(batch_size)),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_start_worker,
+        )
+        return iter(loader)
+
+
+class _Batches(Dataset[Batch]):
+    def __init__(self, samples: SampleSet, epoch: int, batch_size: int) -> None:
+        self._samples = samples
+        self._batch_size = batch_size
+        self._seed = [samples.seed, _SPLIT_NUMBER[samples.split], epoch]
+        self._map = np.memmap(samples.sources.file, np.uint8, "r")
+        self._orders = [self._order(kind) for kind in ("other", "catalog")]
+
+    def _order(self, kind: Kind) -> list[Source]:
+        pictures = self._samples.sources.of(kind, self._samples.split)
+        draw = np.random.default_rng([*self._seed, len(pictures)])
+        return [pictures[i] for i in draw.permutation(len(pictures))]
+
+    def __getitem__(self, number: int) -> Batch:
+        first = number * self._batch_size
+        indices = range(first, min(first + self._batch_size, self._samples.count))
+        images = np.stack([self._draw(index) for index in indices])
+        labels = torch.tensor([index % 2 for index in indices], dtype=torch.float32)
+        return torch.from_numpy(images), labels
+
+    def _draw(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        order = self._orders[index % 2]
+        # Going round the shuffled pictures uses each equally often.
+        source = order[index // 2 % len(order)]
+        shape = (source.height, source.width, 3)
+        pixels = self._map[source.offset : source.offset + int(np.prod(shape))]
+        image = Image.fromarray(pixels.reshape(shape))
+        draw = np.random.default_rng([*self._seed, index])
+        return sample(image, draw, self._samples.augmentation, self._samples.size)
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    torch.set_num_threads(1)

@@ -1,0 +1,259 @@
+"""The pictures of a run: found, hashed, decoded once, told apart and split.
+
+Every picture is decoded once, by the daemon's decoder, into a working copy in one
+flat file that the sample workers map into memory.
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import imagehash
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import Folder
+from pic_daemon.images import ImageError, open_rgb
+
+Split = Literal["train", "val"]
+Kind = Literal["catalog", "other"]
+
+VALIDATION_SHARE = 0.2
+"""Share of the other images held back where no folder for validation is given."""
+
+# A copy: perceptual hashes (64 bits) this near, and 32 x 32 thumbnails this alike
+# (mean absolute difference in levels). The hash alone would also take another
+# colour of the same product for a copy; the thumbnail keeps those as decoys.
+_COPY_HASH_DISTANCE = 10
+_COPY_LEVELS = 10.0
+_THUMBNAIL = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture. Its working copy is uint8 RGB of shape (height, width, 3), at
+    `offset` bytes into the working file. `stored_width` and `stored_height` are the
+    file's own. A catalog picture is in both splits, under different augmentations."""
+
+    path: str
+    sha256: str
+    kind: Kind
+    split: Split
+    offset: int
+    height: int
+    width: int
+    stored_width: int
+    stored_height: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that takes no part, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All pictures of a run and the file with their working copies."""
+
+    pictures: tuple[Source, ...]
+    left_out: tuple[LeftOut, ...]
+    file: Path
+
+    def of(self, kind: Kind, split: Split) -> list[Source]:
+        """The pictures to draw samples from."""
+        return [
+            p
+            for p in self.pictures
+            if p.kind == kind and (kind == "catalog" or p.split == split)
+        ]
+
+    @property
+    def catalog_digest(self) -> str:
+        """SHA-256 over the sorted hashes of the catalog: names it, whatever its paths."""
+        hashes = sorted(p.sha256 for p in self.pictures if p.kind == "catalog")
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over content, kind and split of every picture, in order."""
+        lines = (f"{p.sha256} {p.kind} {p.split}\n" for p in self.pictures)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    path: str
+    sha256: str
+    pixels: NDArray[np.uint8]
+    stored: tuple[int, int]
+    hash: int
+    thumbnail: NDArray[np.int16]
+
+
+def gather(
+    catalog: Path, others: Path, others_val: Path | None, file: Path, side: int
+) -> Sources:
+    """Decode every picture below the folders into `file`, its longer side at most `side`.
+
+    Leaves out what cannot be decoded, what repeats another picture byte for byte and
+    other images that are copies of a catalog image. Without `others_val`, the fifth
+    of the other images with the smallest content hashes is held back for validation.
+    Raises InputError where a folder holds no usable image or the disk is full; then
+    `file` is not there.
+    """
+    folders: list[tuple[Path, Kind, Split | None]] = [(catalog, "catalog", "train")]
+    folders.append((others, "other", "train" if others_val else None))
+    if others_val:
+        folders.append((others_val, "other", "val"))
+    left_out: list[LeftOut] = []
+    found: list[tuple[_Decoded, Kind, Split | None, int]] = []
+    seen: dict[str, str] = {}
+    temporary = file.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as out:
+            for folder, kind, split in folders:
+                count = 0
+                for item in _decode_all(_files(folder), side):
+                    if isinstance(item, LeftOut):
+                        left_out.append(item)
+                    elif item.sha256 in seen:
+                        left_out.append(
+                            LeftOut(item.path, f"same bytes as {seen[item.sha256]}")
+                        )
+                    else:
+                        seen[item.sha256] = item.path
+                        count += 1
+                        found.append((_without_pixels(item), kind, split, out.tell()))
+                        out.write(item.pixels.tobytes())
+                if not count:
+                    raise InputError(_nothing_in(folder, left_out))
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    copies = _copies_among_others([(d, kind) for d, kind, _, _ in found])
+    left_out += [LeftOut(p, f"copy of {original}") for p, original in copies.items()]
+    kept = [f for f in found if f[0].path not in copies]
+    held_back = _held_back([d.sha256 for d, _, split, _ in kept if split is None])
+    pictures = tuple(
+        Source(
+            path=d.path,
+            sha256=d.sha256,
+            kind=kind,
+            split=split or ("val" if d.sha256 in held_back else "train"),
+            offset=offset,
+            height=d.pixels.shape[0],
+            width=d.pixels.shape[1],
+            stored_width=d.stored[0],
+            stored_height=d.stored[1],
+        )
+        for d, kind, split, offset in kept
+    )
+    sources = Sources(pictures, tuple(left_out), file)
+    for split in get_args(Split):
+        if not sources.of("other", split):
+            where = others_val if others_val and split == "val" else others
+            raise InputError(f"no image in {where} is left to use as a decoy ({split}).")
+    return sources
+
+
+def write_manifest(sources: Sources, folder: Path) -> None:
+    """Write manifest.csv and left_out.csv into `folder`."""
+    columns = ["path", "sha256", "kind", "split", "stored_width", "stored_height"]
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([getattr(p, c) for c in columns] for p in sources.pictures)
+    with (folder / "left_out.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "reason"])
+        writer.writerows([item.path, item.reason] for item in sources.left_out)
+
+
+def _files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist or is no folder.")
+    return sorted(path for path, _ in Folder(folder.resolve()).scan())
+
+
+def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
+    inside = [item for item in left_out if Path(item.path).is_relative_to(folder.resolve())]
+    if not inside:
+        return f"{folder} holds no image files (looked below it, by file name)."
+    return (
+        f"none of the {len(inside)} image files in {folder} can be used; "
+        f"the first is {inside[0].path}: {inside[0].reason}."
+    )
+
+
+def _decode_all(paths: Iterable[str], side: int) -> Iterator[_Decoded | LeftOut]:
+    workers = os.cpu_count() or 1
+    remaining = iter(paths)
+    with ThreadPoolExecutor(workers) as pool:
+        # In slices, so that no more than one of them is in memory at a time.
+        while chunk := list(islice(remaining, 64 * workers)):
+            yield from pool.map(lambda path: _decode(path, side), chunk)
+
+
+def _decode(path: str, side: int) -> _Decoded | LeftOut:
+    try:
+        data = Path(path).read_bytes()
+        image, stored = open_rgb(data, side // 2)
+    except OSError as error:
+        return LeftOut(path, f"cannot be read: {error.strerror}")
+    except ImageError as error:
+        return LeftOut(path, str(error))
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    small = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
+    bits = imagehash.phash(image).hash.ravel()
+    return _Decoded(
+        path,
+        hashlib.sha256(data).hexdigest(),
+        np.asarray(image),
+        stored,
+        int("".join("1" if bit else "0" for bit in bits), 2),
+        np.asarray(small, dtype=np.int16),
+    )
+
+
+def _without_pixels(item: _Decoded) -> _Decoded:
+    # The copy keeps the shape and gives the memory back.
+    shape_only = np.broadcast_to(np.uint8(0), item.pixels.shape)
+    return _Decoded(
+        item.path, item.sha256, shape_only, item.stored, item.hash, item.thumbnail
+    )
+
+
+def _copies_among_others(items: Sequence[tuple[_Decoded, Kind]]) -> dict[str, str]:
+    """Path of each other image that is a copy -> path of its catalog image."""
+    catalog = [d for d, kind in items if kind == "catalog"]
+    hashes = np.array([d.hash for d in catalog], dtype=np.uint64)
+    copies = {}
+    for item, kind in items:
+        if kind == "catalog":
+            continue
+        distance = np.bitwise_count(hashes ^ np.uint64(item.hash))
+        for index in np.flatnonzero(distance <= _COPY_HASH_DISTANCE):
+            original = catalog[index]
+            if np.abs(original.thumbnail - item.thumbnail).mean() <= _COPY_LEVELS:
+                copies[item.path] = original.path
+                break
+    return copies
+
+
+def _held_back(hashes: Sequence[str]) -> set[str]:
+    if len(hashes) < 2:
+        return set()
+    return set(sorted(hashes)[: max(1, round(VALIDATION_SHARE * len(hashes)))])
