@@ -1,0 +1,81 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from pictures import product, write_products
+from PIL import Image
+
+from pic_training.augmentation import Augmentation, augment, sample
+from pic_training.samples import SampleSet
+from pic_training.sources import Sources, Split, gather
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    folder = tmp_path_factory.mktemp("sources")
+    write_products(folder / "catalog", range(4))
+    write_products(folder / "others", range(100, 110))
+    return gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
+
+
+def drawn(
+    sources: Sources, split: Split = "train", epoch: int = 0, seed: int = 0,
+    workers: int = 0, first: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    samples = SampleSet(sources, split, 40, 64, seed, Augmentation())
+    images, labels = zip(*samples.load(epoch, 16, workers, first), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_a_set_is_balanced_and_of_the_asked_size(sources: Sources) -> None:
+    images, labels = drawn(sources)
+    assert images.shape == (40, 64, 64, 3)
+    assert images.dtype == torch.uint8
+    assert labels.sum() == 20
+
+
+def test_a_sample_depends_on_its_number_alone(sources: Sources) -> None:
+    images, _ = drawn(sources)
+    assert torch.equal(drawn(sources, workers=2)[0], images)
+    assert torch.equal(drawn(sources, first=1)[0], images[16:])
+
+
+def test_training_draws_anew_each_epoch_and_validation_never(sources: Sources) -> None:
+    assert not torch.equal(drawn(sources, epoch=0)[0], drawn(sources, epoch=1)[0])
+    val = drawn(sources, "val", epoch=0)[0]
+    assert torch.equal(drawn(sources, "val", epoch=1)[0], val)
+    assert not torch.equal(drawn(sources, "val", seed=1)[0], val)
+    assert not torch.equal(drawn(sources, epoch=0)[0][1::2], val[1::2])
+
+
+def test_an_alteration_keeps_to_its_ranges() -> None:
+    image = product(0)
+    areas, sides = [], []
+    for number in range(300):
+        draw = np.random.default_rng(number)
+        altered = Image.open(io.BytesIO(augment(image, draw, Augmentation())))
+        assert altered.format == "JPEG"
+        sides.append(max(altered.size))
+        areas.append(altered.width * altered.height)
+    assert min(sides) >= 48 and max(sides) <= 256
+    assert len({*sides}) > 50  # resized to many sizes
+    whole = Augmentation(side=(256, 256))
+    for number in range(300):
+        data = augment(image, np.random.default_rng(number), whole)
+        width, height = Image.open(io.BytesIO(data)).size
+        assert width * height >= 0.49 * 256 * 256
+
+
+def test_both_classes_go_through_the_same_alterations() -> None:
+    # One flat picture under either label gives the very same samples.
+    flat = Image.new("RGB", (200, 150), (90, 120, 30))
+    one, two = (sample(flat, np.random.default_rng(5), Augmentation(), 64) for _ in "ab")
+    assert np.array_equal(one, two)
+    assert one.shape == (64, 64, 3)
+
+
+def test_where_nothing_is_altered_the_picture_comes_through() -> None:
+    still = sample(product(1), np.random.default_rng(0), Augmentation(probability=0), 64)
+    expected = np.asarray(product(1).resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.abs(still.astype(int) - expected).mean() < 2

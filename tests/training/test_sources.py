@@ -1,0 +1,108 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import product, write_products
+
+from pic_daemon.errors import InputError
+from pic_training.sources import Sources, gather, write_manifest
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    write_products(tmp_path / "catalog" / "deep", range(5))
+    write_products(tmp_path / "others", range(100, 120))
+    return tmp_path / "catalog", tmp_path / "others"
+
+
+def collect(folders: tuple[Path, Path], val: Path | None = None) -> Sources:
+    return gather(*folders, val, folders[0].parent / "work.rgb", 128)
+
+
+def reasons(sources: Sources) -> dict[str, str]:
+    return {Path(item.path).name: item.reason for item in sources.left_out}
+
+
+def test_every_picture_is_decoded_once_into_the_working_file(
+    folders: tuple[Path, Path],
+) -> None:
+    sources = collect(folders)
+    assert len(sources.pictures) == 25
+    data = np.memmap(sources.file, np.uint8, "r")
+    picture = sources.of("catalog", "train")[3]
+    assert (picture.width, picture.height, picture.stored_width) == (128, 128, 256)
+    size = picture.width * picture.height * 3
+    copy = data[picture.offset : picture.offset + size].reshape(128, 128, 3)
+    drawn = np.asarray(product(3).resize((128, 128)))
+    assert np.abs(copy.astype(int) - drawn).mean() < 3
+
+
+def test_validation_decoys_are_never_trained_on(folders: tuple[Path, Path]) -> None:
+    sources = collect(folders)
+    train, val = (
+        {p.sha256 for p in sources.of("other", split)} for split in ("train", "val")
+    )
+    assert (len(train), len(val)) == (16, 4)
+    assert not train & val
+    assert max(val) < min(train)  # by content hash, whatever the names
+    assert sources.of("catalog", "train") == sources.of("catalog", "val")
+
+
+def test_a_folder_for_validation_is_used_whole_less_what_was_trained_on(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_products(tmp_path / "val", [119, 200, 201])  # 119 is among the others too
+    sources = collect(folders, tmp_path / "val")
+    assert len(sources.of("other", "train")) == 20
+    assert len(sources.of("other", "val")) == 2
+    assert reasons(sources)["product-00119.jpg"].startswith("same bytes as ")
+
+
+def test_catalog_copies_among_the_others_are_named_and_left_out(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    product(2).resize((100, 100)).save(folders[1] / "copy.jpg", quality=30)
+    product(3).save(folders[1] / "other-format.png")
+    sources = collect(folders)
+    assert set(reasons(sources)) == {"copy.jpg", "other-format.png"}
+    assert reasons(sources)["copy.jpg"].endswith("catalog/deep/product-00002.jpg")
+    write_manifest(sources, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "manifest.csv").open()))
+    assert len(rows) == 25
+    assert {row["kind"] for row in rows} == {"catalog", "other"}
+    assert len(list(csv.DictReader((tmp_path / "left_out.csv").open()))) == 2
+
+
+def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    (folders[1] / "empty.png").touch()
+    sources = collect(folders)
+    assert len(sources.pictures) == 25
+    assert set(reasons(sources)) == {"broken.jpg", "empty.png"}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_folder_without_a_usable_image_is_refused(
+    folders: tuple[Path, Path], which: int, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    pair = [*folders]
+    pair[which] = empty
+    with pytest.raises(InputError, match="does not exist"):
+        collect((pair[0], pair[1]))
+    empty.mkdir()
+    with pytest.raises(InputError, match="holds no image files"):
+        collect((pair[0], pair[1]))
+    (empty / "broken.jpg").write_text("text")
+    with pytest.raises(InputError, match=r"none of the 1 image files .* can be used"):
+        collect((pair[0], pair[1]))
+    assert not list(folders[0].parent.glob("work.*"))
+
+
+def test_the_digest_names_content_not_paths(folders: tuple[Path, Path]) -> None:
+    before = collect(folders)
+    (folders[0] / "deep" / "product-00000.jpg").rename(folders[0] / "renamed.jpg")
+    assert collect(folders).catalog_digest == before.catalog_digest
+    write_products(folders[0], [77])
+    assert collect(folders).catalog_digest != before.catalog_digest

@@ -1,0 +1,208 @@
+"""pic-train and pic-export as a user runs them, on a small scale."""
+
+import csv
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BIN
+from pictures import write_products
+
+from pic_daemon.model import load_model
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("folders")
+    write_products(home / "catalog", range(6))
+    write_products(home / "others", range(100, 130))
+    return home
+
+
+def options(folders: Path, out: Path, **changes: object) -> list[str]:
+    given: dict[str, object] = {
+        "catalog": folders / "catalog", "others": folders / "others", "out": out,
+        "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
+        "workers": 1, **changes,
+    }  # fmt: skip
+    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def finished(folders: Path) -> Path:
+    """A run folder that no test alters."""
+    out = folders / "run"
+    command = [str(BIN / "pic-train"), *options(folders, out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return out
+
+
+def test_a_run_folder_holds_everything_about_the_run(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "digest.json", "manifest.csv", "left_out.csv", "metrics.csv",
+        "metrics.json", "best.pt", "last.pt", "validation.npz", "parity.npy",
+        "TrainingLossAccuracyPlot.png", "report.json",
+    }  # fmt: skip
+    epochs = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [row["epoch"] for row in epochs] == ["1", "2"]
+    assert len(json.loads((finished / "metrics.json").read_text())) == 2
+    assert np.load(finished / "parity.npy").shape == (256, 64, 64, 3)
+
+
+def test_the_report_adds_up(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    confusion = report["confusion"]
+    assert sum(confusion.values()) == 256
+    right = confusion["true_positive"] + confusion["true_negative"]
+    assert report["accuracy"]["value"] == right / 256
+    assert report["recall"]["of"] == report["false_positive_rate"]["of"] == 128
+    for name in ("accuracy", "precision", "recall", "false_positive_rate"):
+        share = report[name]
+        assert 0 <= share["low"] <= share["value"] <= share["high"] <= 1
+    assert report["images_per_second"] > 0
+    assert report["device"].startswith("cpu")
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_result(
+    folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [str(BIN / "pic-train"), *options(folders, out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("epoch 1/2"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate()
+    assert process.returncode == 130
+    progress = torch.load(out / "last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["batch"] > 0) == (1, True)
+
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    whole, parts = (
+        torch.load(folder / "last.pt", weights_only=True)["network"]
+        for folder in (finished, out)
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    accuracies = [
+        [epoch["val_accuracy"] for epoch in json.loads((f / "metrics.json").read_text())]
+        for f in (finished, out)
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_finished_run_may_be_resumed_to_no_effect(
+    finished: Path, folders: Path, run_tool: Run
+) -> None:
+    before = (finished / "last.pt").read_bytes()
+    result = run_tool("pic-train", *options(folders, finished), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (finished / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "sentence"),
+    [
+        ({"catalog": "/nowhere"}, [], "/nowhere does not exist"),
+        ({"others": "/nowhere"}, [], "/nowhere does not exist"),
+        (
+            {"arch": "resnet50", "weights": "/nowhere.pth"},
+            [],
+            "/nowhere.pth cannot be read",
+        ),
+        ({"weights": "imagenet"}, [], "no pretrained weights for the cnn"),
+        ({}, ["--resume"], "holds no run to resume"),
+    ],
+)
+def test_wrong_input_leaves_no_run_folder(
+    run_tool: Run, folders: Path, tmp_path: Path,
+    changes: dict[str, object], extra: list[str], sentence: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    result = run_tool("pic-train", *options(folders, out, **changes), *extra)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_another_run_is_never_overwritten(
+    run_tool: Run, folders: Path, finished: Path
+) -> None:
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir())
+    fresh = run_tool("pic-train", *options(folders, finished))
+    assert fresh.returncode == 2 and "already holds another run" in fresh.stderr
+    changed = run_tool("pic-train", *options(folders, finished, seed=7), "--resume")
+    assert changed.returncode == 2 and "seed = 0, not 7" in changed.stderr
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir()) == before
+
+
+def test_an_unreadable_image_is_named_and_counted(
+    run_tool: Run, folders: Path, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    (tmp_path / "catalog" / "broken.jpg").write_text("not a picture")
+    changes = {"catalog": tmp_path / "catalog", "epochs": 1, "train-images": 32}
+    result = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    assert result.returncode == 0, result.stderr
+    assert f"left out {tmp_path / 'catalog' / 'broken.jpg'}: not an image" in result.stderr
+    assert "1 files left out" in result.stdout
+
+
+def test_a_learning_rate_that_explodes_ends_with_a_sentence(
+    run_tool: Run, folders: Path, tmp_path: Path
+) -> None:
+    result = run_tool("pic-train", *options(folders, tmp_path / "run", lr=1e12))
+    assert result.returncode == 2
+    assert "start again with a smaller --lr" in result.stderr
+
+
+def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
+    run_tool: Run, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "model.onnx"
+    result = run_tool("pic-export", finished, "--output", output)
+    assert result.returncode == 0, result.stderr
+    assert "256 real samples score as in PyTorch" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]  # one file
+
+    model = load_model(output, "cpu")
+    report = json.loads((finished / "report.json").read_text())
+    assert model.info.threshold == report["threshold"]
+    assert model.info.catalog_digest == report["catalog_digest"]
+    assert (model.info.catalog_size, model.info.input_size) == (6, 64)
+    with np.load(finished / "validation.npz") as stored:
+        logits, labels = stored["scores"], stored["labels"]
+    scores = model.score(np.load(finished / "parity.npy"))
+    assert np.abs(scores - 1 / (1 + np.exp(-logits[:256]))).max() < 1e-4
+    assert len(labels) == 256
+
+
+def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pic_daemon.errors import InputError
+    from pic_training import export
+
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)  # no two runtimes agree to the last bit
+    with pytest.raises(InputError, match=r"disagrees with PyTorch: scores differ by up to"):
+        export.export_run(finished, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_what_is_no_finished_run(run_tool: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        result = run_tool("pic-export", folder, "--output", tmp_path / "model.onnx")
+        assert result.returncode == 2
+        assert "holds no finished epoch" in result.stderr
+    assert not (tmp_path / "model.onnx").exists()
