@@ -45,8 +45,10 @@ def main(model: Path, catalog: Path, others_val: Path, work: Path, count: int) -
             alter(path, drop / f"{kind}-{path.name}", draw)
     seconds, from_ready = serve(model, work, 2 * count)
     print_table(work / "log.db")
-    print(f"\n{2 * count} files: {seconds:.1f} s from the start of the process to the last "
-          f"row, {from_ready:.2f} s from readiness: {2 * count / from_ready:.0f} images/s")  # fmt: skip
+    print(
+        f"\n{2 * count} files: {seconds:.1f} s from the start of the process to the "
+        f"last row, {from_ready:.2f} s from readiness: {2 * count / from_ready:.0f} images/s"
+    )
 
 
 def alter(path: Path, to: Path, draw: random.Random) -> None:
@@ -64,8 +66,9 @@ def alter(path: Path, to: Path, draw: random.Random) -> None:
 def serve(model: Path, work: Path, count: int) -> tuple[float, float]:
     """Seconds from process start and from readiness to the last committed row."""
     database = work / "log.db"
-    command = [str(Path(sys.executable).parent / "pic-daemon"), "run", "--watch",
-               str(work / "drop"), "--model", str(model), "--database", str(database)]  # fmt: skip
+    daemon_program = str(Path(sys.executable).parent / "pic-daemon")
+    command = [daemon_program, "run", "--watch", str(work / "drop")]
+    command += ["--model", str(model), "--database", str(database)]
     started, ready = time.time(), 0.0
     daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert daemon.stderr

@@ -64,7 +64,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     file.write_text("no state dict")
     with pytest.raises(InputError, match="cannot be read as a state dict"):
         resnet50(str(file))
-    with pytest.raises(InputError, match="cannot be read as a state dict: .*No such file"):
+    with pytest.raises(InputError, match=r"cannot be read as a state dict: .*No such file"):
         resnet50(str(tmp_path / "missing.pth"))
     with pytest.raises(InputError, match="no pretrained weights for the cnn"):
         cnn("imagenet")

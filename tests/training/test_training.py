@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,8 +113,8 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
 @pytest.mark.parametrize(
     ("changes", "extra", "sentence"),
     [
-        ({"catalog": "/nowhere"}, [], "/nowhere does not exist"),
-        ({"others": "/nowhere"}, [], "/nowhere does not exist"),
+        ({"catalog": "/nowhere"}, [], "'/nowhere' does not exist"),
+        ({"others": "/nowhere"}, [], "'/nowhere' does not exist"),
         (
             {"arch": "resnet50", "weights": "/nowhere.pth"},
             [],
@@ -146,6 +147,20 @@ def test_another_run_is_never_overwritten(
     assert sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir()) == before
 
 
+def test_without_the_train_extra_it_says_what_to_install(
+    folders: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name: None if name == 'torch' else find(name)\n"
+        "from pic_training.cli import train; train()"
+    )
+    command = [sys.executable, "-c", code, *options(folders, tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "training needs torch" in result.stderr
+
+
 def test_an_unreadable_image_is_named_and_counted(
     run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +179,7 @@ def test_a_learning_rate_that_explodes_ends_with_a_sentence(
     result = run_tool("pic-train", *options(folders, tmp_path / "run", lr=1e12))
     assert result.returncode == 2
     assert "start again with a smaller --lr" in result.stderr
+    assert not (tmp_path / "run" / "sources.rgb").exists()
 
 
 def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
@@ -201,8 +217,11 @@ def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
 
 def test_export_refuses_what_is_no_finished_run(run_tool: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "none", tmp_path / "empty"):
-        result = run_tool("pic-export", folder, "--output", tmp_path / "model.onnx")
+    cases = {"none": "does not exist", "empty": "holds no finished epoch"}
+    for name, sentence in cases.items():
+        result = run_tool(
+            "pic-export", tmp_path / name, "--output", tmp_path / "model.onnx"
+        )
         assert result.returncode == 2
-        assert "holds no finished epoch" in result.stderr
+        assert sentence in result.stderr
     assert not (tmp_path / "model.onnx").exists()

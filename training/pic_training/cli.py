@@ -2,45 +2,46 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from pic_daemon.errors import InputError
-from pic_training.export import export_run
-from pic_training.networks import ARCHITECTURES
-from pic_training.report import write_report
-from pic_training.run_folder import RunConfig
-from pic_training.training import Interrupted, run_training
 
-_PATH = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from pic_training.run_folder import RunConfig
+
+# PyTorch is imported where it is needed: help and refusals should not wait for it.
+
+_FILE = click.Path(path_type=Path)
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 @click.command()
 @click.version_option(package_name="product-image-classifier")
-@click.option("--catalog", required=True, type=_PATH, help="Your product images.")
+@click.option("--catalog", required=True, type=_FOLDER, help="Your product images.")
 @click.option(
     "--others",
     required=True,
-    type=_PATH,
+    type=_FOLDER,
     help="Images that are not yours, best of the kinds people will drop.",
 )
 @click.option(
     "--others-val",
-    type=_PATH,
+    type=_FOLDER,
     help="Others to validate on [a fifth of --others, by content hash].",
 )
 @click.option(
     "--out",
     required=True,
-    type=_PATH,
+    type=_FILE,
     metavar="RUN_DIR",
     help="New folder for checkpoints, metrics and report.",
 )
 @click.option(
-    "--arch", type=click.Choice(list(ARCHITECTURES)), default="cnn", show_default=True
+    "--arch", type=click.Choice(["cnn", "resnet50"]), default="cnn", show_default=True
 )
 @click.option(
     "--weights",
@@ -76,6 +77,10 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
 
     Example: pic-train --catalog products --others photos --out runs/first
     """
+    _need_the_train_extra()
+    from pic_training.report import write_report
+    from pic_training.training import Interrupted, run_training
+
     config = _config(**options)
     if workers is None:
         workers = os.cpu_count() or 1
@@ -95,7 +100,22 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     click.echo(f"report: {out / 'report.json'}")
 
 
-def _config(**options: Any) -> RunConfig:
+def _need_the_train_extra() -> None:
+    missing = [p for p in ("torch", "torchvision", "onnx", "matplotlib", "imagehash")
+               if find_spec(p) is None]  # fmt: skip
+    if missing:
+        raise InputError(
+            f"training needs {', '.join(missing)}, which the base install leaves out: "
+            "pip install 'product-image-classifier[train]'."
+        )
+
+
+def _config(**options: Any) -> "RunConfig":
+    import torch
+
+    from pic_training.networks import ARCHITECTURES
+    from pic_training.run_folder import RunConfig
+
     architecture = ARCHITECTURES[options["arch"]]
     device = options["device"]
     if device == "auto":
@@ -124,13 +144,16 @@ def _config(**options: Any) -> RunConfig:
 
 @click.command()
 @click.version_option(package_name="product-image-classifier")
-@click.argument("run_dir", type=_PATH)
-@click.option("--output", required=True, type=_PATH, help="The ONNX file to write.")
+@click.argument("run_dir", type=_FOLDER)
+@click.option("--output", required=True, type=_FILE, help="The ONNX file to write.")
 def export(run_dir: Path, output: Path) -> None:
     """Write the best network of RUN_DIR as one ONNX file, checked against PyTorch.
 
     Example: pic-export runs/first --output model.onnx
     """
+    _need_the_train_extra()
+    from pic_training.export import export_run
+
     parity = export_run(run_dir, output)
     click.echo(
         f"{output}: {output.stat().st_size:,} bytes; {parity.samples} real samples "

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from pic_daemon.errors import InputError
@@ -83,9 +83,11 @@ def resnet50(weights: str = "imagenet") -> nn.Module:
     state dict in torchvision's layout, whose last layer is left aside. Raises
     InputError naming the keys or shapes that do not fit.
     """
-    network = torchvision.models.resnet50()
+    from torchvision import models  # takes seconds, which only this network needs
+
+    network = models.resnet50()
     if weights == "imagenet":
-        _load_imagenet(network)
+        _load_imagenet(network, models.ResNet50_Weights.IMAGENET1K_V2)
     elif weights != "none":
         _load_file(network, Path(weights))
     network.fc = nn.Linear(network.fc.in_features, 1)
@@ -114,8 +116,7 @@ ARCHITECTURES = {
 }
 
 
-def _load_imagenet(network: nn.Module) -> None:
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+def _load_imagenet(network: nn.Module, weights: Any) -> None:
     try:
         network.load_state_dict(weights.get_state_dict(check_hash=True))
     except OSError as error:

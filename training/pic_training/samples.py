@@ -8,9 +8,11 @@ seen, whatever the number of workers.
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,13 +65,17 @@ class _Batches(Dataset[Batch]):
         self._samples = samples
         self._batch_size = batch_size
         self._seed = [samples.seed, _SPLIT_NUMBER[samples.split], epoch]
-        self._map = np.memmap(samples.sources.file, np.uint8, "r")
         self._orders = [self._order(kind) for kind in ("other", "catalog")]
 
     def _order(self, kind: Kind) -> list[Source]:
         pictures = self._samples.sources.of(kind, self._samples.split)
         draw = np.random.default_rng([*self._seed, len(pictures)])
         return [pictures[i] for i in draw.permutation(len(pictures))]
+
+    @cached_property
+    def _pixels(self) -> NDArray[np.uint8]:
+        # Mapped in each worker: a map that is sent to a worker is copied whole.
+        return np.memmap(self._samples.sources.file, np.uint8, "r")
 
     def __getitem__(self, number: int) -> Batch:
         first = number * self._batch_size
@@ -78,12 +84,12 @@ class _Batches(Dataset[Batch]):
         labels = torch.tensor([index % 2 for index in indices], dtype=torch.float32)
         return torch.from_numpy(images), labels
 
-    def _draw(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _draw(self, index: int) -> NDArray[np.uint8]:
         order = self._orders[index % 2]
         # Going round the shuffled pictures uses each equally often.
         source = order[index // 2 % len(order)]
         shape = (source.height, source.width, 3)
-        pixels = self._map[source.offset : source.offset + int(np.prod(shape))]
+        pixels = self._pixels[source.offset : source.offset + int(np.prod(shape))]
         image = Image.fromarray(pixels.reshape(shape))
         draw = np.random.default_rng([*self._seed, index])
         return sample(image, draw, self._samples.augmentation, self._samples.size)

@@ -69,38 +69,47 @@ class Interrupted(Exception):
 def run_training(config: RunConfig, folder: Path, workers: int, resume: bool) -> RunResult:
     """Train as `config` says, leaving everything in `folder`.
 
-    Raises InputError for bad input, when a folder that it made is gone again, and
-    Interrupted after Ctrl-C.
+    Raises InputError for bad input (then a folder that it made is gone again) and
+    where the loss stops being a number or the disk is full (then the last good
+    checkpoint stays), and Interrupted after Ctrl-C.
     """
     is_new = claim_folder(config, folder, resume)
     architecture = ARCHITECTURES[config.arch]
     working_file = folder / "sources.rgb"
     try:
-        sources = gather(
-            Path(config.catalog),
-            Path(config.others),
-            Path(config.others_val) if config.others_val else None,
-            working_file,
-            max(256, 2 * architecture.size),
-        )
-        _say_left_out(sources)
-        torch.manual_seed(config.seed)
-        network = Normalised(architecture.build(config.weights), architecture)
-        if is_new:
-            write_json(folder / "config.json", asdict(config))
-            write_json(folder / "digest.json", {"sources": sources.digest})
-            write_manifest(sources, folder)
-        elif read_json(folder / "digest.json")["sources"] != sources.digest:
-            raise InputError(
-                f"the images changed since {folder} was begun; start a new run folder."
+        try:
+            sources = gather(
+                Path(config.catalog),
+                Path(config.others),
+                Path(config.others_val) if config.others_val else None,
+                working_file,
+                max(256, 2 * architecture.size),
             )
-        result = _Run(config, folder, workers, sources, network).finish(resume)
-    except InputError:
-        if is_new:
-            shutil.rmtree(folder)
-        raise
-    working_file.unlink()
-    return result
+            _say_left_out(sources)
+            torch.manual_seed(config.seed)
+            network = Normalised(architecture.build(config.weights), architecture)
+            _identify(config, sources, folder, is_new)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
+        return _Run(config, folder, workers, sources, network).finish(resume)
+    except OSError as error:
+        raise InputError(f"cannot write in {folder}: {error.strerror}.") from error
+    finally:
+        working_file.unlink(missing_ok=True)
+
+
+def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
+    """Write down what the run is made of, or check that it is still made of that."""
+    if is_new:
+        write_json(folder / "config.json", asdict(config))
+        write_json(folder / "digest.json", {"sources": sources.digest})
+        write_manifest(sources, folder)
+    elif read_json(folder / "digest.json")["sources"] != sources.digest:
+        raise InputError(
+            f"the images changed since {folder} was begun; start a new run folder."
+        )
 
 
 def _say_left_out(sources: Sources) -> None:
