@@ -47,7 +47,8 @@ def main(model: Path, catalog: Path, others_val: Path, work: Path, count: int) -
     print_table(work / "log.db")
     print(
         f"\n{2 * count} files: {seconds:.1f} s from the start of the process to the "
-        f"last row, {from_ready:.2f} s from readiness: {2 * count / from_ready:.0f} images/s"
+        f"last row, {from_ready:.2f} s from readiness, "
+        f"{2 * count / from_ready:.0f} images/s"
     )
 
 
