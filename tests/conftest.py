@@ -60,9 +60,14 @@ def write_model(path: Path, metadata: dict[str, str] | None = None) -> Path:
 
 
 def write_image(path: Path, level: int, side: int = 40) -> Path:
-    """A grey picture of the given level, which the model above scores as level / 255."""
+    """A grey picture of two stripes; the model above scores it as level / 255.
+
+    Levels 0 and 255 are flat, which counts as blank.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(path)
+    stripes = np.full((side, side, 3), min(255, 2 * level), np.uint8)
+    stripes[: side // 2] = max(0, 2 * level - 255)
+    Image.fromarray(stripes).save(path)
     return path
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from pic_daemon import match_log
 from pic_daemon.config import Config, load_config
@@ -156,19 +155,18 @@ def classify(model: Path, provider: Any, as_json: bool, images: tuple[Path, ...]
 
 def _classify_batch(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]:
     readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
-    pixels = [r.image.pixels for r in readings if r.image]
-    scores = iter(model.score(np.stack(pixels)).tolist() if pixels else [])
+    verdicts = iter(model.judge([r.image for r in readings if r.image]))
     rows = []
     for path, reading in zip(paths, readings, strict=True):
-        score = next(scores) if reading.image else None
+        verdict = next(verdicts) if reading.image else None
         gone = "no such file" if reading.stamp is None else "changed while being read"
         rows.append(
             {
                 "path": text_of(str(path)),
-                "status": "failed" if score is None else model.verdict(score),
-                "score": score,
+                "status": verdict.status if verdict else "failed",
+                "score": verdict.score if verdict else None,
                 "threshold": model.info.threshold,
-                "error": None if reading.image else reading.error or gone,
+                "error": verdict.reason if verdict else reading.error or gone,
             }
         )
     return rows

@@ -27,6 +27,9 @@ COLOR = "sRGB, EXIF orientation applied, transparency over white, first frame"
 MAX_PIXELS = 200_000_000
 """Largest width x height decoded by default: above any camera, below a bomb."""
 
+BLANK_LEVELS = 3.0
+"""A picture whose every channel deviates less than this (0..255) is nearly uniform."""
+
 _OVERSAMPLING = 2
 # A JPEG is decoded at the smallest DCT scale that leaves at least this factor per
 # side for the final resize: 0.9 levels mean difference from a full decode at 64 px.
@@ -64,6 +67,11 @@ class DecodedImage:
     width: int
     height: int
     format: str
+
+    @property
+    def blank(self) -> bool:
+        """Whether the picture is nearly uniform, so that there is nothing to recognise."""
+        return bool(self.pixels.std(axis=(0, 1)).max() < BLANK_LEVELS)
 
 
 def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:

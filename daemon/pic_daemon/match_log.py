@@ -64,7 +64,7 @@ def create_log(db: Database) -> None:
             inode INTEGER NOT NULL,       -- still the one that was recorded?
             UNIQUE (path, sha256),
             CHECK ((status = 'failed') = (score IS NULL)),
-            CHECK ((status = 'failed') = (error IS NOT NULL))
+            CHECK (status <> 'failed' OR error IS NOT NULL)
         ) STRICT
         """
     )
@@ -85,7 +85,8 @@ class Outcome:
     """What became of one image: a row of the table `images`.
 
     `seen_at` and `classified_at` are POSIX times in seconds. `score` and
-    `threshold` are in [0, 1]; None with status ``failed``, when `error` says why.
+    `threshold` are in [0, 1], None with status ``failed``. `error` says why an image
+    failed, or why it was not judged by its score.
     """
 
     path: str

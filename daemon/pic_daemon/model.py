@@ -8,6 +8,7 @@ catalog. Everything else a server needs stands in the file's metadata.
 import ctypes
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
-from pic_daemon.images import Pixels
+from pic_daemon.images import DecodedImage, Pixels
 
 FORMAT = "product-image-classifier"
 FORMAT_VERSION = 1
@@ -85,6 +86,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the model says of one image; `score` in [0, 1], `reason` where not by score."""
+
+    status: Literal["match", "no-match"]
+    score: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model, ready to score.
 
@@ -104,9 +114,20 @@ class Model:
         (scores,) = self.session.run(["score"], {"images": images})
         return np.asarray(scores, dtype=np.float32)
 
-    def verdict(self, score: float) -> Literal["match", "no-match"]:
-        """What a score means under this model's threshold."""
-        return "match" if score >= self.info.threshold else "no-match"
+    def judge(self, images: Sequence[DecodedImage]) -> list[Verdict]:
+        """Score decoded images in one batch and say what each score means.
+
+        A nearly uniform picture never matches, whatever the network says of it.
+        """
+        if not images:
+            return []
+        scores = self.score(np.stack([image.pixels for image in images])).tolist()
+        return [
+            Verdict("no-match", 0.0, "nearly uniform picture: nothing to recognise")
+            if image.blank
+            else Verdict("match" if score >= self.info.threshold else "no-match", score)
+            for image, score in zip(images, scores, strict=True)
+        ]
 
     def metadata_json(self) -> str:
         """The metadata as one JSON object."""

@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from pic_daemon.config import Config
 from pic_daemon.folders import FileStamp, stamp_of
 from pic_daemon.match_log import MatchLog, Outcome, text_of
-from pic_daemon.model import Model
+from pic_daemon.model import Model, Verdict
 from pic_daemon.reading import Reading, read_image
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
@@ -229,11 +227,10 @@ class Service:
 
     def _finish_batch(self) -> None:
         readings, self._batch = self._batch, []
-        images = [r.image.pixels for r in readings if r.image]
-        scores = iter(self.model.score(np.stack(images)).tolist() if images else [])
+        verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
         now = time.time()
         outcomes = [
-            self._outcome(reading, next(scores) if reading.image else None, now)
+            self._outcome(reading, next(verdicts) if reading.image else None, now)
             for reading in readings
         ]
         self.log.record(outcomes, self.model)
@@ -241,22 +238,22 @@ class Service:
             _report(outcome)
             self._let_go(outcome.path)
 
-    def _outcome(self, reading: Reading, score: float | None, now: float) -> Outcome:
+    def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
         assert reading.stamp
         image = reading.image
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
             stamp=reading.stamp,
-            status="failed" if score is None else self.model.verdict(score),
+            status=verdict.status if verdict else "failed",
             seen_at=self._in_hand[reading.path].seen_at,
             classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
             format=image.format if image else None,
-            score=score,
+            score=verdict.score if verdict else None,
             threshold=self.model.info.threshold if image else None,
-            error=reading.error,
+            error=verdict.reason if verdict else reading.error,
         )
 
     def _patience(self) -> float:

@@ -12,7 +12,7 @@ def names(folder: Folder) -> set[str]:
 
 def test_images_are_found_by_name_whatever_the_case(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.PNG", "c.txt", ".hidden.jpg", "d.jpg.part", "sub/e.webp"):
-        write_image(tmp_path / "x.png", 0).rename(path := tmp_path / "x")
+        write_image(tmp_path / "x.png", 25).rename(path := tmp_path / "x")
         (tmp_path / name).parent.mkdir(exist_ok=True)
         path.rename(tmp_path / name)
     assert names(Folder(tmp_path)) == {"a.jpg", "b.PNG", "sub/e.webp"}
@@ -30,7 +30,7 @@ def test_wants_agrees_with_scan(tmp_path: Path) -> None:
 
 
 def test_links_pipes_and_folders_named_like_images_are_no_files(tmp_path: Path) -> None:
-    outside = write_image(tmp_path / "outside" / "real.png", 0)
+    outside = write_image(tmp_path / "outside" / "real.png", 25)
     drop = tmp_path / "drop"
     (drop / "x.jpg").mkdir(parents=True)
     (drop / "link.png").symlink_to(outside)

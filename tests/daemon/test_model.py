@@ -7,6 +7,7 @@ from conftest import INFO, SIZE, write_model
 from onnx import TensorProto, helper
 
 from pic_daemon.errors import InputError
+from pic_daemon.images import DecodedImage
 from pic_daemon.model import ModelInfo, load_model
 
 
@@ -23,8 +24,12 @@ def test_scores_are_one_probability_per_image(model_file: Path) -> None:
 
 def test_the_verdict_takes_the_threshold_itself_as_a_match(model_file: Path) -> None:
     model = load_model(model_file)
-    assert model.verdict(0.5) == "match"
-    assert model.verdict(0.49999) == "no-match"
+    edge = np.zeros((SIZE, SIZE, 3), np.uint8)
+    edge[: SIZE // 2] = 255
+    below = edge.copy()
+    below[0, 0, 0] = 254
+    images = [DecodedImage(pixels, 40, 40, "PNG") for pixels in (edge, below)]
+    assert [verdict.status for verdict in model.judge(images)] == ["match", "no-match"]
 
 
 def test_the_provider_in_use_and_its_reason_are_known(model_file: Path) -> None:

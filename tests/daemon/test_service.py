@@ -15,11 +15,11 @@ def statuses(rows: list[dict[str, object]]) -> dict[str, object]:
 
 def test_a_new_image_gets_its_row(daemon: DaemonProcess) -> None:
     daemon.start()
-    write_image(daemon.drop / "white.png", 255)
-    write_image(daemon.drop / "black.png", 0)
+    write_image(daemon.drop / "white.png", 230)
+    write_image(daemon.drop / "black.png", 25)
     rows = daemon.wait_for_rows(2)
     assert statuses(rows) == {"white.png": "match", "black.png": "no-match"}
-    assert [row["score"] for row in rows] == [0.0, 1.0]
+    assert [round(float(str(row["score"])), 2) for row in rows] == [0.1, 0.9]
     assert all(float(str(row["latency_ms"])) > 0 for row in rows)
 
 
@@ -52,9 +52,9 @@ def test_touching_a_file_does_not_classify_it_again(daemon: DaemonProcess) -> No
 
 def test_other_content_under_the_same_name_is_another_row(daemon: DaemonProcess) -> None:
     daemon.start()
-    path = write_image(daemon.drop / "a.png", 0)
+    path = write_image(daemon.drop / "a.png", 25)
     daemon.wait_for_rows(1)
-    write_image(path, 255)
+    write_image(path, 230)
     rows = daemon.wait_for_rows(2)
     assert [row["status"] for row in rows] == ["no-match", "match"]
 
@@ -62,7 +62,7 @@ def test_other_content_under_the_same_name_is_another_row(daemon: DaemonProcess)
 def test_a_slowly_written_file_is_read_when_it_is_complete(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
-    data = write_image(tmp_path / "x.png", 255, side=400).read_bytes()
+    data = write_image(tmp_path / "x.png", 230, side=400).read_bytes()
     daemon.start()
     with (daemon.drop / "slow.png").open("wb") as file:
         for start in range(0, len(data), len(data) // 5):
@@ -76,7 +76,7 @@ def test_a_slowly_written_file_is_read_when_it_is_complete(
 def test_a_file_closed_half_written_is_not_failed_for_it(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
-    data = write_image(tmp_path / "x.png", 255, side=400).read_bytes()
+    data = write_image(tmp_path / "x.png", 230, side=400).read_bytes()
     daemon.start("--settle-seconds", 2)
     path = daemon.drop / "twice.png"
     path.write_bytes(data[:-20])
@@ -90,12 +90,12 @@ def test_files_renamed_and_folders_moved_in_are_found(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
     daemon.start()
-    write_image(tmp_path / "outside" / "moved.png", 255)
+    write_image(tmp_path / "outside" / "moved.png", 230)
     (tmp_path / "outside" / "moved.png").rename(daemon.drop / "moved.png")
-    write_image(tmp_path / "tree" / "a" / "b" / "nested.png", 255)
+    write_image(tmp_path / "tree" / "a" / "b" / "nested.png", 230)
     (tmp_path / "tree").rename(daemon.drop / "tree")
     temporary = daemon.drop / "renamed.png.part"
-    write_image(tmp_path / "z.png", 255).rename(temporary)
+    write_image(tmp_path / "z.png", 230).rename(temporary)
     temporary.rename(daemon.drop / "renamed.png")
     names = statuses(daemon.wait_for_rows(3))
     assert names == dict.fromkeys(["moved.png", "nested.png", "renamed.png"], "match")
@@ -116,7 +116,7 @@ def test_a_bad_file_costs_only_its_own_row(daemon: DaemonProcess) -> None:
     (daemon.drop / "cut.jpg").write_bytes((daemon.drop / "cut.jpg").read_bytes()[:5000])
     (daemon.drop / "empty.png").touch()
     (daemon.drop / "words.gif").write_text("not a picture")
-    write_image(daemon.drop / "good.png", 255)
+    write_image(daemon.drop / "good.png", 230)
     daemon.start()
     rows = daemon.wait_for_rows(4)
     reasons = {Path(str(row["path"])).name: row["error"] for row in rows}
@@ -124,6 +124,14 @@ def test_a_bad_file_costs_only_its_own_row(daemon: DaemonProcess) -> None:
     assert reasons["empty.png"] == "the file is empty"
     assert "not an image" in str(reasons["words.gif"])
     assert statuses(rows)["good.png"] == "match"
+
+
+def test_a_blank_picture_never_matches_and_the_row_says_why(daemon: DaemonProcess) -> None:
+    write_image(daemon.drop / "blank.png", 255)  # by its score alone a sure match
+    daemon.start()
+    (row,) = daemon.wait_for_rows(1)
+    assert (row["status"], row["score"]) == ("no-match", 0.0)
+    assert row["error"] == "nearly uniform picture: nothing to recognise"
 
 
 def test_sigint_and_sigterm_finish_cleanly(daemon: DaemonProcess) -> None:
@@ -139,21 +147,21 @@ def test_files_that_no_event_announces_are_found_by_the_rescan(
     # a file that matches only later (its folder is renamed from a hidden name) is not.
     daemon.start("--rescan-seconds", 1)
     hidden = daemon.drop / ".incoming"
-    write_image(hidden / "a.png", 255)
+    write_image(hidden / "a.png", 230)
     hidden.rename(daemon.drop / "incoming")
-    (daemon.drop / "link.png").hardlink_to(write_image(tmp_path / "b.png", 0))
+    (daemon.drop / "link.png").hardlink_to(write_image(tmp_path / "b.png", 25))
     assert statuses(daemon.wait_for_rows(2)) == {"a.png": "match", "link.png": "no-match"}
 
 
 def test_a_model_is_named_in_every_row(daemon: DaemonProcess, tmp_path: Path) -> None:
-    write_image(daemon.drop / "a.png", 255)
+    write_image(daemon.drop / "a.png", 230)
     daemon.start()
     daemon.wait_for_rows(1)
     daemon.stop()
     metadata = write_model(tmp_path / "other.onnx").read_bytes()
     daemon.model = tmp_path / "second.onnx"
     daemon.model.write_bytes(metadata + b"\x12\x00")  # the same graph, another hash
-    write_image(daemon.drop / "b.png", 255)
+    write_image(daemon.drop / "b.png", 230)
     daemon.start()
     first, second = daemon.wait_for_rows(2)
     assert first["model"] != second["model"]
