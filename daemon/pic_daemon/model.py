@@ -34,7 +34,9 @@ class ModelInfo:
     """What the file's metadata says; every field is a string key in `metadata_props`.
 
     `input_size` is the side H = W in pixels. `threshold` in [0, 1]: a score at or
-    above it is a match; `threshold_rule` says how it was chosen.
+    above it is a match; `threshold_rule` says how it was chosen, and `fpr`, with its
+    95% interval `fpr_low` to `fpr_high`, is the share of unseen decoys that matched
+    at it. `temperature` is the divisor of the logits inside the graph.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
     """
 
@@ -44,6 +46,11 @@ class ModelInfo:
     color: str
     threshold: float
     threshold_rule: str
+    target_fpr: float
+    fpr: float
+    fpr_low: float
+    fpr_high: float
+    temperature: float
     catalog_digest: str
     catalog_size: int
     training_run: str

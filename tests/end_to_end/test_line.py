@@ -17,7 +17,7 @@ def test_from_two_folders_to_the_match_log(run_tool: Run, tmp_path: Path) -> Non
     trained = run_tool(
         "pic-train", "--catalog", tmp_path / "catalog", "--others", tmp_path / "others",
         "--out", tmp_path / "run", "--epochs", 2, "--train-images", 1600,
-        "--val-images", 256, "--device", "cpu",
+        "--val-images", 256, "--device", "cpu", "--target-fpr", 0.05,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     exported = run_tool("pic-export", tmp_path / "run", "--output", tmp_path / "model.onnx")

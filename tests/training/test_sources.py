@@ -74,6 +74,26 @@ def test_catalog_copies_among_the_others_are_named_and_left_out(
     assert len(list(csv.DictReader((tmp_path / "left_out.csv").open()))) == 2
 
 
+def test_near_duplicates_stay_on_one_side_of_the_split(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for seed in range(100, 110):
+        product(seed).save(folders[1] / f"again-{seed}.jpg", quality=50)
+    sources = collect(folders)
+    sides: dict[str, set[str]] = {}
+    for picture in sources.pictures:
+        if picture.kind == "other":
+            sides.setdefault(picture.group, set()).add(picture.split)
+    assert len(sides) == 20
+    assert all(len(splits) == 1 for splits in sides.values())
+
+    (tmp_path / "val").mkdir()
+    product(105).resize((200, 200)).save(tmp_path / "val" / "leak.jpg")
+    write_products(tmp_path / "val", [300])
+    left_out = reasons(collect(folders, tmp_path / "val"))
+    assert "near-duplicate of " in left_out["leak.jpg"]
+
+
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:
     (folders[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
     (folders[1] / "empty.png").touch()

@@ -31,7 +31,7 @@ def options(folders: Path, out: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
         "catalog": folders / "catalog", "others": folders / "others", "out": out,
         "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
-        "workers": 1, **changes,
+        "workers": 1, "target-fpr": 0.05, **changes,
     }  # fmt: skip
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
@@ -57,16 +57,18 @@ def test_a_run_folder_holds_everything_about_the_run(finished: Path) -> None:
     assert np.load(finished / "parity.npy").shape == (256, 64, 64, 3)
 
 
-def test_the_report_adds_up(finished: Path) -> None:
+def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    confusion = report["confusion"]
-    assert sum(confusion.values()) == 256
-    right = confusion["true_positive"] + confusion["true_negative"]
-    assert report["accuracy"]["value"] == right / 256
-    assert report["recall"]["of"] == report["false_positive_rate"]["of"] == 128
-    for name in ("accuracy", "precision", "recall", "false_positive_rate"):
+    counts = [report[f"{kind}_{truth}"] for kind in ("true", "false")
+              for truth in ("positive", "negative")]  # fmt: skip
+    assert sum(counts) == report["accuracy"]["of"]
+    assert 0 < sum(counts) < report["at_one_half"]["samples"] == 256
+    assert report["accuracy"]["value"] == (counts[0] + counts[1]) / sum(counts)
+    for name in ("accuracy", "recall", "false_positive_rate"):
         share = report[name]
         assert 0 <= share["low"] <= share["value"] <= share["high"] <= 1
+    assert "false positive rate of at most 0.05 on" in report["threshold_rule"]
+    assert report["calibration_error"]["after"] >= 0
     assert report["images_per_second"] > 0
     assert report["device"].startswith("cpu")
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -122,6 +124,7 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ),
         ({"weights": "imagenet"}, [], "no pretrained weights for the cnn"),
         ({}, ["--resume"], "holds no run to resume"),
+        ({"target-fpr": 0.001}, [], "64 decoy samples can promise"),
     ],
 )
 def test_wrong_input_leaves_no_run_folder(
@@ -199,7 +202,10 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
     with np.load(finished / "validation.npz") as stored:
         logits, labels = stored["scores"], stored["labels"]
     scores = model.score(np.load(finished / "parity.npy"))
-    assert np.abs(scores - 1 / (1 + np.exp(-logits[:256]))).max() < 1e-4
+    assert (
+        np.abs(scores - 1 / (1 + np.exp(-logits[:256] / report["temperature"]))).max()
+        < 1e-4
+    )
     assert len(labels) == 256
 
 

@@ -51,11 +51,18 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--train-images", type=click.IntRange(2), default=185_000, show_default=True)
 @click.option("--val-images", type=click.IntRange(256), default=30_000, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), help="[32]")
+@click.option("--batch-size", type=click.IntRange(1), help="[cnn 64, resnet50 32]")
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help="At the start; falls to zero along a half cosine [cnn 0.08, resnet50 0.01].",
+    help="At the start; falls to zero along a half cosine [cnn 0.1, resnet50 0.01].",
+)
+@click.option(
+    "--target-fpr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.001,
+    show_default=True,
+    help="False positive rate that the threshold is chosen for.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
@@ -65,10 +72,19 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     show_default=True,
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the training steps; auto takes bf16 where the device computes in it.",
+)
+@click.option(
     "--workers", type=click.IntRange(0), help="Processes that augment [one a core]."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted RUN_DIR.")
-def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
+def train(
+    out: Path, target_fpr: float, workers: int | None, resume: bool, **options: Any
+) -> None:
     """Train a network that tells your catalog's images from all others.
 
     Every sample is a picture cropped to 50-100% of its area, resized to 48-256
@@ -79,9 +95,12 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """
     _need_the_train_extra()
     from pic_training.report import write_report
+    from pic_training.threshold import check_support
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options)
+    # Half of the validation samples are decoys, and half of those calibrate.
+    check_support(config.val_images // 4, target_fpr, "raise --val-images or --target-fpr")
     if workers is None:
         workers = os.cpu_count() or 1
     try:
@@ -89,13 +108,14 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     except Interrupted:
         click.echo("interrupted; the same command with --resume goes on", err=True)
         sys.exit(130)
-    report = write_report(result, config, out)
+    report = write_report(result, config, target_fpr, out)
     recall, rate = report["recall"], report["false_positive_rate"]
     click.echo(
         f"best epoch {report['best_epoch']}: validation accuracy "
-        f"{report['accuracy']['value']:.2%}, recall {recall['value']:.2%}, "
-        f"false positive rate {rate['value']:.2%} (95% {rate['low']:.2%} to "
-        f"{rate['high']:.2%}) at threshold {report['threshold']:.4g}"
+        f"{report['at_one_half']['accuracy']:.2%}; at threshold "
+        f"{report['threshold']:.4g}, on pictures held back for the test, recall "
+        f"{recall['value']:.2%} (95% {recall['low']:.2%} to {recall['high']:.2%}), false "
+        f"positive rate {rate['value']:.3%} ({rate['low']:.3%} to {rate['high']:.3%})"
     )
     click.echo(f"report: {out / 'report.json'}")
 
@@ -122,6 +142,9 @@ def _config(**options: Any) -> "RunConfig":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device here.")
+    precision = options["precision"]
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bf16(device) else "fp32"
     weights = options["weights"]
     if weights is None:
         weights = "imagenet" if options["arch"] == "resnet50" else "none"
@@ -139,7 +162,18 @@ def _config(**options: Any) -> "RunConfig":
         momentum=architecture.momentum,
         seed=options["seed"],
         device=device,
+        precision=precision,
     )
+
+
+def _computes_in_bf16(device: str) -> bool:
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # Without AVX-512 BF16 a CPU only emulates it, slower than fp32.
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "avx512_bf16" in flags.read_text()
 
 
 @click.command()

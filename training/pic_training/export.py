@@ -36,12 +36,13 @@ class Parity:
 class _Served(nn.Module):
     """The network with its sigmoid: uint8 images (N, H, W, 3) -> score (N,)."""
 
-    def __init__(self, network: Normalised) -> None:
+    def __init__(self, network: Normalised, temperature: float) -> None:
         super().__init__()
         self.network = network
+        self.temperature = temperature
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.network(images))
+        return torch.sigmoid(self.network(images) / self.temperature)
 
 
 def export_run(folder: Path, output: Path) -> Parity:
@@ -64,13 +65,18 @@ def export_run(folder: Path, output: Path) -> Parity:
         color=COLOR,
         threshold=report["threshold"],
         threshold_rule=report["threshold_rule"],
+        target_fpr=report["target_fpr"],
+        fpr=report["false_positive_rate"]["value"],
+        fpr_low=report["false_positive_rate"]["low"],
+        fpr_high=report["false_positive_rate"]["high"],
+        temperature=report["temperature"],
         catalog_digest=report["catalog_digest"],
         catalog_size=report["catalog_size"],
         training_run=folder.resolve().name,
         created_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         versions=json.dumps(report["versions"], sort_keys=True),
     )
-    served = _Served(network).eval()
+    served = _Served(network, info.temperature).eval()
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         _write(served, info, temporary)

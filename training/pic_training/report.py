@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,73 +13,67 @@ import torch
 from numpy.typing import NDArray
 
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
+from pic_training.sources import Sources
+from pic_training.threshold import (
+    calibration_error,
+    check_support,
+    confusion,
+    fit_temperature,
+    sigmoid,
+    threshold_for,
+)
 from pic_training.training import RunResult
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 PLOT = "TrainingLossAccuracyPlot.png"
-THRESHOLD_RULE = "largest balanced accuracy on the validation samples"
-_Z95 = 1.959964
 
 
-@dataclass(frozen=True)
-class Proportion:
-    """A share in [0, 1] with its 95% Wilson score interval (Wilson 1927).
+def write_report(
+    result: RunResult, config: RunConfig, target_fpr: float, folder: Path
+) -> dict[str, Any]:
+    """Write report.json and the plot into `folder`; returns the report.
 
-    Samples that come from one picture are not independent, which the interval does
-    not know: with few pictures it is too narrow.
+    Half of the validation pictures (whole groups of near-duplicates) calibrate
+    temperature and threshold; accuracy, precision, recall and false positive rate
+    come from the other half. Raises InputError where the calibration half is too
+    small for `target_fpr`.
     """
-
-    value: float | None
-    low: float
-    high: float
-    of: int
-
-    @classmethod
-    def count(cls, successes: int, of: int) -> "Proportion":
-        """The share successes / of; without a value where `of` is 0."""
-        if of == 0:
-            return cls(None, 0.0, 1.0, 0)
-        p, z2 = successes / of, _Z95**2
-        centre = (p + z2 / (2 * of)) / (1 + z2 / of)
-        half = _Z95 / (1 + z2 / of) * float(np.sqrt(p * (1 - p) / of + z2 / (4 * of**2)))
-        return cls(p, max(0.0, centre - half), min(1.0, centre + half), of)
-
-
-def choose_threshold(scores: NDArray[np.float32], labels: NDArray[np.float32]) -> float:
-    """The probability at or above which an image is a match: see THRESHOLD_RULE.
-
-    `scores` are logits, shape (N,). Of several equally good ones the middle of the
-    widest gap is taken.
-    """
-    order = np.argsort(scores)
-    ranked, positive = scores[order].astype(np.float64), labels[order] > 0.5
-    # Cut k leaves the k lowest scores below the threshold.
-    missed = np.concatenate([[0], np.cumsum(positive)]) / max(1, positive.sum())
-    rejected = np.concatenate([[0], np.cumsum(~positive)]) / max(1, (~positive).sum())
-    edges = np.concatenate([[ranked[0] - 1], ranked, [ranked[-1] + 1]])
-    gaps = np.diff(edges)
-    balanced = np.where(gaps > 0, (1 - missed + rejected) / 2, -1.0)
-    best = np.flatnonzero(balanced == balanced.max())
-    cut = best[np.argmax(gaps[best])]
-    logit = (edges[cut] + edges[cut + 1]) / 2
-    return float(1 / (1 + np.exp(-logit)))
-
-
-def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Write report.json and the plot into `folder`; returns the report."""
-    threshold = choose_threshold(result.val_scores, result.val_labels)
+    logits = result.val_scores.astype(np.float64)
+    labels = result.val_labels > 0.5
+    test = _test_half(result.sources)[result.val_sources]
+    decoys = int((~labels[~test]).sum())
+    check_support(decoys, target_fpr, "raise --val-images or --target-fpr")
+    temperature = fit_temperature(logits[~test], labels[~test])
+    scores = sigmoid(logits / temperature)
+    threshold = threshold_for(scores[~test], labels[~test], target_fpr)
     best = min(result.history, key=lambda m: m.val_loss)
     seconds = sum(m.seconds for m in result.history)
-    catalog = result.sources.of("catalog", "train")
     report = {
         "threshold": threshold,
-        "threshold_rule": THRESHOLD_RULE,
+        "threshold_rule": (
+            f"lowest with a false positive rate of at most {target_fpr:g} on "
+            f"{decoys} calibration decoys"
+        ),
+        "target_fpr": target_fpr,
+        "temperature": temperature,
+        "calibration_error": {
+            "before": calibration_error(sigmoid(logits[test]), labels[test]),
+            "after": calibration_error(scores[test], labels[test]),
+        },
+        **asdict(
+            confusion(scores[test], labels[test], result.val_sources[test], threshold)
+        ),
+        "at_one_half": {
+            "accuracy": best.val_accuracy,
+            "loss": best.val_loss,
+            "samples": len(labels),
+        },
         "best_epoch": best.epoch,
         "loss": best.val_loss,
-        **_at_threshold(result.val_scores, result.val_labels, threshold),
-        "catalog_size": len(catalog),
+        "test_pictures": len(np.unique(result.val_sources[test])),
+        "catalog_size": len(result.sources.of("catalog", "train")),
         "catalog_digest": result.sources.catalog_digest,
         "sources_digest": result.sources.digest,
         "left_out": len(result.sources.left_out),
@@ -91,6 +85,13 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     write_json(folder / "report.json", report)
     draw_plot(result.history, folder / PLOT)
     return report
+
+
+def _test_half(sources: Sources) -> NDArray[np.bool_]:
+    """For each picture, whether it is tested on rather than calibrated on."""
+    groups = sorted({p.group for p in sources.pictures})
+    half = {group: number % 2 == 1 for number, group in enumerate(groups)}
+    return np.array([half[p.group] for p in sources.pictures])
 
 
 def versions() -> dict[str, str]:
@@ -116,24 +117,6 @@ def draw_plot(history: Sequence[EpochMetrics], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _at_threshold(
-    scores: NDArray[np.float32], labels: NDArray[np.float32], threshold: float
-) -> dict[str, Any]:
-    predicted = 1 / (1 + np.exp(-scores.astype(np.float64))) >= threshold
-    actual = labels > 0.5
-    tp, fp = int((predicted & actual).sum()), int((predicted & ~actual).sum())
-    fn, tn = int((~predicted & actual).sum()), int((~predicted & ~actual).sum())
-    shares = {
-        "accuracy": Proportion.count(tp + tn, len(labels)),
-        "precision": Proportion.count(tp, tp + fp),
-        "recall": Proportion.count(tp, tp + fn),
-        "false_positive_rate": Proportion.count(fp, fp + tn),
-    }
-    confusion = {"true_positive": tp, "false_positive": fp,
-                 "false_negative": fn, "true_negative": tn}  # fmt: skip
-    return {"confusion": confusion, **{k: asdict(v) for k, v in shares.items()}}
 
 
 def _device_name(device: str) -> str:

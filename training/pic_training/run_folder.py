@@ -32,6 +32,7 @@ class RunConfig:
     momentum: float
     seed: int
     device: str
+    precision: str
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 

@@ -42,6 +42,28 @@ class SampleSet:
         """How many batches cover the set."""
         return -(-self.count // batch_size)
 
+    def sources_drawn(self) -> NDArray[np.int64]:
+        """Position in `sources.pictures` of the picture behind each sample, shape (N,)."""
+        position = {p.path: n for n, p in enumerate(self.sources.pictures)}
+        orders = [self.order(kind, 0) for kind in ("other", "catalog")]
+        return np.array(
+            [
+                position[orders[i % 2][i // 2 % len(orders[i % 2])].path]
+                for i in range(self.count)
+            ]
+        )
+
+    def order(self, kind: Kind, epoch: int) -> list[Source]:
+        """The pictures of a kind as an epoch goes round them."""
+        pictures = self.sources.of(kind, self.split)
+        draw = np.random.default_rng([*self.key(epoch), len(pictures)])
+        return [pictures[i] for i in draw.permutation(len(pictures))]
+
+    def key(self, epoch: int) -> list[int]:
+        """The seed of all draws of an epoch; validation has but one."""
+        fixed = self.split == "val"
+        return [self.seed, _SPLIT_NUMBER[self.split], 0 if fixed else epoch]
+
     def load(
         self, epoch: int, batch_size: int, workers: int, first: int = 0
     ) -> Iterator[Batch]:
@@ -50,7 +72,7 @@ class SampleSet:
         Images are uint8 (N, size, size, 3), labels float32 (N,).
         """
         loader: DataLoader[Batch] = DataLoader(
-            _Batches(self, epoch if self.split == "train" else 0, batch_size),
+            _Batches(self, epoch, batch_size),
             batch_size=None,
             sampler=range(first, self.batches(batch_size)),
             num_workers=workers,
@@ -64,13 +86,8 @@ class _Batches(Dataset[Batch]):
     def __init__(self, samples: SampleSet, epoch: int, batch_size: int) -> None:
         self._samples = samples
         self._batch_size = batch_size
-        self._seed = [samples.seed, _SPLIT_NUMBER[samples.split], epoch]
-        self._orders = [self._order(kind) for kind in ("other", "catalog")]
-
-    def _order(self, kind: Kind) -> list[Source]:
-        pictures = self._samples.sources.of(kind, self._samples.split)
-        draw = np.random.default_rng([*self._seed, len(pictures)])
-        return [pictures[i] for i in draw.permutation(len(pictures))]
+        self._key = samples.key(epoch)
+        self._orders = [samples.order("other", epoch), samples.order("catalog", epoch)]
 
     @cached_property
     def _pixels(self) -> NDArray[np.uint8]:
@@ -91,7 +108,7 @@ class _Batches(Dataset[Batch]):
         shape = (source.height, source.width, 3)
         pixels = self._pixels[source.offset : source.offset + int(np.prod(shape))]
         image = Image.fromarray(pixels.reshape(shape))
-        draw = np.random.default_rng([*self._seed, index])
+        draw = np.random.default_rng([*self._key, index])
         return sample(image, draw, self._samples.augmentation, self._samples.size)
 
 

@@ -7,6 +7,7 @@ flat file that the sample workers map into memory.
 import csv
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,12 +42,15 @@ _THUMBNAIL = 32
 class Source:
     """One picture. Its working copy is uint8 RGB of shape (height, width, 3), at
     `offset` bytes into the working file. `stored_width` and `stored_height` are the
-    file's own. A catalog picture is in both splits, under different augmentations."""
+    file's own. A catalog picture is in both splits, under different augmentations.
+    Pictures of one `group` are near-duplicates, and always on the same side of a split.
+    """
 
     path: str
     sha256: str
     kind: Kind
     split: Split
+    group: str
     offset: int
     height: int
     width: int
@@ -101,14 +105,33 @@ class _Decoded:
     thumbnail: NDArray[np.int16]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A decoded picture without its pixels, which lie in the working file."""
+
+    decoded: _Decoded
+    kind: Kind
+    split: Split | None
+    offset: int
+
+    @property
+    def sha256(self) -> str:
+        return self.decoded.sha256
+
+    @property
+    def path(self) -> str:
+        return self.decoded.path
+
+
 def gather(
     catalog: Path, others: Path, others_val: Path | None, file: Path, side: int
 ) -> Sources:
     """Decode every picture below the folders into `file`, its longer side at most `side`.
 
-    Leaves out what cannot be decoded, what repeats another picture byte for byte and
-    other images that are copies of a catalog image. Without `others_val`, the fifth
-    of the other images with the smallest content hashes is held back for validation.
+    Leaves out what cannot be decoded, what repeats another picture byte for byte,
+    other images that are copies of a catalog image, and images for validation with a
+    near-duplicate among those trained on. Without `others_val`, a fifth of the other
+    images is held back for validation: whole groups of near-duplicates, by content hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
@@ -116,50 +139,25 @@ def gather(
     folders.append((others, "other", "train" if others_val else None))
     if others_val:
         folders.append((others_val, "other", "val"))
-    left_out: list[LeftOut] = []
-    found: list[tuple[_Decoded, Kind, Split | None, int]] = []
-    seen: dict[str, str] = {}
-    temporary = file.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as out:
-            for folder, kind, split in folders:
-                count = 0
-                for item in _decode_all(_files(folder), side):
-                    if isinstance(item, LeftOut):
-                        left_out.append(item)
-                    elif item.sha256 in seen:
-                        left_out.append(
-                            LeftOut(item.path, f"same bytes as {seen[item.sha256]}")
-                        )
-                    else:
-                        seen[item.sha256] = item.path
-                        count += 1
-                        found.append((_without_pixels(item), kind, split, out.tell()))
-                        out.write(item.pixels.tobytes())
-                if not count:
-                    raise InputError(_nothing_in(folder, left_out))
-        temporary.replace(file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    copies = _copies_among_others([(d, kind) for d, kind, _, _ in found])
-    left_out += [LeftOut(p, f"copy of {original}") for p, original in copies.items()]
-    kept = [f for f in found if f[0].path not in copies]
-    held_back = _held_back([d.sha256 for d, _, split, _ in kept if split is None])
+    found, left_out = _decode_into(file, folders, side)
+    found = _without(found, _copies_among_others(found), left_out)
+    groups = _near_duplicates([f.decoded for f in found if f.kind == "other"])
+    found = _without(found, _leaking(found, groups), left_out)
+    held_back = _held_back([groups[f.sha256] for f in found if f.split is None])
     pictures = tuple(
         Source(
-            path=d.path,
-            sha256=d.sha256,
-            kind=kind,
-            split=split or ("val" if d.sha256 in held_back else "train"),
-            offset=offset,
-            height=d.pixels.shape[0],
-            width=d.pixels.shape[1],
-            stored_width=d.stored[0],
-            stored_height=d.stored[1],
+            path=f.path,
+            sha256=f.sha256,
+            kind=f.kind,
+            split=f.split or ("val" if groups[f.sha256] in held_back else "train"),
+            group=groups.get(f.sha256, f.sha256),
+            offset=f.offset,
+            height=f.decoded.pixels.shape[0],
+            width=f.decoded.pixels.shape[1],
+            stored_width=f.decoded.stored[0],
+            stored_height=f.decoded.stored[1],
         )
-        for d, kind, split, offset in kept
+        for f in found
     )
     sources = Sources(pictures, tuple(left_out), file)
     for split in get_args(Split):
@@ -169,9 +167,48 @@ def gather(
     return sources
 
 
+def _decode_into(
+    file: Path, folders: Sequence[tuple[Path, Kind, Split | None]], side: int
+) -> tuple[list[_Found], list[LeftOut]]:
+    found: list[_Found] = []
+    left_out: list[LeftOut] = []
+    seen: dict[str, str] = {}
+    temporary = file.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as out:
+            for folder, kind, split in folders:
+                before = len(found)
+                for item in _decode_all(_files(folder), side):
+                    if isinstance(item, LeftOut):
+                        left_out.append(item)
+                    elif item.sha256 in seen:
+                        twin = seen[item.sha256]
+                        left_out.append(LeftOut(item.path, f"same bytes as {twin}"))
+                    else:
+                        seen[item.sha256] = item.path
+                        found.append(_Found(_without_pixels(item), kind, split, out.tell()))
+                        out.write(item.pixels.tobytes())
+                if len(found) == before:
+                    raise InputError(_nothing_in(folder, left_out))
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return found, left_out
+
+
+def _without(
+    found: Sequence[_Found], reasons: dict[str, str], left_out: list[LeftOut]
+) -> list[_Found]:
+    """What is left of `found` after the paths in `reasons` are noted as left out."""
+    left_out += [LeftOut(path, reason) for path, reason in reasons.items()]
+    return [f for f in found if f.path not in reasons]
+
+
 def write_manifest(sources: Sources, folder: Path) -> None:
     """Write manifest.csv and left_out.csv into `folder`."""
-    columns = ["path", "sha256", "kind", "split", "stored_width", "stored_height"]
+    columns = ["path", "sha256", "kind", "split", "group", "stored_width", "stored_height"]
     with (folder / "manifest.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -236,24 +273,65 @@ def _without_pixels(item: _Decoded) -> _Decoded:
     )
 
 
-def _copies_among_others(items: Sequence[tuple[_Decoded, Kind]]) -> dict[str, str]:
-    """Path of each other image that is a copy -> path of its catalog image."""
-    catalog = [d for d, kind in items if kind == "catalog"]
+def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
+    """Path of each other image that is a copy of a catalog image -> of which."""
+    catalog = [f.decoded for f in found if f.kind == "catalog"]
     hashes = np.array([d.hash for d in catalog], dtype=np.uint64)
     copies = {}
-    for item, kind in items:
-        if kind == "catalog":
-            continue
-        distance = np.bitwise_count(hashes ^ np.uint64(item.hash))
-        for index in np.flatnonzero(distance <= _COPY_HASH_DISTANCE):
-            original = catalog[index]
-            if np.abs(original.thumbnail - item.thumbnail).mean() <= _COPY_LEVELS:
-                copies[item.path] = original.path
-                break
+    for f in found:
+        if f.kind == "other" and (twins := _twins(f.decoded, catalog, hashes)):
+            copies[f.path] = f"copy of {catalog[twins[0]].path}"
     return copies
 
 
-def _held_back(hashes: Sequence[str]) -> set[str]:
-    if len(hashes) < 2:
-        return set()
-    return set(sorted(hashes)[: max(1, round(VALIDATION_SHARE * len(hashes)))])
+def _leaking(found: Sequence[_Found], groups: dict[str, str]) -> dict[str, str]:
+    """Path of each image given for validation that has a twin given for training."""
+    trained_on = {
+        groups[f.sha256]: f.path for f in found if f.kind == "other" and f.split == "train"
+    }
+    return {
+        f.path: f"near-duplicate of {trained_on[groups[f.sha256]]}, which is trained on"
+        for f in found
+        if f.split == "val" and groups[f.sha256] in trained_on
+    }
+
+
+def _near_duplicates(items: Sequence[_Decoded]) -> dict[str, str]:
+    """Content hash of each picture -> smallest content hash of its near-duplicates."""
+    hashes = np.array([d.hash for d in items], dtype=np.uint64)
+    group = {d.sha256: d.sha256 for d in items}
+
+    def root(sha256: str) -> str:
+        while group[sha256] != sha256:
+            sha256 = group[sha256]
+        return sha256
+
+    for item in items:
+        for index in _twins(item, items, hashes):
+            one, other = sorted((root(item.sha256), root(items[index].sha256)))
+            group[other] = one
+    return {sha256: root(sha256) for sha256 in group}
+
+
+def _twins(
+    item: _Decoded, among: Sequence[_Decoded], hashes: NDArray[np.uint64]
+) -> list[int]:
+    """Positions in `among`, whose hashes are given, of pictures that look the same."""
+    distance = np.bitwise_count(hashes ^ np.uint64(item.hash))
+    return [
+        index
+        for index in np.flatnonzero(distance <= _COPY_HASH_DISTANCE).tolist()
+        if np.abs(among[index].thumbnail - item.thumbnail).mean() <= _COPY_LEVELS
+    ]
+
+
+def _held_back(groups: Sequence[str]) -> set[str]:
+    """The groups with the smallest names that make up VALIDATION_SHARE of the pictures."""
+    chosen: set[str] = set()
+    wanted, count = max(1, round(VALIDATION_SHARE * len(groups))), 0
+    for group, size in sorted(Counter(groups).items()):
+        if count >= wanted or count + size >= len(groups):
+            break
+        chosen.add(group)
+        count += size
+    return chosen

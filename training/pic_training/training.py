@@ -53,12 +53,14 @@ class RunResult:
     """What a finished run leaves for its report.
 
     `val_scores` are the best epoch's logits, float32, shape (N,); `val_labels` are
-    1 for catalog and 0 for others.
+    1 for catalog and 0 for others; `val_sources` numbers the picture behind each
+    sample by its position in `sources.pictures`.
     """
 
     history: list[EpochMetrics]
     val_scores: NDArray[np.float32]
     val_labels: NDArray[np.float32]
+    val_sources: NDArray[np.int64]
     sources: Sources
 
 
@@ -162,7 +164,11 @@ class _Run:
                 self._validate_epoch()
         with np.load(self.folder / "validation.npz") as best:
             return RunResult(
-                self.progress.history, best["scores"], best["labels"], self.sources
+                self.progress.history,
+                best["scores"],
+                best["labels"],
+                self.val_set.sources_drawn(),
+                self.sources,
             )
 
     def _train_epoch(self) -> None:
@@ -193,7 +199,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
-        logits = self.network(images)
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.network(images).float()
         loss = binary_cross_entropy_with_logits(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from pic_daemon.errors import InputError
+from pic_training.threshold import (
+    calibration_error,
+    check_support,
+    confusion,
+    fit_temperature,
+    log_loss,
+    sigmoid,
+    threshold_for,
+)
+
+
+def simulated(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Logits that are honest probabilities of their labels."""
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(0, 2, count)
+    return logits, draw.random(count) < sigmoid(logits)
+
+
+def test_the_threshold_lets_in_no_more_decoys_than_the_target() -> None:
+    draw = np.random.default_rng(1)
+    labels = np.arange(4000) % 2 == 1
+    scores = draw.normal(labels * 2.0, 1)
+    for target in (0.002, 0.01, 0.1):
+        threshold = threshold_for(scores, labels, target)
+        let_in = (scores[~labels] >= threshold).mean()
+        assert let_in == pytest.approx(target)
+        lower = scores[scores < threshold].max()
+        assert (scores[~labels] >= lower).mean() > target or labels[scores == lower].all()
+
+
+def test_decoys_with_equal_scores_are_shut_out_together() -> None:
+    scores = np.array([0.1, 0.5, 0.5, 0.5, 0.9])
+    labels = np.array([False, False, False, False, True])
+    assert 0.5 < threshold_for(scores, labels, 0.3) <= 0.9
+
+
+def test_a_rate_that_the_decoys_cannot_promise_is_refused() -> None:
+    check_support(3000, 0.001, "")
+    with pytest.raises(
+        InputError, match=r"1000 decoy samples can promise .* 0\.003 at best"
+    ):
+        check_support(1000, 0.001, "use more")
+
+
+def test_the_temperature_is_recovered_and_makes_scores_honest() -> None:
+    logits, labels = simulated(20_000)
+    overconfident = logits * 3
+    temperature = fit_temperature(overconfident, labels)
+    assert temperature == pytest.approx(3, rel=0.05)
+    before = calibration_error(sigmoid(overconfident), labels)
+    after = calibration_error(sigmoid(overconfident / temperature), labels)
+    assert after < 0.02 < before
+    assert log_loss(overconfident / temperature, labels) < log_loss(overconfident, labels)
+
+
+def test_the_interval_widens_when_samples_share_their_pictures() -> None:
+    # 50 pictures of 20 samples each: either all of a picture's samples match or none.
+    labels = np.repeat(np.arange(100) % 2 == 1, 20)
+    scores = np.repeat(np.arange(100) // 2 % 2, 20).astype(float)
+    together = confusion(scores, labels, np.repeat(np.arange(100), 20), 0.5)
+    apart = confusion(scores, labels, np.arange(2000), 0.5)
+    assert together.recall.value == apart.recall.value == pytest.approx(0.5, abs=0.02)
+    assert together.recall.high - together.recall.low > 3 * (
+        apart.recall.high - apart.recall.low
+    )
+
+
+def test_the_confusion_adds_up() -> None:
+    scores = np.array([0.9, 0.2, 0.8, 0.1, 0.3])
+    labels = np.array([True, True, False, False, False])
+    result = confusion(scores, labels, np.arange(5), 0.5)
+    assert (result.true_positive, result.false_negative) == (1, 1)
+    assert (result.false_positive, result.true_negative) == (1, 2)
+    assert result.accuracy.value == 0.6
+    assert result.precision.value == 0.5
+    assert result.false_positive_rate.value == pytest.approx(1 / 3)
+
+
+def test_none_of_n_still_leaves_three_of_n_possible() -> None:
+    labels = np.arange(1000) % 2 == 1
+    result = confusion(labels.astype(float), labels, np.arange(1000), 0.5)
+    assert (result.false_positive_rate.value, result.recall.value) == (0, 1)
+    assert result.false_positive_rate.high == pytest.approx(3 / 500)
+    assert result.recall.low == pytest.approx(1 - 3 / 500)
+    nothing = confusion(np.zeros(4), np.zeros(4, bool), np.arange(4), 0.5)
+    assert nothing.recall.value is None
