@@ -35,7 +35,7 @@ def main() -> int:
     say("Training the CNN on this machine")
     call("pic-train", "--catalog", HERE / "catalog", "--others", HERE / "others",
          "--out", HERE / "run", "--epochs", 4, "--train-images", 6000, "--val-images", 1000,
-         "--device", "cpu", "--target-fpr", 0.02)  # fmt: skip
+         "--batch-size", 32, "--lr", 0.08, "--device", "cpu", "--target-fpr", 0.02)  # fmt: skip
     say("Exporting")
     call("pic-export", HERE / "run", "--output", HERE / "model.onnx")
     say("Starting the daemon and dropping altered copies and unseen look-alikes")

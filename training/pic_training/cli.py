@@ -194,3 +194,62 @@ def export(run_dir: Path, output: Path) -> None:
         f"score as in PyTorch, largest difference {parity.max_difference:.1e}, "
         f"{parity.flipped} decisions flipped"
     )
+
+
+@click.command()
+@click.version_option(package_name="product-image-classifier")
+@click.argument("model_file", type=_FILE, metavar="MODEL.onnx")
+@click.option("--catalog", required=True, type=_FOLDER, help="Your product images.")
+@click.option(
+    "--others",
+    required=True,
+    type=_FOLDER,
+    help="Images that are not yours and that the model was not trained on.",
+)
+@click.option(
+    "--general",
+    multiple=True,
+    metavar="PREFIX",
+    help="Others whose names begin so are general pictures, the rest look-alikes; "
+    "may be repeated.",
+)
+@click.option(
+    "--run",
+    type=_FOLDER,
+    metavar="RUN_DIR",
+    help="Leave out every one of the others that this run has seen.",
+)
+@click.option(
+    "--target-fpr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.001,
+    show_default=True,
+)
+@click.option("--per-edit", type=click.IntRange(1), default=200, show_default=True,
+              help="Catalog pictures for each edit.")  # fmt: skip
+@click.option("--per-decoy", type=click.IntRange(1), default=15, show_default=True,
+              help="Edits of each look-alike.")  # fmt: skip
+@click.option("--published", type=click.IntRange(2), default=4000, show_default=True,
+              help="Samples of the published protocol.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--output", required=True, type=_FILE, help="Folder for evaluation.json and .html."
+)
+def evaluate(
+    model_file: Path,
+    catalog: Path,
+    others: Path,
+    general: tuple[str, ...],
+    run: Path | None,
+    output: Path,
+    **plan: Any,
+) -> None:
+    """Measure a model beside perceptual hashes, against look-alikes, edit by edit.
+
+    Example: pic-evaluate model.onnx --catalog products --others strangers --output report
+    """
+    _need_the_train_extra()
+    from pic_training.evaluation_run import run_evaluation
+
+    report = run_evaluation(model_file, catalog, others, general, run, output, plan)
+    click.echo(f"report: {report}")

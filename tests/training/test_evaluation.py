@@ -1,0 +1,122 @@
+"""pic-evaluate on a model that knows one thing: how bright a picture is."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_model
+from pictures import product, write_products
+from PIL import Image, ImageOps
+
+from pic_training.edits import EDITS
+from pic_training.peers import peers, similarity
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
+def test_every_edit_gives_a_picture_and_repeats_itself(edit) -> None:  # type: ignore[no-untyped-def]
+    files = [edit.apply(product(1), np.random.default_rng(3)) for _ in "ab"]
+    assert files[0] == files[1]
+    assert files[0] != edit.apply(product(2), np.random.default_rng(3))
+
+
+def test_families_met_in_training_are_told_from_those_held_out() -> None:
+    trained = {edit.family for edit in EDITS if edit.trained}
+    held_out = {edit.family for edit in EDITS if not edit.trained}
+    assert not trained & held_out
+    assert {"JPEG quality", "scale", "crop to area"} <= trained
+    assert {"flip", "rotation", "border", "screenshot frame", "WebP quality"} <= held_out
+
+
+@pytest.mark.parametrize("peer", peers(), ids=lambda peer: peer.name)
+def test_a_hash_finds_a_recompressed_copy_and_not_a_stranger(peer) -> None:  # type: ignore[no-untyped-def]
+    catalog = [peer.hash(product(seed)) for seed in range(5)]
+    copy = peer.hash(product(3).resize((200, 200)))
+    stranger = peer.hash(ImageOps.flip(product(77)))
+    near, far = similarity([copy, stranger], catalog)
+    assert near > 0.8 > far
+    assert similarity([None], catalog).tolist() == [0.0]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright catalog, dark decoys: the model below tells them apart by that alone."""
+    home = tmp_path_factory.mktemp("evaluation")
+    write_products(home / "catalog", range(6))
+    write_products(home / "others", range(100, 124))
+    for path in (home / "catalog").iterdir():
+        ImageOps.autocontrast(Image.open(path)).point(lambda v: 160 + v * 0.37).save(path)
+    for path in (home / "others").iterdir():
+        Image.open(path).point(lambda v: v * 0.3).save(path)
+    Image.new("RGB", (64, 64), "white").save(home / "others" / "general-blank.png")
+    write_model(home / "model.onnx")
+    subprocess.run(
+        [Path(sys.executable).parent / "pic-evaluate", home / "model.onnx",
+         "--catalog", home / "catalog", "--others", home / "others", "--general", "general",
+         "--per-edit", "6", "--per-decoy", "10", "--published", "60",
+         "--target-fpr", "0.03",
+         "--output", home / "report"],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return home / "report"
+
+
+def test_a_model_that_can_tell_is_seen_to(report: Path) -> None:
+    figures = json.loads((report / "evaluation.json").read_text())
+    ours = figures["hard"]["model"]
+    assert ours["trained"]["recall"]["value"] == 1
+    assert ours["per_edit"]["pristine"]["recall"]["value"] == 1
+    assert ours["overall"]["false_positive_rate"]["value"] <= 0.1
+    assert set(ours["per_edit"]) == {edit.name for edit in EDITS}
+    assert {"pHash", "dHash"} <= set(figures["hard"])
+
+
+def test_blank_pictures_never_match(report: Path) -> None:
+    # The only general picture is white, which by brightness alone is a sure match.
+    figures = json.loads((report / "evaluation.json").read_text())
+    assert figures["counts"]["general pictures"] == 1
+    assert figures["published"]["false_positive_rate"]["value"] == 0
+    assert figures["published"]["recall"]["value"] == 1
+
+
+def test_the_page_shows_curves_and_mistakes(report: Path) -> None:
+    page = (report / "evaluation.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert page.count("data:image/jpeg") == 24
+    assert "Shortcut checks" in page
+
+
+def test_too_few_look_alikes_for_the_rate_are_refused(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home = report.parent
+    result = run_tool(
+        "pic-evaluate", home / "model.onnx", "--catalog", home / "catalog",
+        "--others", home / "others", "--output", tmp_path / "report",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "decoy samples can promise a false positive rate" in result.stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_a_run_has_seen_is_left_out(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home = report.parent
+    (tmp_path / "run").mkdir()
+    arguments = ["pic-evaluate", home / "model.onnx", "--catalog", home / "catalog",
+                 "--others", home / "others", "--run", tmp_path / "run",
+                 "--output", tmp_path / "report"]  # fmt: skip
+    result = run_tool(*arguments)
+    assert result.returncode == 2 and "is not a run folder" in result.stderr
+    seen = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (home / "others").iterdir()]
+    lines = ["sha256,kind", *(f"{sha256},other" for sha256 in seen)]
+    (tmp_path / "run" / "manifest.csv").write_text("\n".join(lines))
+    result = run_tool(*arguments)
+    assert result.returncode == 2 and "has seen every one of the others" in result.stderr

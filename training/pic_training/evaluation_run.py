@@ -1,0 +1,87 @@
+"""pic-evaluate from its arguments to its files."""
+
+import csv
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pic_daemon.errors import InputError
+from pic_daemon.model import load_model
+from pic_training.edits import EDITS
+from pic_training.evaluation import Plan, evaluate
+from pic_training.evaluation_report import as_html, as_json
+from pic_training.sources import Source, Sources, gather
+from pic_training.threshold import check_support
+
+
+def run_evaluation(
+    model_file: Path,
+    catalog: Path,
+    others: Path,
+    general: Sequence[str],
+    run: Path | None,
+    output: Path,
+    settings: dict[str, Any],
+) -> Path:
+    """Evaluate and write evaluation.json and evaluation.html into `output`.
+
+    Returns the page's path. Raises InputError for bad input and where the
+    look-alikes are too few for the target rate.
+    """
+    model = load_model(model_file)
+    plan = Plan(**settings)
+
+    def is_general(source: Source) -> bool:
+        return Path(source.path).name.startswith(tuple(general)) if general else False
+
+    with tempfile.TemporaryDirectory() as scratch:
+        side = max(256, 2 * model.info.input_size)
+        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        if run:
+            sources = _unseen(sources, run)
+        if sources.catalog_digest != model.info.catalog_digest:
+            click.echo("note: the model was trained for another catalog", err=True)
+        alike = [p for p in sources.pictures if p.kind == "other" and not is_general(p)]
+        decoys = len(alike) // 2 * min(plan.per_decoy, len(EDITS))
+        check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
+        with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
+            evaluation = evaluate(model, sources, is_general, plan, bar.update)
+        output.mkdir(parents=True, exist_ok=True)
+        figures = json.dumps(as_json(evaluation, model, plan), indent=1)
+        (output / "evaluation.json").write_text(figures + "\n")
+        page = output / "evaluation.html"
+        page.write_text(as_html(evaluation, model, plan))
+    for name, result in evaluation.methods.items():
+        recall = result.trained.recall
+        click.echo(
+            f"{name}: recall {recall.value:.2%} ({recall.low:.2%} to {recall.high:.2%}) on "
+            f"trained edits, {result.held_out.recall.value:.2%} on held-out edits, at a "
+            f"false positive rate of {result.overall.false_positive_rate.value:.3%}"
+        )
+    return page
+
+
+def _unseen(sources: Sources, run: Path) -> Sources:
+    try:
+        with (run / "manifest.csv").open(newline="") as file:
+            seen = {row["sha256"] for row in csv.DictReader(file) if row["kind"] == "other"}
+    except (OSError, KeyError) as error:
+        raise InputError(f"{run} is not a run folder of pic-train: {error}.") from error
+    kept = tuple(p for p in sources.pictures if p.sha256 not in seen)
+    if all(p.kind == "catalog" for p in kept):
+        raise InputError(f"{run} has seen every one of the others; give others it has not.")
+    return replace(sources, pictures=kept)
+
+
+def _count(sources: Sources, alike: Sequence[Source], plan: Plan) -> int:
+    catalog = sum(p.kind == "catalog" for p in sources.pictures)
+    return (
+        len(EDITS) * min(plan.per_edit, catalog)
+        + len(alike) * min(plan.per_decoy, len(EDITS))
+        + plan.published // 2 * 2
+    )

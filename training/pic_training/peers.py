@@ -1,0 +1,61 @@
+"""What a user would pick instead: perceptual hashes with nearest neighbour."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import imagehash
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+try:
+    import pdqhash
+except ImportError:  # needs a compiler to install, so it is no dependency
+    pdqhash = None
+
+Bits = NDArray[np.uint8]
+
+_PDQ_QUALITY = 50  # below it PDQ's authors advise to discard a hash
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A perceptual hash: `hash` gives its packed bits, uint8, or None for no hash."""
+
+    name: str
+    hash: Callable[[Image.Image], Bits | None]
+
+
+def _phash(image: Image.Image) -> Bits:
+    return np.packbits(imagehash.phash(image).hash.ravel())
+
+
+def _dhash(image: Image.Image) -> Bits:
+    return np.packbits(imagehash.dhash(image).hash.ravel())
+
+
+def _pdq(image: Image.Image) -> Bits | None:
+    bits, quality = pdqhash.compute(np.asarray(image))
+    return np.packbits(bits.astype(bool)) if quality >= _PDQ_QUALITY else None
+
+
+def peers() -> list[Peer]:
+    """The hashes that are installed here; PDQ wants ``pip install pdqhash``."""
+    found = [Peer("pHash", _phash), Peer("dHash", _dhash)]
+    return [*found, Peer("PDQ", _pdq)] if pdqhash else found
+
+
+def similarity(
+    hashes: Sequence[Bits | None], catalog: Sequence[Bits | None]
+) -> NDArray[np.float64]:
+    """For each hash, the share of bits equal to the nearest catalog hash's, in [0, 1].
+
+    A picture without a hash resembles nothing: 0.
+    """
+    known = np.stack([bits for bits in catalog if bits is not None])
+    out = np.zeros(len(hashes))
+    for number, bits in enumerate(hashes):
+        if bits is not None:
+            differing = np.bitwise_count(known ^ bits).sum(axis=1)
+            out[number] = 1 - differing.min() / (8 * len(bits))
+    return out
