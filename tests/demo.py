@@ -33,9 +33,10 @@ def main() -> int:
     write_products(HERE / "catalog", CATALOG)
     write_products(HERE / "others", DECOYS)
     say("Training the CNN on this machine")
-    call("pic-train", "--catalog", HERE / "catalog", "--others", HERE / "others",
-         "--out", HERE / "run", "--epochs", 4, "--train-images", 6000, "--val-images", 1000,
-         "--batch-size", 32, "--lr", 0.08, "--device", "cpu", "--target-fpr", 0.02)  # fmt: skip
+    folders = "--catalog", HERE / "catalog", "--others", HERE / "others"
+    size = "--epochs", 5, "--train-images", 6000, "--val-images", 1000
+    steps = "--batch-size", 32, "--lr", 0.08, "--device", "cpu"
+    call("pic-train", *folders, *size, *steps, "--target-fpr", 0.02, "--out", HERE / "run")
     say("Exporting")
     call("pic-export", HERE / "run", "--output", HERE / "model.onnx")
     say("Starting the daemon and dropping altered copies and unseen look-alikes")

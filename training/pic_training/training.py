@@ -32,6 +32,8 @@ from pic_training.run_folder import (
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, gather, write_manifest
 
+_LINE_EVERY_S = 60  # between progress lines where there is no terminal
+
 PARITY_SAMPLES = 256
 """Validation samples kept in the run folder, on which the export is checked."""
 
@@ -305,24 +307,36 @@ class _Run:
 
     @contextmanager
     def _bar(self, name: str, count: int, done: int) -> Iterator[Callable[[int], None]]:
-        started, shown = time.monotonic(), 0
-
-        def rate(_: Any) -> str:
-            return f"{shown / (time.monotonic() - started):.0f} images/s"
-
+        """A progress bar on a terminal, a line a minute elsewhere."""
+        started = said = time.monotonic()
+        shown = 0
         label = f"epoch {self.progress.epoch + 1}/{self.config.epochs} {name}"
+
+        def rate() -> float:
+            return shown / max(time.monotonic() - started, 1e-9)
+
+        def speed(_: Any) -> str:
+            return f"{rate():.0f} images/s"
+
         with click.progressbar(
-            length=count, label=label, item_show_func=rate, hidden=not _is_terminal()
+            length=count,
+            label=label,
+            item_show_func=speed,
+            hidden=not sys.stdout.isatty(),
         ) as bar:
             bar.update(done)
 
             def show(images: int) -> None:
-                nonlocal shown
+                nonlocal shown, said
                 shown += images
                 bar.update(images)
+                now = time.monotonic()
+                if bar.hidden and now - said >= _LINE_EVERY_S:
+                    said = now
+                    left = (count - done - shown) / rate() / 60
+                    click.echo(
+                        f"{label}: {done + shown:,} of {count:,}, {rate():.0f} images/s, "
+                        f"{left:.0f} min left"
+                    )
 
             yield show
-
-
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()

@@ -1,0 +1,85 @@
+"""The published protocol at any scale: train, export, and print the figures as Markdown.
+
+    python bench/training.py --data DIR --decoys general --work DIR [-- pic-train options]
+
+DIR holds catalog/, others/train/ and others/val/ (or other/); `--decoys` chooses which
+of the others take part, told apart by the prefix of their file names. An interrupted
+run goes on when `--resume` is among the options after the double dash.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
+BIN = Path(sys.executable).parent
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--decoys", type=click.Choice(["general", "look-alike", "all"]), required=True
+)
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(data: Path, decoys: str, work: Path, options: tuple[str, ...]) -> None:
+    others = data / ("others" if (data / "others").exists() else "other")
+    for split in ("train", "val"):
+        choose(others / split, work / f"others-{split}", decoys)
+    run = work / "run"
+    command = [BIN / "pic-train", "--catalog", data / "catalog", "--out", run]
+    command += ["--others", work / "others-train", "--others-val", work / "others-val"]
+    started = time.monotonic()
+    call(*command, *options)
+    minutes = (time.monotonic() - started) / 60
+    call(BIN / "pic-export", run, "--output", work / "model.onnx")
+    print_figures(run, minutes)
+
+
+def choose(folder: Path, to: Path, decoys: str) -> None:
+    """Copy the pictures of the wanted kind into a folder of their own."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        general = path.name.startswith(GENERAL)
+        copy = to / path.name
+        if (decoys == "all" or general == (decoys == "general")) and not copy.exists():
+            copy.write_bytes(path.read_bytes())
+
+
+def call(*command: object) -> None:
+    result = subprocess.run([str(part) for part in command])
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def print_figures(run: Path, minutes: float) -> None:
+    epochs = json.loads((run / "metrics.json").read_text())
+    report = json.loads((run / "report.json").read_text())
+    print("\n| epoch | training loss | accuracy | validation loss | accuracy | images/s |")
+    print("|---|---|---|---|---|---|")
+    for e in epochs:
+        print(
+            f"| {e['epoch']} | {e['train_loss']:.4f} | {e['train_accuracy']:.2%} | "
+            f"{e['val_loss']:.4f} | {e['val_accuracy']:.2%} | "
+            f"{e['images_per_second']:.0f} |"
+        )
+    print(f"\nAt the threshold for a false positive rate of {report['target_fpr']:g}:\n")
+    for name in ("accuracy", "precision", "recall", "false_positive_rate"):
+        share = report[name]
+        interval = f"95% {share['low']:.3%} to {share['high']:.3%}"
+        print(f"- {name}: {share['value']:.3%} ({interval})")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(
+        f"\n{minutes:.0f} minutes, {report['device']}, {os.cpu_count()} cores; largest "
+        f"process {peak:.1f} GiB; {json.dumps(report['versions'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()
