@@ -163,12 +163,17 @@ class MatchLog:
 
     def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
         """Whether `path` with this content has its row; if so, remember the new stamp."""
+        row = self._db.execute(
+            "SELECT id FROM images WHERE path = ? AND sha256 = ?", [text_of(path), sha256]
+        ).fetchone()
+        if row is None:
+            return False
         with self._transaction():
-            cursor = self._db.execute(
-                "UPDATE images SET mtime_ns = ?, inode = ? WHERE path = ? AND sha256 = ?",
-                [stamp.mtime_ns, stamp.inode, text_of(path), sha256],
+            self._db.execute(
+                "UPDATE images SET mtime_ns = ?, inode = ? WHERE id = ?",
+                [stamp.mtime_ns, stamp.inode, *row],
             )
-        return cursor.rowcount > 0
+        return True
 
     def record(self, outcomes: Iterable[Outcome], model: Model) -> None:
         """Write one batch in one transaction; it is on the disk when this returns."""
