@@ -17,9 +17,9 @@ import click
 from pic_daemon import match_log
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
-from pic_daemon.folders import file_system_of
+from pic_daemon.folders import file_system_of, text_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
-from pic_daemon.match_log import MatchLog, read_matches, text_of
+from pic_daemon.match_log import MatchLog, read_matches
 from pic_daemon.model import Model, load_model
 from pic_daemon.reading import read_image
 from pic_daemon.service import Service
@@ -27,6 +27,13 @@ from pic_daemon.service import Service
 _BATCH = 32
 _PATH = click.Path(path_type=Path)
 _PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
+_SPANS = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
 
 
@@ -180,14 +187,13 @@ def _one_line(path: str) -> str:
 def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
     if text is None:
         return None
-    if span := re.fullmatch(r"(\d+)([smhdw])", text):
-        names = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-        return datetime.now(UTC) - timedelta(**{names[span[2]]: int(span[1])})
     try:
+        if span := re.fullmatch(r"(\d+)([smhdw])", text):
+            return datetime.now(UTC) - int(span[1]) * _SPANS[span[2]]
         moment = datetime.fromisoformat(text)
-    except ValueError as error:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 @click.command()
@@ -200,7 +206,7 @@ def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime
     help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
 )
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0)
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 2**31), default=50, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV with a header line.")
 def matches(database: Path, since: datetime | None, min_score: float, limit: int,

@@ -1,5 +1,6 @@
 """Settings of the service: from a TOML file, from the command line, or both."""
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -106,8 +107,8 @@ def _typed(where: str, name: str, value: Any) -> Any:
     wrong_kind = isinstance(value, bool) or (kind is int and isinstance(value, float))
     if wrong_kind or not isinstance(value, int | float):
         raise InputError(f"{where}: {name} must be a number, not {value!r}.")
-    if value < _MINIMUM[name]:
-        raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]}.")
+    if not _MINIMUM[name] <= value < math.inf:
+        raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]} and finite.")
     return value
 
 
@@ -118,7 +119,7 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     if not isinstance(table.get("path"), str | Path):
         raise InputError(f"{where}: a [[watch]] table needs a path.")
     path = base / table["path"]
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path, never raises
         raise InputError(f"watch folder {path} does not exist or is no folder.")
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(f"watch folder {path} may not be read by this user.")

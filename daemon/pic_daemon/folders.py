@@ -1,6 +1,7 @@
 """Drop folders: which files in them count, and what is in them now."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -85,6 +86,11 @@ def stamp_of(path: str) -> FileStamp | None:
     return FileStamp.of(status) if stat.S_ISREG(status.st_mode) else None
 
 
+def text_of(path: str) -> str:
+    """A path as valid Unicode: bytes that are not UTF-8 become ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def file_system_of(path: Path) -> str:
     """Type of the file system that holds `path`, such as ``ext4``; '' where unknown."""
     try:
@@ -95,7 +101,7 @@ def file_system_of(path: Path) -> str:
     best, kind = "", ""
     for line in lines:
         left, _, right = line.partition(" - ")
-        mount = left.split()[4].encode().decode("unicode_escape")
+        mount = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         inside = target == mount or target.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, right.split()[0]

@@ -6,7 +6,9 @@ exactly the pixels it was trained on.
 
 import contextlib
 import io
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +42,13 @@ _DECODER_ERRORS = (
     SyntaxError,
     MemoryError,
     ValueError,
-    NotImplementedError,
-    OverflowError,
+    RuntimeError,
+    EOFError,
     ArithmeticError,
     LookupError,
     TypeError,
+    struct.error,
+    zlib.error,
     Image.DecompressionBombError,
 )
 

@@ -6,7 +6,7 @@ reported is on the disk.
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from sqlite_utils import Database, Migrations
 
 from pic_daemon.errors import InputError
-from pic_daemon.folders import FileStamp
+from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.model import Model
 
 Status = Literal["match", "no-match", "failed"]
@@ -149,14 +149,17 @@ class MatchLog:
                 ON CONFLICT (sha256) DO UPDATE
                 SET path = excluded.path, last_used_at = excluded.last_used_at
                 """,
-                [model.sha256, str(model.path), model.metadata_json(), now, now],
+                [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
             )
 
     def knows(self, path: str, stamp: FileStamp) -> bool:
-        """Whether the file at `path`, as it stands on the disk, has its row already."""
+        """Whether the file at `path`, as it stands on the disk, has its row already.
+
+        A file that could not be read is not known: every scan tries it again.
+        """
         row = self._db.execute(
             "SELECT 1 FROM images "
-            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ?",
+            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? AND sha256 <> ''",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode],
         ).fetchone()
         return row is not None
@@ -175,8 +178,11 @@ class MatchLog:
             )
         return True
 
-    def record(self, outcomes: Iterable[Outcome], model: Model) -> None:
-        """Write one batch in one transaction; it is on the disk when this returns."""
+    def record(self, outcomes: Sequence[Outcome], model: Model) -> None:
+        """Write one batch in one transaction; it is on the disk when this returns.
+
+        A row that failed under the same name with other content is replaced.
+        """
         rows = [
             [
                 text_of(o.path), o.sha256, o.stamp.bytes, o.width, o.height, o.format,
@@ -187,7 +193,13 @@ class MatchLog:
             ]
             for o in outcomes
         ]  # fmt: skip
+        replaced = [[text_of(o.path), o.sha256] for o in outcomes]
         with self._transaction():
+            # What failed under this name was an unfinished state of this file.
+            self._db.conn.executemany(
+                "DELETE FROM images WHERE path = ? AND sha256 <> ? AND status = 'failed'",
+                replaced,
+            )
             self._db.conn.executemany(
                 """
                 INSERT INTO images (
@@ -196,7 +208,8 @@ class MatchLog:
                     mtime_ns, inode
                 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (path, sha256) DO UPDATE
-                SET mtime_ns = excluded.mtime_ns, inode = excluded.inode
+                SET bytes = excluded.bytes, mtime_ns = excluded.mtime_ns,
+                    inode = excluded.inode, error = excluded.error
                 """,
                 rows,
             )
@@ -218,17 +231,19 @@ class MatchLog:
         self._db.conn.commit()
 
 
-def check(path: Path) -> None:
-    """Raise InputError where a file at `path` exists and cannot be our match log.
+def check(path: Path, for_writing: bool = True) -> None:
+    """Raise InputError where `path` cannot be, or become, our match log.
 
     Writes nothing; a file that does not exist yet is fine if its folder does.
     """
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise InputError(f"database {path}: its folder does not exist; create it.")
-        if not os.access(path.parent, os.W_OK):
+    if not os.path.isdir(path.parent):  # unlike Path, never raises
+        raise InputError(f"database {path}: its folder does not exist; create it.")
+    if not os.path.exists(path):
+        if for_writing and not os.access(path.parent, os.W_OK):
             raise InputError(f"database {path}: its folder is not writable.")
         return
+    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        raise InputError(f"database {path}: it or its folder is not writable.")
     try:
         db = _open_read_only(path)
         tables = set(db.table_names())
@@ -259,9 +274,9 @@ def read_matches(
 
     Raises InputError where `path` is not a match log.
     """
-    if not path.exists():
-        raise InputError(f"database {path} does not exist.")
-    check(path)
+    if not os.path.exists(path):
+        raise InputError(f"database {path} does not exist, or this user may not look.")
+    check(path, for_writing=False)
     try:
         db = _open_read_only(path)
         rows = list(
@@ -283,13 +298,7 @@ def iso_time(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def text_of(path: str) -> str:
-    """A path as valid Unicode: bytes that are not UTF-8 become ``\\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def _open_read_only(path: Path) -> Database:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
-    # recursive_triggers off: sqlite-utils would otherwise need to touch the file.
     return Database(connection)

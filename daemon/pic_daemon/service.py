@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pic_daemon.config import Config
-from pic_daemon.folders import FileStamp, stamp_of
-from pic_daemon.match_log import MatchLog, Outcome, text_of
+from pic_daemon.folders import FileStamp, stamp_of, text_of
+from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict
 from pic_daemon.reading import Reading, read_image
 from pic_daemon.settle import SettleTracker
@@ -25,6 +25,7 @@ from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, watching
 logger = logging.getLogger("pic_daemon")
 
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
+_LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 
@@ -260,11 +261,12 @@ class Service:
         """Seconds the loop may sleep if no message comes."""
         now = time.monotonic()
         if self._stopping:
-            return 60.0 if not self._batch else _BATCH_WAIT_S
+            return _LONGEST_WAIT_S if not self._batch else _BATCH_WAIT_S
         moments = [self._next_rescan, self._settling.next_due()]
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
-        return max(0.001, min(m for m in moments if m is not None) - now)
+        wait = min(m for m in moments if m is not None) - now
+        return min(_LONGEST_WAIT_S, max(0.001, wait))
 
 
 def _report(outcome: Outcome) -> None:

@@ -115,5 +115,6 @@ def test_matches_refuses_what_is_no_match_log(run_tool: Run, tmp_path: Path) -> 
         result = run_tool("pic-matches", "--database", tmp_path / name)
         assert result.returncode == 2
         assert sentence in result.stderr
-    result = run_tool("pic-matches", "--database", tmp_path / "none.db", "--since", "soon")
-    assert result.returncode == 2 and "neither a span like 2h" in result.stderr
+    for since in ("soon", "9999999d", "0001-01-01T00:00+05:00"):
+        result = run_tool("pic-matches", "--database", tmp_path / "n.db", "--since", since)
+        assert result.returncode == 2 and "neither a span like 2h" in result.stderr

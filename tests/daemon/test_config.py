@@ -43,6 +43,8 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
         ("batch_size = 'many'", "batch_size must be a number"),
         ("batch_size = 1.5", "batch_size must be a number"),
         ("batch_size = 0", "at least 1"),
+        ("rescan_seconds = inf", "finite"),
+        ("settle_seconds = nan", "finite"),
         ("provider = 'tpu'", "one of auto, cpu, cuda"),
         ("model = 5", "model must be a path"),
         ("watch = 'drop'", r"\[\[watch\]\] table"),

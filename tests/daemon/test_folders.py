@@ -3,7 +3,7 @@ from pathlib import Path
 
 from conftest import write_image
 
-from pic_daemon.folders import Folder, file_system_of, stamp_of
+from pic_daemon.folders import Folder, file_system_of, stamp_of, text_of
 
 
 def names(folder: Folder) -> set[str]:
@@ -42,6 +42,11 @@ def test_links_pipes_and_folders_named_like_images_are_no_files(tmp_path: Path) 
 
 def test_a_folder_that_vanished_holds_nothing(tmp_path: Path) -> None:
     assert names(Folder(tmp_path / "gone")) == set()
+
+
+def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:
+    assert text_of(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
+    assert text_of("café.jpg") == "café.jpg"
 
 
 def test_the_file_system_is_named() -> None:

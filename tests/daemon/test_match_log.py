@@ -85,6 +85,22 @@ def test_what_was_recorded_is_known_until_the_file_changes(
     assert not log.recognise("/drop/a.png", "d" * 64, touched)
 
 
+def test_a_failure_gives_way_to_what_the_file_became(log: MatchLog, model: Model) -> None:
+    log.record([failure("/drop/a.png"), failure("/drop/b.png")], model)
+    log.record([match("/drop/a.png")], model)
+    rows = query(log, "SELECT path, status FROM images ORDER BY path")
+    assert [row["status"] for row in rows] == ["match", "failed"]
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(log: MatchLog, model: Model) -> None:
+    log.record([failure("/drop/a.png", sha256="")], model)
+    assert not log.knows("/drop/a.png", STAMP)
+    log.record([failure("/drop/a.png", sha256="")], model)
+    assert len(query(log, "SELECT * FROM images")) == 1
+    log.record([match("/drop/a.png")], model)
+    assert [row["status"] for row in query(log, "SELECT * FROM images")] == ["match"]
+
+
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
     modes = [log._db.execute(f"PRAGMA {p}").fetchone()[0]
              for p in ("journal_mode", "synchronous", "foreign_keys")]  # fmt: skip

@@ -1,4 +1,5 @@
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def test_validation_decoys_are_never_trained_on(folders: tuple[Path, Path]) -> N
     )
     assert (len(train), len(val)) == (16, 4)
     assert not train & val
-    assert max(val) < min(train)  # by content hash, whatever the names
+    again = collect(folders)
+    assert [p.split for p in again.pictures] == [p.split for p in sources.pictures]
     assert sources.of("catalog", "train") == sources.of("catalog", "val")
 
 
@@ -92,6 +94,36 @@ def test_near_duplicates_stay_on_one_side_of_the_split(
     write_products(tmp_path / "val", [300])
     left_out = reasons(collect(folders, tmp_path / "val"))
     assert "near-duplicate of " in left_out["leak.jpg"]
+
+
+def test_a_large_group_of_near_duplicates_is_not_held_back_for_its_size(
+    folders: tuple[Path, Path],
+) -> None:
+    for number in range(40):
+        product(100).save(folders[1] / f"again-{number}.jpg", quality=50 + number)
+    sources = collect(folders)
+    assert len(sources.of("other", "val")) <= 0.2 * 60
+
+
+def test_held_back_decoys_are_halved_by_group(folders: tuple[Path, Path]) -> None:
+    sources = collect(folders)
+    test = [
+        p for p, tested in zip(sources.pictures, sources.tested(), strict=True) if tested
+    ]
+    assert {p.split for p in test} == {"val"}
+    assert len(test) == 2
+
+
+def test_a_name_that_is_not_utf8_stops_nothing(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    os.rename(
+        folders[0] / "deep" / "product-00000.jpg",
+        os.path.join(os.fsencode(folders[0]), b"caf\xe9.jpg"),
+    )
+    sources = collect(folders)
+    write_manifest(sources, tmp_path)
+    assert len(list(csv.DictReader((tmp_path / "manifest.csv").open()))) == 25
 
 
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:

@@ -86,5 +86,7 @@ def test_none_of_n_still_leaves_three_of_n_possible() -> None:
     assert (result.false_positive_rate.value, result.recall.value) == (0, 1)
     assert result.false_positive_rate.high == pytest.approx(3 / 500)
     assert result.recall.low == pytest.approx(1 - 3 / 500)
+    few = confusion(labels.astype(float), labels, np.arange(1000) % 20, 0.5)
+    assert few.false_positive_rate.high == pytest.approx(3 / 10)  # of ten pictures
     nothing = confusion(np.zeros(4), np.zeros(4, bool), np.arange(4), 0.5)
     assert nothing.recall.value is None

@@ -70,6 +70,7 @@ def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -
     assert "false positive rate of at most 0.05 on" in report["threshold_rule"]
     assert report["calibration_error"]["after"] >= 0
     assert report["images_per_second"] > 0
+    assert report["wall_seconds"] > report["training_seconds"] > 0
     assert report["device"].startswith("cpu")
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
 
@@ -124,7 +125,7 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ),
         ({"weights": "imagenet"}, [], "no pretrained weights for the cnn"),
         ({}, ["--resume"], "holds no run to resume"),
-        ({"target-fpr": 0.001}, [], "64 decoy samples can promise"),
+        ({"target-fpr": 0.001}, [], "decoy samples can promise"),
     ],
 )
 def test_wrong_input_leaves_no_run_folder(
@@ -174,6 +175,28 @@ def test_an_unreadable_image_is_named_and_counted(
     assert result.returncode == 0, result.stderr
     assert f"left out {tmp_path / 'catalog' / 'broken.jpg'}: not an image" in result.stderr
     assert "1 files left out" in result.stdout
+
+
+def test_a_catalog_of_one_image_and_few_others_still_gives_a_report(
+    run_tool: Run, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [0])
+    write_products(tmp_path / "others", range(100, 110))
+    run = options(tmp_path, tmp_path / "run", **{"epochs": 1, "train-images": 32})
+    result = run_tool("pic-train", *run)
+    assert result.returncode == 0, result.stderr
+    assert "recall" in result.stdout
+
+
+def test_others_too_few_to_test_on_are_refused_before_training(
+    run_tool: Run, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    write_products(tmp_path / "others", range(100, 103))
+    result = run_tool("pic-train", *options(tmp_path, tmp_path / "run"))
+    assert result.returncode == 2
+    assert "add others" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_learning_rate_that_explodes_ends_with_a_sentence(

@@ -13,7 +13,7 @@ from pic_daemon.errors import InputError
 if TYPE_CHECKING:
     from pic_training.run_folder import RunConfig
 
-# PyTorch is imported where it is needed: help and refusals should not wait for it.
+# PyTorch is imported where it is needed: help should not wait for it.
 
 _FILE = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -82,9 +82,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     "--workers", type=click.IntRange(0), help="Processes that augment [one a core]."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted RUN_DIR.")
-def train(
-    out: Path, target_fpr: float, workers: int | None, resume: bool, **options: Any
-) -> None:
+def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """Train a network that tells your catalog's images from all others.
 
     Every sample is a picture cropped to 50-100% of its area, resized to 48-256
@@ -95,12 +93,9 @@ def train(
     """
     _need_the_train_extra()
     from pic_training.report import write_report
-    from pic_training.threshold import check_support
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options)
-    # Half of the validation samples are decoys, and half of those calibrate.
-    check_support(config.val_images // 4, target_fpr, "raise --val-images or --target-fpr")
     if workers is None:
         workers = os.cpu_count() or 1
     try:
@@ -108,7 +103,7 @@ def train(
     except Interrupted:
         click.echo("interrupted; the same command with --resume goes on", err=True)
         sys.exit(130)
-    report = write_report(result, config, target_fpr, out)
+    report = write_report(result, config, out)
     recall, rate = report["recall"], report["false_positive_rate"]
     click.echo(
         f"best epoch {report['best_epoch']}: validation accuracy "
@@ -163,6 +158,7 @@ def _config(**options: Any) -> "RunConfig":
         seed=options["seed"],
         device=device,
         precision=precision,
+        target_fpr=options["target_fpr"],
     )
 
 
@@ -179,7 +175,12 @@ def _computes_in_bf16(device: str) -> bool:
 @click.command()
 @click.version_option(package_name="product-image-classifier")
 @click.argument("run_dir", type=_FOLDER)
-@click.option("--output", required=True, type=_FILE, help="The ONNX file to write.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The ONNX file to write.",
+)
 def export(run_dir: Path, output: Path) -> None:
     """Write the best network of RUN_DIR as one ONNX file, checked against PyTorch.
 

@@ -10,13 +10,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
-from pic_training.sources import Sources
 from pic_training.threshold import (
     calibration_error,
-    check_support,
     confusion,
     fit_temperature,
     sigmoid,
@@ -30,21 +27,18 @@ from matplotlib import pyplot
 PLOT = "TrainingLossAccuracyPlot.png"
 
 
-def write_report(
-    result: RunResult, config: RunConfig, target_fpr: float, folder: Path
-) -> dict[str, Any]:
+def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Write report.json and the plot into `folder`; returns the report.
 
     Half of the validation pictures (whole groups of near-duplicates) calibrate
     temperature and threshold; accuracy, precision, recall and false positive rate
-    come from the other half. Raises InputError where the calibration half is too
-    small for `target_fpr`.
+    come from the other half. `at_one_half` and `loss` are of all validation samples,
+    on which the best epoch was chosen.
     """
     logits = result.val_scores.astype(np.float64)
     labels = result.val_labels > 0.5
-    test = _test_half(result.sources)[result.val_sources]
+    test, target_fpr = result.val_is_test, config.target_fpr
     decoys = int((~labels[~test]).sum())
-    check_support(decoys, target_fpr, "raise --val-images or --target-fpr")
     temperature = fit_temperature(logits[~test], labels[~test])
     scores = sigmoid(logits / temperature)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
@@ -78,6 +72,8 @@ def write_report(
         "sources_digest": result.sources.digest,
         "left_out": len(result.sources.left_out),
         "training_seconds": seconds,
+        "wall_seconds": result.prepared_seconds
+        + sum(m.seconds + m.val_seconds for m in result.history),
         "images_per_second": config.train_images * len(result.history) / seconds,
         "device": _device_name(config.device),
         "versions": versions(),
@@ -85,13 +81,6 @@ def write_report(
     write_json(folder / "report.json", report)
     draw_plot(result.history, folder / PLOT)
     return report
-
-
-def _test_half(sources: Sources) -> NDArray[np.bool_]:
-    """For each picture, whether it is tested on rather than calibrated on."""
-    groups = sorted({p.group for p in sources.pictures})
-    half = {group: number % 2 == 1 for number, group in enumerate(groups)}
-    return np.array([half[p.group] for p in sources.pictures])
 
 
 def versions() -> dict[str, str]:

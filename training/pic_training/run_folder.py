@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class RunConfig:
     seed: int
     device: str
     precision: str
+    target_fpr: float
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -47,10 +48,14 @@ class EpochMetrics:
     val_accuracy: float
     seconds: float
     images_per_second: float
+    val_seconds: float
 
 
 def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
-    """Make the run folder, or check that the one there is this run; True if made."""
+    """Take an empty folder for a new run, or check that the one there is this run.
+
+    Returns whether the run is new. Raises InputError where the folder holds another.
+    """
     stored = folder / "config.json"
     if resume:
         if not stored.exists():
@@ -74,6 +79,14 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror}.") from error
     return True
+
+
+def abandon(folder: Path) -> None:
+    """Remove what a run that could not begin has written, and the folder with it."""
+    for path in folder.iterdir():
+        path.unlink()
+    with suppress(OSError):  # a link to a folder, or a mount point, stays
+        folder.rmdir()
 
 
 def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normalised]:

@@ -53,6 +53,16 @@ class SampleSet:
             ]
         )
 
+    def is_test(self) -> NDArray[np.bool_]:
+        """Which validation samples test rather than calibrate, shape (N,).
+
+        Decoys go by their picture. The catalog is known to training anyway, so that
+        every other of its samples tests.
+        """
+        by_picture = self.sources.tested()[self.sources_drawn()]
+        number = np.arange(self.count)
+        return np.where(number % 2 == 1, number // 2 % 2 == 1, by_picture)
+
     def order(self, kind: Kind, epoch: int) -> list[Source]:
         """The pictures of a kind as an epoch goes round them."""
         pictures = self.sources.of(kind, self.split)

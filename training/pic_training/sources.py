@@ -82,6 +82,15 @@ class Sources:
             if p.kind == kind and (kind == "catalog" or p.split == split)
         ]
 
+    def tested(self) -> NDArray[np.bool_]:
+        """For each picture, whether it is a held-back decoy of the test half.
+
+        The other held-back decoys calibrate. Groups alternate between the halves.
+        """
+        groups = sorted({p.group for p in self.of("other", "val")})
+        test = set(groups[1::2])
+        return np.array([p.split == "val" and p.group in test for p in self.pictures])
+
     @property
     def catalog_digest(self) -> str:
         """SHA-256 over the sorted hashes of the catalog: names it, whatever its paths."""
@@ -209,11 +218,11 @@ def _without(
 def write_manifest(sources: Sources, folder: Path) -> None:
     """Write manifest.csv and left_out.csv into `folder`."""
     columns = ["path", "sha256", "kind", "split", "group", "stored_width", "stored_height"]
-    with (folder / "manifest.csv").open("w", newline="") as file:
+    with (folder / "manifest.csv").open("w", newline="", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([getattr(p, c) for c in columns] for p in sources.pictures)
-    with (folder / "left_out.csv").open("w", newline="") as file:
+    with (folder / "left_out.csv").open("w", newline="", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "reason"])
         writer.writerows([item.path, item.reason] for item in sources.left_out)
@@ -228,7 +237,10 @@ def _files(folder: Path) -> list[str]:
 def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
     inside = [item for item in left_out if Path(item.path).is_relative_to(folder.resolve())]
     if not inside:
-        return f"{folder} holds no image files (looked below it, by file name)."
+        return (
+            f"{folder} holds no image files (looked below it, by file name; "
+            "links and hidden folders are passed over)."
+        )
     return (
         f"none of the {len(inside)} image files in {folder} can be used; "
         f"the first is {inside[0].path}: {inside[0].reason}."
@@ -326,12 +338,20 @@ def _twins(
 
 
 def _held_back(groups: Sequence[str]) -> set[str]:
-    """The groups with the smallest names that make up VALIDATION_SHARE of the pictures."""
+    """Whole groups that make up VALIDATION_SHARE of the pictures, or as near as can be.
+
+    In the order of their names' hashes: in that of the names, which are the smallest
+    of several hashes, large groups would come first.
+    """
+    sizes = Counter(groups)
+    if len(sizes) < 2:
+        return set()
+    order = sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).hexdigest())
+    wanted = max(1, round(VALIDATION_SHARE * len(groups)))
     chosen: set[str] = set()
-    wanted, count = max(1, round(VALIDATION_SHARE * len(groups))), 0
-    for group, size in sorted(Counter(groups).items()):
-        if count >= wanted or count + size >= len(groups):
-            break
-        chosen.add(group)
-        count += size
-    return chosen
+    count = 0
+    for group in order:
+        if count + sizes[group] <= wanted:
+            chosen.add(group)
+            count += sizes[group]
+    return chosen or {min(order, key=lambda group: sizes[group])}

@@ -135,6 +135,7 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
         return _interval(
             int(total[good].sum()),
             int(total[of].sum()),
+            int((counts[:, of].sum(axis=1) > 0).sum()),
             resampled[:, good].sum(axis=1) / np.maximum(1, resampled[:, of].sum(axis=1)),
         )
 
@@ -156,13 +157,14 @@ def _resample(counts: Floats, draw: np.random.Generator) -> Floats:
     return np.asarray(weights @ counts)
 
 
-def _interval(good: int, of: int, resampled: Floats) -> Interval:
+def _interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
     if of == 0:
         return Interval(None, 0.0, 1.0, 0)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    # A share of exactly 0 or 1 resamples to itself: the rule of three keeps it honest.
+    # A share of exactly 0 or 1 resamples to itself: the rule of three, over pictures
+    # rather than their samples, keeps it honest.
     if good == 0:
-        high = max(high, supported_rate(of))
+        high = max(high, supported_rate(pictures))
     if good == of:
-        low = min(low, 1 - supported_rate(of))
+        low = min(low, 1 - supported_rate(pictures))
     return Interval(good / of, max(0.0, float(low)), min(1.0, float(high)), of)

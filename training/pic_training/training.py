@@ -1,14 +1,13 @@
 """The epochs: train, validate, keep checkpoints, stop and resume exactly."""
 
+import io
 import math
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
 from pic_training.networks import ARCHITECTURES, Normalised
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
+    abandon,
     claim_folder,
     read_json,
     replacing,
@@ -30,7 +31,8 @@ from pic_training.run_folder import (
     write_metrics,
 )
 from pic_training.samples import SampleSet
-from pic_training.sources import Sources, gather, write_manifest
+from pic_training.sources import Sources, Split, gather, write_manifest
+from pic_training.threshold import check_support
 
 _LINE_EVERY_S = 60  # between progress lines where there is no terminal
 
@@ -56,14 +58,17 @@ class RunResult:
 
     `val_scores` are the best epoch's logits, float32, shape (N,); `val_labels` are
     1 for catalog and 0 for others; `val_sources` numbers the picture behind each
-    sample by its position in `sources.pictures`.
+    sample by its position in `sources.pictures`, and `val_is_test` says whether the
+    sample tests or calibrates. `prepared_seconds` went before the first epoch.
     """
 
     history: list[EpochMetrics]
     val_scores: NDArray[np.float32]
     val_labels: NDArray[np.float32]
     val_sources: NDArray[np.int64]
+    val_is_test: NDArray[np.bool_]
     sources: Sources
+    prepared_seconds: float
 
 
 class Interrupted(Exception):
@@ -80,6 +85,7 @@ def run_training(config: RunConfig, folder: Path, workers: int, resume: bool) ->
     is_new = claim_folder(config, folder, resume)
     architecture = ARCHITECTURES[config.arch]
     working_file = folder / "sources.rgb"
+    started = time.monotonic()
     try:
         try:
             sources = gather(
@@ -90,16 +96,18 @@ def run_training(config: RunConfig, folder: Path, workers: int, resume: bool) ->
                 max(256, 2 * architecture.size),
             )
             _say_left_out(sources)
+            _check_halves(config, sources)
             torch.manual_seed(config.seed)
             network = Normalised(architecture.build(config.weights), architecture)
             _identify(config, sources, folder, is_new)
         except BaseException:
             if is_new:
-                shutil.rmtree(folder)
+                abandon(folder)
             raise
-        return _Run(config, folder, workers, sources, network).finish(resume)
+        prepared = time.monotonic() - started
+        return _Run(config, folder, workers, sources, network).finish(resume, prepared)
     except OSError as error:
-        raise InputError(f"cannot write in {folder}: {error.strerror}.") from error
+        raise InputError(f"{folder}: {error}.") from error
     finally:
         working_file.unlink(missing_ok=True)
 
@@ -116,9 +124,29 @@ def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -
         )
 
 
+def _samples(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
+    count = config.train_images if split == "train" else config.val_images
+    size = ARCHITECTURES[config.arch].size
+    return SampleSet(sources, split, count, size, config.seed, config.augmentation)
+
+
+def _check_halves(config: RunConfig, sources: Sources) -> None:
+    """Refuse now what the report could not promise hours later."""
+    samples = _samples(config, sources, "val")
+    is_decoy = np.arange(samples.count) % 2 == 0
+    is_test = samples.is_test()
+    if not (is_decoy & is_test).any():
+        raise InputError(
+            "the others held back for validation are near-duplicates of one picture; the "
+            "threshold needs one to be chosen on and one to be tested on: add others."
+        )
+    calibrating = int((is_decoy & ~is_test).sum())
+    check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
+
+
 def _say_left_out(sources: Sources) -> None:
     for item in sources.left_out:
-        click.echo(f"left out {item.path}: {item.reason}", err=True)
+        click.echo(text_of(f"left out {item.path}: {item.reason}"), err=True)
     counts = [
         (len(sources.of("catalog", "train")), "catalog images"),
         (len(sources.of("other", "train")), "others to train on"),
@@ -149,14 +177,11 @@ class _Run:
             network.parameters(), config.lr, config.momentum, fused=True
         )
         self.progress = _Progress()
-        size = ARCHITECTURES[config.arch].size
-        samples = partial(SampleSet, sources, size=size, seed=config.seed,
-                          augmentation=config.augmentation)  # fmt: skip
-        self.train_set = samples(split="train", count=config.train_images)
-        self.val_set = samples(split="val", count=config.val_images)
+        self.train_set = _samples(config, sources, "train")
+        self.val_set = _samples(config, sources, "val")
         self.interrupted = False
 
-    def finish(self, resume: bool) -> RunResult:
+    def finish(self, resume: bool, prepared: float) -> RunResult:
         last = self.folder / "last.pt"
         if resume and last.exists():
             self._load(last)
@@ -170,7 +195,9 @@ class _Run:
                 best["scores"],
                 best["labels"],
                 self.val_set.sources_drawn(),
+                self.val_set.is_test(),
                 self.sources,
+                prepared,
             )
 
     def _train_epoch(self) -> None:
@@ -218,6 +245,7 @@ class _Run:
 
     def _validate_epoch(self) -> None:
         progress = self.progress
+        started = time.monotonic()
         scores, labels = self._score_validation()
         loss = binary_cross_entropy_with_logits(
             torch.from_numpy(scores), torch.from_numpy(labels)
@@ -230,6 +258,7 @@ class _Run:
             val_accuracy=float(((scores > 0) == (labels > 0.5)).mean()),
             seconds=progress.seconds,
             images_per_second=self.train_set.count / max(progress.seconds, 1e-9),
+            val_seconds=time.monotonic() - started,
         )
         best = min((m.val_loss for m in progress.history), default=float("inf"))
         progress.history.append(metrics)
@@ -284,8 +313,10 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
         }
+        buffer = io.BytesIO()  # torch would report a full disk as an internal error
+        torch.save(state, buffer)
         with replacing(self.folder / name) as path:
-            torch.save(state, path)
+            path.write_bytes(buffer.getbuffer())
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
