@@ -232,6 +232,20 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
     assert len(labels) == 256
 
 
+def test_a_resnet50_is_trained_and_exported_alike(
+    run_tool: Run, folders: Path, tmp_path: Path
+) -> None:
+    changes = {"arch": "resnet50", "weights": "none", "epochs": 1, "train-images": 8,
+               "batch-size": 8}  # fmt: skip
+    trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    assert trained.returncode == 0, trained.stderr
+    output = tmp_path / "model.onnx"
+    exported = run_tool("pic-export", tmp_path / "run", "--output", output)
+    assert exported.returncode == 0, exported.stderr
+    info = load_model(output, "cpu").info
+    assert (info.architecture, info.input_size) == ("resnet50", 224)
+
+
 def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
