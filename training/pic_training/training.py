@@ -105,7 +105,10 @@ def run_training(config: RunConfig, folder: Path, workers: int, resume: bool) ->
                 abandon(folder)
             raise
         prepared = time.monotonic() - started
-        return _Run(config, folder, workers, sources, network).finish(resume, prepared)
+        try:
+            return _Run(config, folder, workers, sources, network).finish(resume, prepared)
+        except KeyboardInterrupt as stop:  # before the epochs heed it: seconds of set-up
+            raise Interrupted from stop
     except OSError as error:
         raise InputError(f"{folder}: {error}.") from error
     finally:
