@@ -6,12 +6,13 @@ import torchvision
 from torch import nn
 
 from pic_daemon.errors import InputError
-from pic_training.networks import ARCHITECTURES, Normalised, cnn, resnet50
+from pic_training.networks import ARCHITECTURES, Normalised, cnn_trunk, resnet50_trunk
 
 
 def test_the_cnn_is_the_published_one() -> None:
-    layers = list(cnn())
-    assert sum(p.numel() for p in cnn().parameters()) == 25_167_785
+    network = Normalised(ARCHITECTURES["cnn"])
+    layers = [*network.trunk.children(), network.head]
+    assert sum(p.numel() for p in network.parameters()) == 25_167_785
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels) for c in convolutions] == [
         (3, 4),
@@ -30,7 +31,7 @@ def test_the_cnn_is_the_published_one() -> None:
 @pytest.mark.parametrize("name", ["cnn", "resnet50"])
 def test_each_architecture_gives_one_logit_per_uint8_image(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    network = Normalised(architecture.build("none"), architecture).eval()
+    network = Normalised(architecture).eval()
     images = torch.randint(0, 256, (2, architecture.size, architecture.size, 3))
     with torch.no_grad():
         logits = network(images.to(torch.uint8))
@@ -42,9 +43,27 @@ def test_a_local_state_dict_is_the_start_of_the_resnet(tmp_path: Path) -> None:
     stored = torchvision.models.resnet50().state_dict()
     wrapped = {f"module.pre.{key}": value for key, value in stored.items()}
     torch.save(wrapped, tmp_path / "weights.pth")
-    loaded = resnet50(str(tmp_path / "weights.pth")).state_dict()
+    loaded = resnet50_trunk(str(tmp_path / "weights.pth")).state_dict()
     assert torch.equal(loaded["layer4.2.conv3.weight"], stored["layer4.2.conv3.weight"])
-    assert loaded["fc.weight"].shape == (1, 2048)
+    assert not any(key.startswith("fc.") for key in loaded)
+
+
+def test_frozen_stages_stay_as_they_are_while_the_rest_is_trained() -> None:
+    architecture = ARCHITECTURES["resnet50"]
+    network = Normalised(architecture)
+    network.freeze(architecture.stages[:-1])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    learned = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learned, 0.1)
+    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    network.train()(images).sum().backward()
+    optimizer.step()
+    changed = {key for key, value in network.state_dict().items()
+               if not torch.equal(value, before[key])}  # fmt: skip
+    stages = {key.split(".")[1] for key in changed if key.startswith("trunk.")}
+    assert stages == {"layer4"}
+    assert "trunk.layer4.0.bn1.running_mean" in changed
+    assert "head.weight" in changed
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
@@ -55,16 +74,16 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"keys are missing, among them layer1.0.conv3.weight"
     ):
-        resnet50(str(file))
+        resnet50_trunk(str(file))
 
     torch.save({**stored, "bn1.weight": torch.zeros(3)}, file)
     with pytest.raises(InputError, match=r"bn1.weight has shape \(3,\), not \(64,\)"):
-        resnet50(str(file))
+        resnet50_trunk(str(file))
 
     file.write_text("no state dict")
     with pytest.raises(InputError, match="cannot be read as a state dict"):
-        resnet50(str(file))
+        resnet50_trunk(str(file))
     with pytest.raises(InputError, match=r"cannot be read as a state dict: .*No such file"):
-        resnet50(str(tmp_path / "missing.pth"))
+        resnet50_trunk(str(tmp_path / "missing.pth"))
     with pytest.raises(InputError, match="no pretrained weights for the cnn"):
-        cnn("imagenet")
+        cnn_trunk("imagenet")

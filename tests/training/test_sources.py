@@ -1,5 +1,7 @@
 import csv
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +160,24 @@ def test_the_digest_names_content_not_paths(folders: tuple[Path, Path]) -> None:
     assert collect(folders).catalog_digest == before.catalog_digest
     write_products(folders[0], [77])
     assert collect(folders).catalog_digest != before.catalog_digest
+
+
+def test_a_full_disk_while_caching_is_said_and_leaves_nothing(
+    tmp_path: Path, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    write_products(tmp_path / "catalog", range(20))
+    write_products(tmp_path / "others", range(100, 140))
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        folders = "--catalog", tmp_path / "catalog", "--others", tmp_path / "others"
+        run = run_tool("pic-train", *folders, "--target-fpr", 0.05, "--out", small / "run")
+        assert run.returncode == 2
+        assert "No space left on device" in run.stderr
+        assert "Traceback" not in run.stderr
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

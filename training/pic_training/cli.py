@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pic_daemon.errors import InputError
+from pic_training.process import prepare_for_training
 
 if TYPE_CHECKING:
     from pic_training.run_folder import RunConfig
@@ -64,6 +65,19 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     show_default=True,
     help="False positive rate that the threshold is chosen for.",
 )
+@click.option(
+    "--head-start",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="SAMPLES",
+    help="Fit the head alone on so many samples first, the trunk left as it is.",
+)
+@click.option(
+    "--stages",
+    type=click.IntRange(0, 5),
+    help="Last stages of the resnet50's trunk to train, the others left as they are [5].",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--device",
@@ -92,6 +106,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     Example: pic-train --catalog products --others photos --out runs/first
     """
     _need_the_train_extra()
+    prepare_for_training()
     from pic_training.report import write_report
     from pic_training.training import Interrupted, run_training
 
@@ -103,6 +118,8 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     except Interrupted:
         click.echo("interrupted; the same command with --resume goes on", err=True)
         sys.exit(130)
+    if result is None:  # one of torchrun's processes, but not the first
+        return
     report = write_report(result, config, out)
     recall, rate = report["recall"], report["false_positive_rate"]
     click.echo(
@@ -155,11 +172,25 @@ def _config(**options: Any) -> "RunConfig":
         batch_size=options["batch_size"] or architecture.batch_size,
         lr=options["lr"] or architecture.lr,
         momentum=architecture.momentum,
+        head_start=options["head_start"],
+        stages=_stages(options["arch"], options["stages"]),
         seed=options["seed"],
         device=device,
         precision=precision,
         target_fpr=options["target_fpr"],
+        processes=int(os.environ.get("WORLD_SIZE", "1")),  # set by torchrun
     )
+
+
+def _stages(arch: str, wanted: int | None) -> int:
+    from pic_training.networks import ARCHITECTURES
+
+    stages = len(ARCHITECTURES[arch].stages)
+    if wanted is None:
+        return stages
+    if wanted > stages:
+        raise InputError(f"--stages {wanted}: the {arch} is trained as a whole.")
+    return wanted
 
 
 def _computes_in_bf16(device: str) -> bool:

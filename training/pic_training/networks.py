@@ -1,6 +1,6 @@
-"""The two architectures, each taking uint8 images and returning one logit per image."""
+"""The two architectures: a trunk that sees, and a linear head that decides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Architecture:
     """What is fixed by the choice of a network; `size` is the input's side in pixels.
 
-    `mean` and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are
-    the defaults for stochastic gradient descent.
+    `trunk` builds what turns normalised images into `features` numbers each;
+    `stages` names the parts of it that fine-tuning may freeze, first to last. `mean`
+    and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are the
+    defaults for stochastic gradient descent.
     """
 
-    build: Callable[[str], nn.Module]
+    trunk: Callable[[str], nn.Module]
+    features: int
+    stages: tuple[tuple[str, ...], ...]
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -33,30 +37,50 @@ class Architecture:
 
 
 class Normalised(nn.Module):
-    """A network with its input scaling in front: uint8 (N, H, W, 3) -> logits (N,)."""
+    """A trunk with its input scaling in front and a linear head behind it."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, network: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, weights: str = "none") -> None:
         super().__init__()
-        self.network = network
+        self.trunk = architecture.trunk(weights)
+        self.head = nn.Linear(architecture.features, 1)
+        self.frozen: list[nn.Module] = []
         self.register_buffer("mean", torch.tensor(architecture.mean) * 255, False)
         self.register_buffer("std", torch.tensor(architecture.std) * 255, False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, float32, shape (N,): above zero where the catalog is likelier."""
-        pixels = (images.to(torch.float32) - self.mean) / self.std
-        logits: torch.Tensor = self.network(pixels.permute(0, 3, 1, 2))
+        """uint8 (N, H, W, 3) -> logits (N,): above zero where the catalog is likelier."""
+        logits: torch.Tensor = self.head(self.features(images))
         return logits.squeeze(1)
 
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> what the head sees, float, shape (N, F)."""
+        pixels = (images.to(torch.float32) - self.mean) / self.std
+        features: torch.Tensor = self.trunk(pixels.permute(0, 3, 1, 2))
+        return features
 
-def cnn(weights: str = "none") -> nn.Module:
-    """The published CNN: 25,167,785 parameters on 64 x 64 RGB.
+    def freeze(self, stages: Iterable[tuple[str, ...]]) -> None:
+        """Keep these stages of the trunk as they are, batch statistics included."""
+        self.frozen = [getattr(self.trunk, name) for stage in stages for name in stage]
+        for part in self.frozen:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Normalised":
+        """As in PyTorch, but frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+
+def cnn_trunk(weights: str = "none") -> nn.Module:
+    """The published CNN but its last layer: 25,167,785 parameters with it.
 
     Three convolutions (kernel 3, padding 1, stride 1; 3 -> 4 -> 8 -> 16 channels)
-    with ReLU and no pooling, Linear(65,536 -> 384, no bias), Linear(384 -> 1). The
-    sigmoid follows in the loss and in the exported graph.
+    with ReLU and no pooling on 64 x 64 RGB, Linear(65,536 -> 384, no bias); the head
+    is Linear(384 -> 1). The sigmoid follows in the loss and in the exported graph.
     """
     if weights != "none":
         raise InputError(
@@ -72,12 +96,11 @@ def cnn(weights: str = "none") -> nn.Module:
         nn.Flatten(),
         nn.Linear(16 * 64 * 64, 384, bias=False),
         nn.ReLU(),
-        nn.Linear(384, 1),
     )
 
 
-def resnet50(weights: str = "imagenet") -> nn.Module:
-    """torchvision's ResNet50 with one output.
+def resnet50_trunk(weights: str = "imagenet") -> nn.Module:
+    """torchvision's ResNet50 without its last layer.
 
     `weights`: ``imagenet`` (torchvision fetches them), ``none``, or a file with a
     state dict in torchvision's layout, whose last layer is left aside. Raises
@@ -90,13 +113,15 @@ def resnet50(weights: str = "imagenet") -> nn.Module:
         _load_imagenet(network, models.ResNet50_Weights.IMAGENET1K_V2)
     elif weights != "none":
         _load_file(network, Path(weights))
-    network.fc = nn.Linear(network.fc.in_features, 1)
+    network.fc = nn.Identity()
     return network  # type: ignore[no-any-return]
 
 
 ARCHITECTURES = {
     "cnn": Architecture(
-        cnn,
+        cnn_trunk,
+        features=384,
+        stages=(),
         size=64,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
@@ -105,7 +130,9 @@ ARCHITECTURES = {
         batch_size=64,
     ),
     "resnet50": Architecture(
-        resnet50,
+        resnet50_trunk,
+        features=2048,
+        stages=(("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)),
         size=224,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

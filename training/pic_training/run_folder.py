@@ -17,7 +17,11 @@ from pic_training.networks import ARCHITECTURES, Normalised
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the result of a run; stored as config.json."""
+    """Everything that decides the result of a run; stored as config.json.
+
+    `head_start` samples fit the head alone first; then the last `stages` stages of
+    the trunk are trained with it. `processes` share every batch.
+    """
 
     catalog: str
     others: str
@@ -30,16 +34,23 @@ class RunConfig:
     batch_size: int
     lr: float
     momentum: float
+    head_start: int
+    stages: int
     seed: int
     device: str
     precision: str
     target_fpr: float
+    processes: int = 1
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One line of metrics.csv. Losses are mean binary cross-entropies in nats."""
+    """One line of metrics.csv. Losses are mean binary cross-entropies in nats.
+
+    `network_share` of the training seconds went by in the network, the rest waiting
+    for samples.
+    """
 
     epoch: int
     train_loss: float
@@ -49,6 +60,7 @@ class EpochMetrics:
     seconds: float
     images_per_second: float
     val_seconds: float
+    network_share: float
 
 
 def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
@@ -110,7 +122,7 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
     architecture = ARCHITECTURES[config.arch]
-    network = Normalised(architecture.build("none"), architecture)
+    network = Normalised(architecture)
     network.load_state_dict(state["network"])
     return config, network.eval()
 

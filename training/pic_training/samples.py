@@ -5,18 +5,18 @@ epoch, index) alone. A resumed run therefore sees what an unbroken one would hav
 seen, whatever the number of workers.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pic_training.augmentation import Augmentation, sample
+from pic_training.distributed import ALONE, Processes
 from pic_training.sources import Kind, Source, Sources, Split
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -74,39 +74,48 @@ class SampleSet:
         fixed = self.split == "val"
         return [self.seed, _SPLIT_NUMBER[self.split], 0 if fixed else epoch]
 
+    def share(self, number: int, batch_size: int, processes: Processes) -> range:
+        """The samples of a batch that fall to this process."""
+        first = number * batch_size
+        whole = range(first, min(first + batch_size, self.count))
+        start, end = (len(whole) * (processes.rank + n) // processes.count for n in (0, 1))
+        return whole[start:end]
+
     def load(
-        self, epoch: int, batch_size: int, workers: int, first: int = 0
+        self,
+        epoch: int,
+        batch_size: int,
+        workers: int,
+        first: int = 0,
+        processes: Processes = ALONE,
     ) -> Iterator[Batch]:
-        """Batches from number `first` on.
+        """This process's share of each batch from number `first` on.
 
         Images are uint8 (N, size, size, 3), labels float32 (N,).
         """
         loader: DataLoader[Batch] = DataLoader(
-            _Batches(self, epoch, batch_size),
+            _Batches(self, epoch, batch_size, processes),
             batch_size=None,
             sampler=range(first, self.batches(batch_size)),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
         )
         return iter(loader)
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, samples: SampleSet, epoch: int, batch_size: int) -> None:
+    def __init__(
+        self, samples: SampleSet, epoch: int, batch_size: int, processes: Processes
+    ) -> None:
         self._samples = samples
         self._batch_size = batch_size
+        self._processes = processes
         self._key = samples.key(epoch)
         self._orders = [samples.order("other", epoch), samples.order("catalog", epoch)]
 
-    @cached_property
-    def _pixels(self) -> NDArray[np.uint8]:
-        # Mapped in each worker: a map that is sent to a worker is copied whole.
-        return np.memmap(self._samples.sources.file, np.uint8, "r")
-
     def __getitem__(self, number: int) -> Batch:
-        first = number * self._batch_size
-        indices = range(first, min(first + self._batch_size, self._samples.count))
+        indices = self._samples.share(number, self._batch_size, self._processes)
         images = np.stack([self._draw(index) for index in indices])
         labels = torch.tensor([index % 2 for index in indices], dtype=torch.float32)
         return torch.from_numpy(images), labels
@@ -115,13 +124,13 @@ class _Batches(Dataset[Batch]):
         order = self._orders[index % 2]
         # Going round the shuffled pictures uses each equally often.
         source = order[index // 2 % len(order)]
-        shape = (source.height, source.width, 3)
-        pixels = self._pixels[source.offset : source.offset + int(np.prod(shape))]
-        image = Image.fromarray(pixels.reshape(shape))
+        image = self._samples.sources.image(source)
         draw = np.random.default_rng([*self._key, index])
         return sample(image, draw, self._samples.augmentation, self._samples.size)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Make a process one that renders samples beside the one that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     torch.set_num_threads(1)
+    os.nice(19)  # a step in hand goes before the batch after next

@@ -1,7 +1,7 @@
 """The pictures of a run: found, hashed, decoded once, told apart and split.
 
 Every picture is decoded once, by the daemon's decoder, into a working copy in one
-flat file that the sample workers map into memory.
+flat file that the sample workers read from.
 """
 
 import csv
@@ -81,6 +81,13 @@ class Sources:
             for p in self.pictures
             if p.kind == kind and (kind == "catalog" or p.split == split)
         ]
+
+    def image(self, source: Source) -> Image.Image:
+        """The working copy of one of the pictures."""
+        shape = (source.height, source.width, 3)
+        count = int(np.prod(shape))
+        pixels = np.fromfile(self.file, np.uint8, count, offset=source.offset)
+        return Image.fromarray(pixels.reshape(shape))
 
     def tested(self) -> NDArray[np.bool_]:
         """For each picture, whether it is a held-back decoy of the test half.

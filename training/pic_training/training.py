@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.device_samples import DeviceSamples, render_pool, versions_for
+from pic_training.distributed import Processes, join
+from pic_training.fine_tuning import features_of, fit_head
+from pic_training.learner import Learner
+from pic_training.networks import ARCHITECTURES
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
@@ -30,7 +34,7 @@ from pic_training.run_folder import (
     write_json,
     write_metrics,
 )
-from pic_training.samples import SampleSet
+from pic_training.samples import Batch, SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
 from pic_training.threshold import check_support
 
@@ -42,14 +46,26 @@ PARITY_SAMPLES = 256
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds besides network and optimizer."""
+    """What a checkpoint holds besides network and optimizer.
 
+    `loss_sum` and `correct` are of the epoch's first `batch` batches, in `seconds`,
+    of which `waited` went by waiting for samples.
+    """
+
+    head_fitted: bool = False
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
-    correct: int = 0
+    correct: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
     history: list[EpochMetrics] = field(default_factory=list)
+
+    def next_epoch(self) -> None:
+        """Start counting anew."""
+        self.epoch += 1
+        self.batch, self.loss_sum, self.correct = 0, 0.0, 0.0
+        self.seconds = self.waited = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,44 +91,57 @@ class Interrupted(Exception):
     """Ctrl-C: the checkpoint is written and `--resume` goes on from it."""
 
 
-def run_training(config: RunConfig, folder: Path, workers: int, resume: bool) -> RunResult:
+def run_training(
+    config: RunConfig, folder: Path, workers: int, resume: bool
+) -> RunResult | None:
     """Train as `config` says, leaving everything in `folder`.
 
-    Raises InputError for bad input (then a folder that it made is gone again) and
-    where the loss stops being a number or the disk is full (then the last good
-    checkpoint stays), and Interrupted after Ctrl-C.
+    Started by torchrun, every process runs this; all but the first return None. Raises
+    InputError for bad input (then a folder that it made is gone again) and where the
+    loss stops being a number or the disk is full (then the last good checkpoint stays),
+    and Interrupted after Ctrl-C.
     """
-    is_new = claim_folder(config, folder, resume)
-    architecture = ARCHITECTURES[config.arch]
+    processes = join(config.device)
     working_file = folder / "sources.rgb"
     started = time.monotonic()
     try:
-        try:
-            sources = gather(
-                Path(config.catalog),
-                Path(config.others),
-                Path(config.others_val) if config.others_val else None,
-                working_file,
-                max(256, 2 * architecture.size),
-            )
-            _say_left_out(sources)
-            _check_halves(config, sources)
-            torch.manual_seed(config.seed)
-            network = Normalised(architecture.build(config.weights), architecture)
-            _identify(config, sources, folder, is_new)
-        except BaseException:
-            if is_new:
-                abandon(folder)
-            raise
+        sources = processes.from_first(lambda: _prepare(config, folder, resume))
+        torch.manual_seed(config.seed)
         prepared = time.monotonic() - started
         try:
-            return _Run(config, folder, workers, sources, network).finish(resume, prepared)
+            run = _Run(config, folder, workers, sources, processes)
+            return run.finish(resume, prepared)
         except KeyboardInterrupt as stop:  # before the epochs heed it: seconds of set-up
             raise Interrupted from stop
     except OSError as error:
         raise InputError(f"{folder}: {error}.") from error
     finally:
-        working_file.unlink(missing_ok=True)
+        if processes.is_first:
+            working_file.unlink(missing_ok=True)
+
+
+def _prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
+    """Claim the folder, read the pictures, and refuse what cannot come to an end."""
+    is_new = claim_folder(config, folder, resume)
+    architecture = ARCHITECTURES[config.arch]
+    try:
+        sources = gather(
+            Path(config.catalog),
+            Path(config.others),
+            Path(config.others_val) if config.others_val else None,
+            folder / "sources.rgb",
+            max(256, 2 * architecture.size),
+        )
+        _say_left_out(sources)
+        _check_halves(config, sources)
+        _check_shares(config)
+        architecture.trunk(config.weights)  # weights that cannot be had end it here
+        _identify(config, sources, folder, is_new)
+    except BaseException:
+        if is_new:
+            abandon(folder)
+        raise
+    return sources
 
 
 def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
@@ -147,6 +176,16 @@ def _check_halves(config: RunConfig, sources: Sources) -> None:
     check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
 
 
+def _check_shares(config: RunConfig) -> None:
+    """Refuse batches with fewer samples than there are processes to share them."""
+    last = config.train_images % config.batch_size or config.batch_size
+    if last < config.processes:
+        raise InputError(
+            f"{config.processes} processes cannot share a batch of {last}, the last one "
+            "of each epoch: change --train-images or --batch-size."
+        )
+
+
 def _say_left_out(sources: Sources) -> None:
     for item in sources.left_out:
         click.echo(text_of(f"left out {item.path}: {item.reason}"), err=True)
@@ -168,30 +207,35 @@ class _Run:
         folder: Path,
         workers: int,
         sources: Sources,
-        network: Normalised,
+        processes: Processes,
     ) -> None:
         self.config = config
         self.folder = folder
         self.workers = workers
         self.sources = sources
-        self.device = torch.device(config.device)
-        self.network = network.to(self.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            network.parameters(), config.lr, config.momentum, fused=True
-        )
+        self.processes = processes
+        self.learner = Learner(config, processes)
         self.progress = _Progress()
         self.train_set = _samples(config, sources, "train")
         self.val_set = _samples(config, sources, "val")
+        self.on_device: DeviceSamples | None = None
+        self.val_batches: list[Batch] = []
         self.interrupted = False
 
-    def finish(self, resume: bool, prepared: float) -> RunResult:
+    def finish(self, resume: bool, prepared: float) -> RunResult | None:
         last = self.folder / "last.pt"
-        if resume and last.exists():
-            self._load(last)
         with self._heeding_interrupts():
+            if resume and last.exists():
+                self._load(last)
+            if self.config.head_start and not self.progress.head_fitted:
+                self._start_head()
+            if self.config.device == "cuda":
+                self._move_samples()
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch()
                 self._validate_epoch()
+        if not self.processes.is_first:
+            return None
         with np.load(self.folder / "validation.npz") as best:
             return RunResult(
                 self.progress.history,
@@ -203,50 +247,100 @@ class _Run:
                 prepared,
             )
 
+    def _start_head(self) -> None:
+        samples = replace(self.train_set, count=self.config.head_start)
+        # An epoch of its own, so that the head is not fitted to samples seen later.
+        batches = samples.load(self.config.epochs, self.config.batch_size, self.workers)
+        with self._bar("features", samples.count, 0) as show:
+            features, labels = features_of(
+                self.learner.network,
+                self._until_interrupted(batches, show),
+                self.learner.device,
+                self.config.precision == "bf16",
+            )
+        loss = fit_head(self.learner.network, features, labels)
+        self.progress.head_fitted = True
+        self._say(f"head fitted on {samples.count:,} samples: loss {loss:.4f}")
+
+    def _move_samples(self) -> None:
+        side = max(256, 2 * self.train_set.size)
+        versions = versions_for(self.train_set, side)
+        if not versions:
+            self._say("too many pictures for the device: the CPU renders the samples")
+            return
+        pool = render_pool(
+            self.train_set, versions, side, self.workers, self.learner.device
+        )
+        self.on_device = DeviceSamples(self.train_set, pool)
+
     def _train_epoch(self) -> None:
         progress, size = self.progress, self.config.batch_size
-        started = time.monotonic()
-        self.network.train()
-        loader = self.train_set.load(progress.epoch, size, self.workers, progress.batch)
-        with self._bar("train", self.train_set.count, progress.batch * size) as show:
-            for images, labels in loader:
-                loss, correct = self._step(images, labels)
-                if not np.isfinite(loss):
-                    raise InputError(
-                        f"the loss is no longer a number at lr {self.config.lr}; "
-                        "start again with a smaller --lr."
-                    )
-                progress.loss_sum += loss * len(labels)
-                progress.correct += correct
+        begun, waited = time.monotonic() - progress.seconds, progress.waited
+        self.learner.network.train()
+        of, batches = self.train_set.count, self.train_set.batches(size)
+        # Asking a GPU or other processes for news makes all of them wait for it.
+        news_every = 1 if self.config.device == "cpu" and self.processes.count == 1 else 16
+        with self._bar("train", of, progress.batch * size) as show:
+            loader = self._train_batches()
+            while True:
+                asked = time.monotonic()
+                batch = next(loader, None)
+                waited += time.monotonic() - asked
+                if batch is None:
+                    break
+                whole = min(size, of - progress.batch * size)
+                done = progress.epoch * batches + progress.batch
+                self.learner.step(batch, whole, done / (self.config.epochs * batches))
                 progress.batch += 1
-                show(len(labels))
-                if self.interrupted:
-                    progress.seconds += time.monotonic() - started
+                show(whole)
+                if progress.batch % news_every == 0 and self._should_stop():
+                    self._count(begun, waited)
                     self._save("last.pt")
                     raise Interrupted
-        progress.seconds += time.monotonic() - started
+        self._count(begun, waited)
+        self._check_loss(progress.loss_sum)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
-        images, labels = images.to(self.device), labels.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.zero_grad()
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            logits = self.network(images).float()
-        loss = binary_cross_entropy_with_logits(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.item(), int(((logits > 0) == (labels > 0.5)).sum())
+    def _train_batches(self) -> Iterator[Batch]:
+        progress, size = self.progress, self.config.batch_size
+        if self.on_device:
+            return self.on_device.load(progress.epoch, size, progress.batch, self.processes)
+        return self.train_set.load(
+            progress.epoch, size, self.workers, progress.batch, self.processes
+        )
 
-    def _learning_rate(self) -> float:
-        """Falls from `lr` to zero along a half cosine (Loshchilov and Hutter 2017)."""
-        batches = self.train_set.batches(self.config.batch_size)
-        done = self.progress.epoch * batches + self.progress.batch
-        share = done / (self.config.epochs * batches)
-        return self.config.lr * (1 + math.cos(math.pi * share)) / 2
+    def _should_stop(self) -> bool:
+        self._check_loss(float(self.learner.loss_sum))
+        return self.processes.any(self.interrupted, self.learner.device)
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is no longer a number at lr {self.config.lr}; "
+                "start again with a smaller --lr."
+            )
+
+    def _count(self, begun: float, waited: float) -> None:
+        loss, correct = self.learner.take_totals()
+        self.progress.loss_sum += loss
+        self.progress.correct += correct
+        self.progress.seconds = time.monotonic() - begun
+        self.progress.waited = waited
 
     def _validate_epoch(self) -> None:
+        """Score the validation samples and keep the checkpoint; the first process alone."""
+        interrupted = False
+        if self.processes.is_first:
+            try:
+                self._validate_and_save()
+            except Interrupted:
+                interrupted = True
+        else:
+            self.progress.next_epoch()
+        # The others wait here, and stop where the first was interrupted.
+        if self.processes.any(interrupted, self.learner.device):
+            raise Interrupted
+
+    def _validate_and_save(self) -> None:
         progress = self.progress
         started = time.monotonic()
         scores, labels = self._score_validation()
@@ -260,14 +354,13 @@ class _Run:
             val_loss=loss,
             val_accuracy=float(((scores > 0) == (labels > 0.5)).mean()),
             seconds=progress.seconds,
+            network_share=1 - progress.waited / max(progress.seconds, 1e-9),
             images_per_second=self.train_set.count / max(progress.seconds, 1e-9),
             val_seconds=time.monotonic() - started,
         )
         best = min((m.val_loss for m in progress.history), default=float("inf"))
         progress.history.append(metrics)
-        progress.epoch += 1
-        progress.batch, progress.loss_sum, progress.correct = 0, 0.0, 0
-        progress.seconds = 0.0
+        progress.next_epoch()
         if metrics.val_loss < best or len(progress.history) == 1:
             with (
                 replacing(self.folder / "validation.npz") as path,
@@ -277,56 +370,72 @@ class _Run:
             self._save("best.pt")
         self._save("last.pt")
         write_metrics(progress.history, self.folder)
-        click.echo(
+        self._say(
             f"epoch {metrics.epoch}/{self.config.epochs}: "
             f"loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
             f"validation loss {metrics.val_loss:.4f}, "
             f"accuracy {metrics.val_accuracy:.2%}; "
-            f"{metrics.images_per_second:.0f} images/s"
+            f"{metrics.images_per_second:.0f} images/s, "
+            f"{metrics.network_share:.0%} of the time in the network"
         )
 
     @torch.no_grad()
     def _score_validation(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        self.network.eval()
-        scores, labels, kept = [], [], 0
+        network = self.learner.network.eval()
+        scores, labels = [], []
+        with self._bar("validate", self.val_set.count, 0) as show:
+            for images, some in self._until_interrupted(self._val_batches(), show):
+                scores.append(network(images.to(self.learner.device)).float().cpu().numpy())
+                labels.append(some.numpy())
+        return np.concatenate(scores), np.concatenate(labels)
+
+    def _val_batches(self) -> Iterator[Batch]:
+        """The validation samples, which a GPU keeps from the first time on."""
+        if self.val_batches:
+            yield from self.val_batches
+            return
         parity = self.folder / "parity.npy"
         first: list[torch.Tensor] = []
-        with self._bar("validate", self.val_set.count, 0) as show:
-            for images, batch_labels in self.val_set.load(
-                0, self.config.batch_size, self.workers
-            ):
-                scores.append(self.network(images.to(self.device)).float().cpu().numpy())
-                labels.append(batch_labels.numpy())
-                if kept < PARITY_SAMPLES:
-                    first.append(images)
-                    kept += len(images)
-                show(len(images))
-                if self.interrupted:
-                    # The epoch is trained: resuming validates it anew.
-                    self._save("last.pt")
-                    raise Interrupted
+        for images, labels in self.val_set.load(0, self.config.batch_size, self.workers):
+            if self.config.device == "cuda":
+                self.val_batches.append((images.to(self.learner.device), labels))
+            if len(first) * self.config.batch_size < PARITY_SAMPLES:
+                first.append(images)
+            yield images, labels
         if not parity.exists():
             with replacing(parity) as path, path.open("wb") as file:
                 np.save(file, torch.cat(first)[:PARITY_SAMPLES].numpy())
-        return np.concatenate(scores), np.concatenate(labels)
+
+    def _until_interrupted(
+        self, batches: Iterator[Batch], show: Callable[[int], None]
+    ) -> Iterator[Batch]:
+        """The batches, shown as they go by; a checkpoint and Interrupted after Ctrl-C."""
+        for batch in batches:
+            yield batch
+            show(len(batch[1]))
+            if self.interrupted:
+                # What is trained is kept: resuming goes over these batches anew.
+                self._save("last.pt")
+                raise Interrupted
 
     def _save(self, name: str) -> None:
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-        }
+        if not self.processes.is_first:
+            return
+        state = {**self.learner.state(), "progress": asdict(self.progress)}
         buffer = io.BytesIO()  # torch would report a full disk as an internal error
         torch.save(state, buffer)
         with replacing(self.folder / name) as path:
             path.write_bytes(buffer.getbuffer())
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(path, map_location=self.learner.device, weights_only=True)
+        self.learner.restore(state)
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
         self.progress = _Progress(**state["progress"], history=history)
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_first:
+            click.echo(text)
 
     @contextmanager
     def _heeding_interrupts(self) -> Iterator[None]:
@@ -356,7 +465,7 @@ class _Run:
             length=count,
             label=label,
             item_show_func=speed,
-            hidden=not sys.stdout.isatty(),
+            hidden=not (sys.stdout.isatty() and self.processes.is_first),
         ) as bar:
             bar.update(done)
 
@@ -368,7 +477,7 @@ class _Run:
                 if bar.hidden and now - said >= _LINE_EVERY_S:
                     said = now
                     left = (count - done - shown) / rate() / 60
-                    click.echo(
+                    self._say(
                         f"{label}: {done + shown:,} of {count:,}, {rate():.0f} images/s, "
                         f"{left:.0f} min left"
                     )

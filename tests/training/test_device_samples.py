@@ -1,0 +1,96 @@
+"""What a GPU would be fed, made on the CPU device."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import product, write_products
+from PIL import Image
+
+from pic_training.augmentation import Augmentation
+from pic_training.device_samples import DeviceSamples, render_pool, resample
+from pic_training.samples import SampleSet
+from pic_training.sources import gather
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
+    folder = tmp_path_factory.mktemp("sources")
+    write_products(folder / "catalog", range(8))
+    write_products(folder / "others", range(100, 120))
+    sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
+    return SampleSet(sources, "train", 1500, 64, 3, Augmentation())
+
+
+@pytest.fixture(scope="module")
+def on_device(samples: SampleSet) -> DeviceSamples:
+    return DeviceSamples(samples, render_pool(samples, 8, 256, 2, CPU))
+
+
+@pytest.mark.parametrize("box", [(0, 0, 200, 150), (13, 7, 120, 140), (3, 2, 40, 30)])
+def test_resampling_gives_what_pillow_gives(box: tuple[int, int, int, int]) -> None:
+    left, top, width, height = box
+    image = product(3).resize((200, 150))
+    cut = image.crop((left, top, left + width, top + height))
+    expected = np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR))
+    padded = np.zeros((1, 256, 256, 3), np.uint8)
+    padded[0, :150, :200] = np.asarray(image)
+    start, length = torch.tensor([[top, left]]), torch.tensor([[height, width]])
+    drawn = resample(torch.from_numpy(padded), start, length, 64)[0].numpy()
+    difference = np.abs(drawn.astype(int) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.2
+
+
+def statistics(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """What compression, scale and crop leave in pictures, each shape (N,)."""
+    grey = images.numpy().mean(axis=3)
+    across = np.abs(np.diff(grey, axis=2)).mean(axis=(1, 2))
+    second = np.abs(np.diff(grey, n=2, axis=2)).mean(axis=(1, 2))
+    return {
+        "brightness": grey.mean(axis=(1, 2)),
+        "contrast": grey.std(axis=(1, 2)),
+        "edges": across,
+        "fine detail": second,
+        "centre": grey[:, 24:40, 24:40].mean(axis=(1, 2)),
+        "colour": images.numpy().std(axis=3).mean(axis=(1, 2)),
+    }
+
+
+def test_samples_are_distributed_as_those_of_the_cpu(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    expected = torch.cat([images for images, _ in samples.load(0, 50, 2)])
+    drawn = torch.cat([images for images, _ in on_device.load(0, 50)])
+    assert drawn.shape == expected.shape
+    assert drawn.dtype == torch.uint8
+    ours, theirs = statistics(drawn), statistics(expected)
+    for name in ours:
+        for kind in (0, 1):
+            one, other = ours[name][kind::2], theirs[name][kind::2]
+            # Quantiles as far apart as chance would have them, in units of the spread.
+            levels = np.linspace(0.1, 0.9, 9)
+            gap = np.abs(np.quantile(one, levels) - np.quantile(other, levels)).max()
+            assert gap < 0.25 * other.std(), (name, kind)
+
+
+def test_a_distribution_that_differs_would_be_noticed(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    expected = torch.cat([images for images, _ in samples.load(0, 50, 2)])
+    crude = expected.float().reshape(-1, 32, 2, 32, 2, 3).mean(dim=(2, 4))
+    blurred = crude.repeat_interleave(2, 1).repeat_interleave(2, 2).to(torch.uint8)
+    one, other = (statistics(images)["fine detail"] for images in (blurred, expected))
+    assert abs(np.median(one) - np.median(other)) > 0.25 * other.std()
+
+
+def test_batches_are_balanced_fresh_each_epoch_and_resumable(
+    on_device: DeviceSamples,
+) -> None:
+    first = list(on_device.load(0, 64))
+    assert [len(labels) for _, labels in first[-2:]] == [64, 1500 % 64]
+    assert sum(float(labels.sum()) for _, labels in first) == 750
+    resumed = next(on_device.load(0, 64, first=5))
+    assert torch.equal(resumed[0], first[5][0])
+    assert not torch.equal(next(on_device.load(1, 64))[0], first[0][0])

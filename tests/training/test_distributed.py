@@ -1,0 +1,62 @@
+"""Two processes under torchrun, with gloo, against one."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BIN
+from pictures import write_products
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("folders")
+    write_products(home / "catalog", range(6))
+    write_products(home / "others", range(100, 130))
+    return home
+
+
+def train(
+    folders: Path, out: str, processes: int, **changes: int
+) -> subprocess.CompletedProcess[str]:
+    start = [BIN / "torchrun", "--standalone", "--nproc-per-node", processes, "--no-python"]
+    given = {
+        "catalog": folders / "catalog", "others": folders / "others", "epochs": 2,
+        "out": folders / out, "device": "cpu", "precision": "fp32", "workers": 1,
+        "target-fpr": 0.05, "train-images": 201, "val-images": 256, **changes,
+    }  # fmt: skip
+    command = [*(start if processes > 1 else []), BIN / "pic-train"]
+    command += [part for key, value in given.items() for part in (f"--{key}", value)]
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_processes_come_to_the_result_of_one(folders: Path) -> None:
+    runs = {1: "one", 2: "two"}
+    printed = {}
+    for processes, out in runs.items():
+        result = train(folders, out, processes)
+        assert result.returncode == 0, result.stderr
+        printed[processes] = result.stdout
+    assert printed[2].count("epoch 2/2") == printed[1].count("epoch 2/2") == 1
+    one, two = (json.loads((folders / out / "metrics.json").read_text())
+                for out in runs.values())  # fmt: skip
+    for alone, shared in zip(one, two, strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert shared[name] == pytest.approx(alone[name], abs=2e-3), name
+    logits = [np.load(folders / out / "validation.npz")["scores"] for out in runs.values()]
+    assert np.abs(logits[0] - logits[1]).max() < 1e-2
+    assert {p.name for p in (folders / "one").iterdir()} == {
+        p.name for p in (folders / "two").iterdir()
+    }
+
+
+def test_batches_that_the_processes_cannot_share_are_refused(folders: Path) -> None:
+    sizes = {"train-images": 65, "batch-size": 64}  # leaves one sample for the last batch
+    result = train(folders, "refused", 2, **sizes)
+    assert result.returncode != 0
+    assert "2 processes cannot share a batch of 1" in result.stderr
+    assert not (folders / "refused").exists()

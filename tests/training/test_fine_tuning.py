@@ -1,0 +1,26 @@
+import torch
+
+from pic_training.fine_tuning import features_of, fit_head
+from pic_training.networks import ARCHITECTURES, Normalised
+
+
+def test_the_fitted_head_scores_as_its_loss_says_and_the_trunk_is_untouched() -> None:
+    torch.manual_seed(0)
+    network = Normalised(ARCHITECTURES["cnn"])
+    trunk = {k: v.clone() for k, v in network.trunk.state_dict().items()}
+    bright, dark = (torch.randint(low, low + 120, (40, 64, 64, 3)) for low in (130, 0))
+    images = torch.cat([bright, dark]).to(torch.uint8)
+    labels = torch.cat([torch.ones(40), torch.zeros(40)])
+    device = torch.device("cpu")
+    features, kept = features_of(network, [(images, labels)], device, bf16=False)
+    assert features.shape == (80, 384)
+    assert torch.equal(kept, labels)
+
+    loss = fit_head(network, features, labels)
+
+    with torch.no_grad():
+        logits = network.eval()(images)
+    served = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert abs(float(served) - loss) < 1e-4
+    assert bool(((logits > 0) == (labels > 0.5)).all())
+    assert all(torch.equal(trunk[k], v) for k, v in network.trunk.state_dict().items())

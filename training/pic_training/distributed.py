@@ -1,0 +1,72 @@
+"""Several processes that train one network, as torchrun starts them.
+
+Each takes its share of every batch; DistributedDataParallel averages the gradients.
+The first one alone reads folders, validates and writes files.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import distributed
+
+from pic_daemon.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, number `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reads and writes."""
+        return self.rank == 0
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, in all; so with its InputError."""
+        if self.count == 1:
+            return make()
+        made: list[T | InputError | None] = [None]
+        if self.is_first:
+            try:
+                made = [make()]
+            except InputError as error:
+                made = [error]
+        distributed.broadcast_object_list(made)
+        if isinstance(made[0], InputError):
+            raise made[0]
+        return cast(T, made[0])
+
+    def add_up(self, *totals: torch.Tensor) -> None:
+        """Replace each tensor by its sum over the processes."""
+        if self.count > 1:
+            for total in totals:
+                distributed.all_reduce(total)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set in any process. All must ask at the same point."""
+        total = torch.tensor(float(flag), device=device)
+        self.add_up(total)
+        return bool(total)
+
+
+ALONE = Processes()
+
+
+def join(device: str) -> Processes:
+    """Join the processes that torchrun started; alone where it did not start this one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    return Processes(distributed.get_rank(), count)

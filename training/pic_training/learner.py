@@ -1,0 +1,85 @@
+"""One training step, on whatever device and in however many processes."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel import DistributedDataParallel
+
+from pic_training.distributed import Processes
+from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.run_folder import RunConfig
+from pic_training.samples import Batch
+
+
+class Learner:
+    """A network and its optimizer. Totals stay on the device until they are asked for."""
+
+    def __init__(self, config: RunConfig, processes: Processes) -> None:
+        architecture = ARCHITECTURES[config.arch]
+        self.config = config
+        self.device = torch.device(config.device)
+        network = Normalised(architecture, config.weights)
+        if architecture.stages:
+            network.freeze(architecture.stages[: len(architecture.stages) - config.stages])
+        self.network = network.to(self.device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            [p for p in network.parameters() if p.requires_grad],
+            config.lr,
+            config.momentum,
+            fused=True,
+        )
+        self.processes = processes
+        self._forward: nn.Module = self.network
+        if processes.count > 1:
+            self._forward = DistributedDataParallel(self.network)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch._dynamo.config.suppress_errors = True  # slower, but it trains
+            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.correct = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def step(self, batch: Batch, of: int, share: float) -> None:
+        """Learn from this process's share of a batch of `of` samples.
+
+        `share` of the whole training is done, which sets the learning rate: it falls
+        from `lr` to zero along a half cosine (Loshchilov and Hutter 2017).
+        """
+        images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * (1 + math.cos(math.pi * share)) / 2
+        self.optimizer.zero_grad()
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self._forward(images).float()
+        loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        # Gradients are averaged over the processes, whose shares may differ by one.
+        loss = loss * (self.processes.count / of)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * (of / self.processes.count)
+        self.correct += ((logits > 0) == (labels > 0.5)).sum()
+
+    def take_totals(self) -> tuple[float, float]:
+        """Losses in nats summed, and right answers, of all processes since last asked."""
+        totals = self.loss_sum, self.correct
+        self.processes.add_up(*totals)
+        loss, correct = (float(total) for total in totals)
+        for total in totals:
+            total.zero_()
+        return loss, correct
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on from here."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])

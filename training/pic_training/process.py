@@ -1,0 +1,29 @@
+"""Settings of this process that make training steps faster on a CPU.
+
+They take effect only where they are made before PyTorch is imported.
+"""
+
+import ctypes
+import os
+import platform
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEPT_BYTES = 2**31 - 1
+
+
+def prepare_for_training() -> None:
+    """Keep freed memory, and sleep rather than spin while waiting for other threads.
+
+    Each step of the CNN frees and takes 100 MB blocks for the gradient of its first
+    linear layer and for its bfloat16 copies. By default every one of them is
+    unmapped and then cleared page by page by the kernel, which took half of the step
+    (463 -> 870 images/s at batch 64 on two cores). OpenMP threads that spin at a
+    barrier take the core from the process that renders the next samples.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TOP_PAD, 100 * 2**20)
