@@ -61,19 +61,27 @@ def call(*command: object) -> None:
 def print_figures(run: Path, minutes: float) -> None:
     epochs = json.loads((run / "metrics.json").read_text())
     report = json.loads((run / "report.json").read_text())
-    print("\n| epoch | training loss | accuracy | validation loss | accuracy | images/s |")
-    print("|---|---|---|---|---|---|")
+    print("\n| epoch | training loss | accuracy | validation loss | accuracy "
+          "| images/s | in the network |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for e in epochs:
         print(
             f"| {e['epoch']} | {e['train_loss']:.4f} | {e['train_accuracy']:.2%} | "
             f"{e['val_loss']:.4f} | {e['val_accuracy']:.2%} | "
-            f"{e['images_per_second']:.0f} |"
+            f"{e['images_per_second']:.0f} | {e['network_share']:.0%} |"
         )
     print(f"\nAt the threshold for a false positive rate of {report['target_fpr']:g}:\n")
     for name in ("accuracy", "precision", "recall", "false_positive_rate"):
         share = report[name]
         interval = f"95% {share['low']:.3%} to {share['high']:.3%}"
         print(f"- {name}: {share['value']:.3%} ({interval})")
+    right = [report[f"{kind}_{truth}"] for kind, truth in
+             (("true", "positive"), ("false", "negative"),
+              ("false", "positive"), ("true", "negative"))]  # fmt: skip
+    print("\n| | called catalog | called other |\n|---|---|---|")
+    print(f"| catalog | {right[0]} | {right[1]} |\n| other | {right[2]} | {right[3]} |")
+    error = report["calibration_error"]
+    print(f"\nCalibration error {error['before']:.4f}, {error['after']:.4f} after dividing "
+          f"the logits by {report['temperature']:.3f}.")  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
         f"\n{minutes:.0f} minutes, {report['device']}, {os.cpu_count()} cores; largest "

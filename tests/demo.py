@@ -35,8 +35,8 @@ def main() -> int:
     say("Training the CNN on this machine")
     folders = "--catalog", HERE / "catalog", "--others", HERE / "others"
     size = "--epochs", 5, "--train-images", 6000, "--val-images", 1000
-    steps = "--batch-size", 32, "--lr", 0.08, "--device", "cpu"
-    call("pic-train", *folders, *size, *steps, "--target-fpr", 0.02, "--out", HERE / "run")
+    rest = "--device", "cpu", "--target-fpr", 0.02, "--out", HERE / "run"
+    call("pic-train", *folders, *size, *rest)
     say("Exporting")
     call("pic-export", HERE / "run", "--output", HERE / "model.onnx")
     say("Starting the daemon and dropping altered copies and unseen look-alikes")

@@ -52,11 +52,11 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--train-images", type=click.IntRange(2), default=185_000, show_default=True)
 @click.option("--val-images", type=click.IntRange(256), default=30_000, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), help="[cnn 64, resnet50 32]")
+@click.option("--batch-size", type=click.IntRange(1), help="[32]")
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help="At the start; falls to zero along a half cosine [cnn 0.1, resnet50 0.01].",
+    help="At the start; falls to zero along a half cosine [cnn 0.08, resnet50 0.01].",
 )
 @click.option(
     "--target-fpr",

@@ -125,9 +125,9 @@ ARCHITECTURES = {
         size=64,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        lr=0.1,
+        lr=0.08,
         momentum=0.0,
-        batch_size=64,
+        batch_size=32,
     ),
     "resnet50": Architecture(
         resnet50_trunk,

@@ -1,0 +1,231 @@
+"""What each way of training the CNN is worth, one change at a time.
+
+    python bench/ablation.py --data DIR --decoys general --work DIR [--samples 24000]
+
+DIR holds catalog/, others/train/ and others/val/ (or other/). Samples are rendered once
+and shared by all variants, so that the table takes minutes; each variant sees every
+sample once, as in one epoch. Prints a Markdown table.
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from pic_training.process import prepare_for_training
+
+prepare_for_training()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.functional import (  # noqa: E402
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dropout,
+)
+from training import choose  # noqa: E402
+
+from pic_training.augmentation import Augmentation  # noqa: E402
+from pic_training.networks import ARCHITECTURES, Normalised  # noqa: E402
+from pic_training.samples import SampleSet  # noqa: E402
+from pic_training.sources import gather  # noqa: E402
+
+CNN = ARCHITECTURES["cnn"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How to train. `repeats` goes over a share of the samples several times instead of
+    over all once; `items` weighs naming the catalog picture; `hard` is the share of the
+    decoys that is drawn again from those with the highest loss."""
+
+    lr: float = CNN.lr
+    batch: int = CNN.batch_size
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    cosine: bool = True
+    smoothing: float = 0.0
+    dropout: float = 0.0
+    ema: float = 0.0
+    items: float = 0.0
+    hard: float = 0.0
+    repeats: int = 1
+    adamw: bool = False
+    pooled: bool = False
+    seed: int = 0
+
+
+DEFAULT = Variant()
+VARIANTS = {
+    "default: SGD, half cosine, fresh samples": DEFAULT,
+    "the same, another seed": replace(DEFAULT, seed=1),
+    "constant rate": replace(DEFAULT, cosine=False),
+    "warm-up over a tenth": replace(DEFAULT, warmup=0.1),
+    "momentum 0.9, a tenth of the rate": replace(
+        DEFAULT, momentum=0.9, lr=CNN.lr / 10, batch=64
+    ),
+    "AdamW, 0.0005, batch 128": replace(DEFAULT, adamw=True, lr=0.0005, batch=128),
+    "batch 64, rate 0.1": replace(DEFAULT, batch=64, lr=0.1),
+    "weight decay 0.0005": replace(DEFAULT, weight_decay=5e-4),
+    "label smoothing 0.1": replace(DEFAULT, smoothing=0.1),
+    "dropout 0.5 before the head": replace(DEFAULT, dropout=0.5),
+    "EMA 0.998": replace(DEFAULT, ema=0.998),
+    "hard decoys, a third drawn again": replace(DEFAULT, hard=1 / 3),
+    "naming the item, weight 0.2": replace(DEFAULT, items=0.2),
+    "a quarter of the samples, four times": replace(DEFAULT, repeats=4),
+    "max-pooling after each convolution": replace(DEFAULT, pooled=True),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rendered samples: images uint8 (N, 64, 64, 3), odd ones of the catalog, whose
+    picture is numbered by `items`."""
+
+    train: torch.Tensor
+    items: torch.Tensor
+    val: torch.Tensor
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--decoys", type=click.Choice(["general", "look-alike", "all"]), required=True
+)
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.option("--samples", type=int, default=24_000, show_default=True)
+@click.option("--only", help="Variants whose name holds this.")
+def main(data: Path, decoys: str, work: Path, samples: int, only: str | None) -> None:
+    prepared = prepare(data, decoys, work, samples)
+    print("| | accuracy | loss | recall at 0.1 | at 0.01 | at 0.001 | images/s |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name, variant in VARIANTS.items():
+        if not only or only in name:
+            print(f"| {name} | {row(variant, prepared)} |", flush=True)
+
+
+def prepare(data: Path, decoys: str, work: Path, samples: int) -> Data:
+    others = data / ("others" if (data / "others").exists() else "other")
+    for split in ("train", "val"):
+        choose(others / split, work / f"others-{split}", decoys)
+    sources = gather(
+        data / "catalog", work / "others-train", work / "others-val",
+        work / "sources.rgb", 256,
+    )  # fmt: skip
+    images = []
+    for split, count in (("train", samples), ("val", max(2, samples // 4))):
+        rendered = SampleSet(sources, split, count, CNN.size, 0, Augmentation())
+        images.append(torch.cat([batch for batch, _ in rendered.load(0, 64, 2)]))
+    order = SampleSet(sources, "train", samples, CNN.size, 0, Augmentation()).order(
+        "catalog", 0
+    )
+    number = {p.path: n for n, p in enumerate(sources.of("catalog", "train"))}
+    items = [number[order[i // 2 % len(order)].path] for i in range(samples)]
+    return Data(images[0], torch.tensor(items), images[1])
+
+
+def row(variant: Variant, data: Data) -> str:
+    started = time.monotonic()
+    network = train(variant, data)
+    speed = len(data.train) / (time.monotonic() - started)
+    with torch.no_grad():
+        logits = torch.cat([network(part) for part in data.val.split(500)])
+    labels = torch.arange(len(logits)) % 2
+    loss = binary_cross_entropy_with_logits(logits, labels.float())
+    accuracy = ((logits > 0) == (labels > 0)).float().mean()
+    decoys = np.sort(logits[labels == 0].numpy())[::-1]
+    recalls = [
+        float((logits[labels == 1] > decoys[int(rate * len(decoys))].item()).float().mean())
+        for rate in (0.1, 0.01, 0.001)
+    ]
+    cells = [f"{accuracy:.1%}", f"{loss:.3f}", *(f"{r:.1%}" for r in recalls)]
+    return " | ".join([*cells, f"{speed:.0f}"])
+
+
+def train(variant: Variant, data: Data) -> Normalised:
+    torch.manual_seed(variant.seed)
+    network = Normalised(replace(CNN, trunk=pooled_trunk, features=384)
+                         if variant.pooled else CNN)  # fmt: skip
+    namer = nn.Linear(CNN.features, int(data.items.max()) + 1)
+    parameters = [*network.parameters(), *(namer.parameters() if variant.items else [])]
+    optimizer: torch.optim.Optimizer
+    if variant.adamw:
+        optimizer = torch.optim.AdamW(parameters, variant.lr, fused=True)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, variant.lr, variant.momentum,
+            weight_decay=variant.weight_decay, fused=True,
+        )  # fmt: skip
+    average = copy.deepcopy(network) if variant.ema else network
+    steps = len(data.train) // variant.batch
+    some = torch.arange(steps // variant.repeats * variant.batch)
+    order = some.repeat(variant.repeats)
+    for step in range(len(order) // variant.batch):
+        index = order[step * variant.batch : (step + 1) * variant.batch]
+        images, labels = data.train[index], (index % 2).float()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(variant, step / steps)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network.features(images)
+            features = dropout(features, variant.dropout)
+            logits = network.head(features).squeeze(1).float()
+            named = namer(features[labels > 0]).float() if variant.items else None
+        target = labels * (1 - variant.smoothing) + variant.smoothing / 2
+        losses = binary_cross_entropy_with_logits(logits, target, reduction="none")
+        loss = losses.mean()
+        if named is not None:
+            loss = loss + variant.items * cross_entropy(
+                named, data.items[index[labels > 0]]
+            )
+        loss.backward()
+        optimizer.step()
+        if variant.hard:
+            again(order, index, losses.detach(), step, variant)
+        if variant.ema:
+            with torch.no_grad():
+                for mean, new in zip(average.parameters(), parameters, strict=True):
+                    mean.lerp_(new, 1 - variant.ema)
+    return average.eval()
+
+
+def rate(variant: Variant, share: float) -> float:
+    if share < variant.warmup:
+        return variant.lr * share / variant.warmup
+    if not variant.cosine:
+        return variant.lr
+    share = (share - variant.warmup) / (1 - variant.warmup)
+    return variant.lr * (1 + math.cos(math.pi * share)) / 2
+
+
+def again(
+    order: torch.Tensor, index: torch.Tensor, losses: torch.Tensor, step: int,
+    variant: Variant,
+) -> None:  # fmt: skip
+    """Put the worst decoys of this batch in the place of some 50 steps later."""
+    decoys = (index % 2 == 0).nonzero().squeeze(1)
+    worst = index[decoys[losses[decoys].argsort(descending=True)]]
+    start = (step + 50) * variant.batch
+    places = torch.arange(start, start + variant.batch, 2)
+    places = places[: round(variant.hard * len(places))]
+    places = places[places < len(order)]
+    order[places] = worst[: len(places)]
+
+
+def pooled_trunk(_: str) -> nn.Module:
+    """The CNN's trunk with 2 x 2 max-pooling after each convolution."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 4), (4, 8), (8, 16)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(16 * 8 * 8, 384, bias=False), nn.ReLU()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""How near training comes to the speed of its own steps.
+
+    python bench/training_speed.py --catalog DIR --others DIR [--device cuda]
+
+Alternates between bare steps on one batch that lies on the device already (the limit)
+and steps on samples as pic-train would draw them, and prints both as images/s with
+their ratio, one line a round.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pic_training.process import prepare_for_training
+
+prepare_for_training()
+
+import torch  # noqa: E402
+
+from pic_training.cli import _config  # noqa: E402
+from pic_training.device_samples import (  # noqa: E402
+    DeviceSamples,
+    render_pool,
+    versions_for,
+)
+from pic_training.distributed import ALONE  # noqa: E402
+from pic_training.learner import Learner  # noqa: E402
+from pic_training.networks import ARCHITECTURES  # noqa: E402
+from pic_training.samples import SampleSet  # noqa: E402
+from pic_training.sources import gather  # noqa: E402
+
+FOLDER = click.Path(path_type=Path, exists=True)
+
+
+@click.command()
+@click.option("--catalog", required=True, type=FOLDER)
+@click.option("--others", required=True, type=FOLDER)
+@click.option("--arch", type=click.Choice([*ARCHITECTURES]), default="cnn")
+@click.option("--weights", default="none")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@click.option("--batch-size", type=int)
+@click.option("--steps", type=int, default=200, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True)
+def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -> None:
+    config = _config(
+        catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
+        val_images=30_000, lr=None, target_fpr=0.001, head_start=0, stages=None, seed=0,
+        precision="auto", **options,
+    )  # fmt: skip
+    size, side = ARCHITECTURES[config.arch].size, 256
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        samples = SampleSet(sources, "train", 185_000, size, 0, config.augmentation)
+        learner = Learner(config, ALONE)
+        learner.network.train()
+        workers = os.cpu_count() or 1
+        if config.device == "cuda":
+            started = time.monotonic()
+            pool = render_pool(
+                samples, versions_for(samples, side), side, workers, learner.device
+            )
+            print(f"pictures rendered in {time.monotonic() - started:.1f} s")
+            drawn = DeviceSamples(samples, pool).load(0, config.batch_size)
+        else:
+            drawn = samples.load(0, config.batch_size, workers)
+        images, labels = next(drawn)
+        fixed = images.to(learner.device), labels.to(learner.device)
+        started = time.monotonic()
+        learner.step(fixed, config.batch_size, 0.0)
+        wait(learner)
+        print(f"first step, with compiling: {time.monotonic() - started:.1f} s")
+        for _ in range(rounds):
+            limit = rate(learner, steps, config.batch_size, lambda: fixed)
+            real = rate(learner, steps, config.batch_size, lambda: next(drawn))
+            print(
+                f"bare steps {limit:.0f} images/s, training {real:.0f}: {real / limit:.0%}"
+            )
+    print(f"{config.arch}, batch {config.batch_size}, {config.precision}, torch "
+          f"{torch.__version__}, {name_of(config.device)}")  # fmt: skip
+
+
+def rate(learner: Learner, steps: int, batch_size: int, take: Any) -> float:
+    wait(learner)
+    started = time.monotonic()
+    for _ in range(steps):
+        learner.step(take(), batch_size, 0.0)
+    wait(learner)
+    return steps * batch_size / (time.monotonic() - started)
+
+
+def wait(learner: Learner) -> None:
+    learner.take_totals()  # reading a total waits for every step before it
+
+
+def name_of(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+if __name__ == "__main__":
+    main()
