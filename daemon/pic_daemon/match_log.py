@@ -22,6 +22,9 @@ from pic_daemon.model import Model
 Status = Literal["match", "no-match", "failed"]
 
 BUSY_TIMEOUT_S = 60.0
+"""How long opening the log or reading it waits for another writer."""
+
+_WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
 MATCH_COLUMNS = ("path", "score", "threshold", "model", "classified_at", "sha256")
 
@@ -131,6 +134,7 @@ class MatchLog:
                 )
             if migrations.pending(db):
                 migrations.apply(db)
+            db.execute(f"PRAGMA busy_timeout = {_WRITE_TIMEOUT_S * 1000:.0f}")
         except sqlite3.Error as error:
             raise InputError(f"database {path}: {error}.") from error
         return cls(path, db)

@@ -7,11 +7,14 @@ the scan at the next start: what has no row yet is done then.
 
 import logging
 import queue
+import sqlite3
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pic_daemon.config import Config
 from pic_daemon.folders import FileStamp, stamp_of, text_of
@@ -27,6 +30,7 @@ logger = logging.getLogger("pic_daemon")
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
+_DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 
 
@@ -36,6 +40,8 @@ class Stop:
 
 
 Message = Hint | Reading | Stop
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -64,12 +70,14 @@ class Service:
     _scans: deque[Iterator[tuple[str, FileStamp]]] = field(default_factory=deque)
     _next_rescan: float = 0.0
     _stopping: bool = False
+    _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
+        self._stop_asked.set()
         self.inbox.put(Stop())
 
     def run(self) -> None:
@@ -203,7 +211,9 @@ class Service:
         elif reading.changed or (reading.error and not in_hand.settled):
             del self._in_hand[path]
             self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
-        elif reading.sha256 and self.log.recognise(path, reading.sha256, stamp):
+        elif reading.sha256 and self._recorded(
+            lambda: self.log.recognise(path, reading.sha256, stamp)
+        ):
             self._let_go(path)
         else:
             if not self._batch:
@@ -234,10 +244,37 @@ class Service:
             self._outcome(reading, next(verdicts) if reading.image else None, now)
             for reading in readings
         ]
-        self.log.record(outcomes, self.model)
+        self._recorded(lambda: self.log.record(outcomes, self.model))
         for outcome in outcomes:
             _report(outcome)
             self._let_go(outcome.path)
+
+    def _recorded(self, write: Callable[[], T]) -> T:
+        """What `write` returns, once the database takes it.
+
+        A locked database or a full disk passes: nothing is read meanwhile, so that
+        nothing is lost, and what waits in the folders is found later. Raises
+        sqlite3.OperationalError where the service is asked to stop meanwhile.
+        """
+        waiting_since = None
+        while True:
+            try:
+                result = write()
+            except sqlite3.OperationalError as error:
+                if self._stop_asked.is_set():
+                    raise
+                if waiting_since is None:
+                    waiting_since = time.monotonic()
+                    logger.warning(
+                        "database %s: %s; waiting until it can be written",
+                        self.log.path, error,
+                    )  # fmt: skip
+                self._stop_asked.wait(_DATABASE_RETRY_S)
+                continue
+            if waiting_since is not None:
+                waited = time.monotonic() - waiting_since
+                logger.info("database %s: goes on after %.0f s", self.log.path, waited)
+            return result
 
     def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
         assert reading.stamp
