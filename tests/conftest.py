@@ -128,6 +128,15 @@ class DaemonProcess:
         finally:
             database.close()
 
+    def in_hand(self) -> dict[str, int]:
+        """File names that a decoder may be reading, with their strikes."""
+        database = Database(self.database)
+        try:
+            rows = database.query("SELECT path, strikes FROM in_hand")
+            return {Path(row["path"]).name: row["strikes"] for row in rows}
+        finally:
+            database.close()
+
     def wait_for_rows(self, count: int) -> list[dict[str, object]]:
         self.wait_until(lambda: len(self.rows()) >= count)
         return self.rows()

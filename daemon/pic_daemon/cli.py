@@ -53,6 +53,8 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="How often folders and log are compared [300]."),
         click.option("--max-pixels", type=int,
                      help="Largest picture decoded, width x height [200000000]."),
+        click.option("--decode-seconds", type=float,
+                     help="Longest that reading one file may take [30]."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

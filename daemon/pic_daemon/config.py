@@ -20,7 +20,8 @@ class Config:
 
     `settle_seconds`: a file that nobody announced as complete is read once it has
     stood still this long. `rescan_seconds`: how often the folders are compared with
-    the match log. `workers` = 0: one reader per core.
+    the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
+    that reading one file may take.
     """
 
     folders: tuple[Folder, ...]
@@ -32,6 +33,7 @@ class Config:
     settle_seconds: float = 2.0
     rescan_seconds: float = 300.0
     max_pixels: int = MAX_PIXELS
+    decode_seconds: float = 30.0
 
     @property
     def readers(self) -> int:
@@ -47,6 +49,7 @@ _MINIMUM: dict[str, float] = {
     "settle_seconds": 0,
     "rescan_seconds": 1,
     "max_pixels": 1,
+    "decode_seconds": 0.1,
 }
 
 

@@ -83,6 +83,20 @@ def create_log(db: Database) -> None:
     )
 
 
+@migrations()
+def add_in_hand(db: Database) -> None:
+    """Files that are being read, by name, before their bytes reach a decoder."""
+    db.execute(
+        """
+        CREATE TABLE in_hand (
+            path TEXT PRIMARY KEY,
+            since TEXT NOT NULL,
+            strikes INTEGER NOT NULL DEFAULT 0   -- decoders that crashed or hung on it
+        ) STRICT
+        """
+    )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one image: a row of the table `images`.
@@ -156,6 +170,48 @@ class MatchLog:
                 [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
             )
 
+    def take_in_hand(self, paths: Sequence[str]) -> None:
+        """Note the names of files that a decoder gets to see now."""
+        now = iso_time(datetime.now(UTC).timestamp())
+        with self._transaction():
+            self._db.conn.executemany(
+                "INSERT INTO in_hand (path, since) VALUES (?, ?) "
+                "ON CONFLICT (path) DO UPDATE SET since = excluded.since",
+                [[text_of(path), now] for path in paths],
+            )
+
+    def strike(self, path: str) -> int:
+        """Count a decoder that crashed or hung on the file; returns how many now."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE in_hand SET strikes = strikes + 1 WHERE path = ?", [text_of(path)]
+            )
+        row = self._db.execute(
+            "SELECT strikes FROM in_hand WHERE path = ?", [text_of(path)]
+        ).fetchone()
+        return int(row[0]) if row else 1
+
+    def put_down(self, path: str) -> None:
+        """Forget that this file was in hand; it needs no row."""
+        with self._transaction():
+            self._forget([path])
+
+    def left_in_hand(self) -> list[str]:
+        """Names that an earlier service left in hand when it ended; then forgets them.
+
+        Those that a decoder crashed or hung on stay noted with their strikes.
+        """
+        rows = self._db.execute("SELECT path FROM in_hand ORDER BY path").fetchall()
+        if rows:
+            with self._transaction():
+                self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
+        return [path for (path,) in rows]
+
+    def _forget(self, paths: Sequence[str]) -> None:
+        self._db.conn.executemany(
+            "DELETE FROM in_hand WHERE path = ?", [[text_of(path)] for path in paths]
+        )
+
     def knows(self, path: str, stamp: FileStamp) -> bool:
         """Whether the file at `path`, as it stands on the disk, has its row already.
 
@@ -180,6 +236,7 @@ class MatchLog:
                 "UPDATE images SET mtime_ns = ?, inode = ? WHERE id = ?",
                 [stamp.mtime_ns, stamp.inode, *row],
             )
+            self._forget([path])
         return True
 
     def record(self, outcomes: Sequence[Outcome], model: Model) -> None:
@@ -217,6 +274,7 @@ class MatchLog:
                 """,
                 rows,
             )
+            self._forget([o.path for o in outcomes])
             self._db.execute(
                 "UPDATE models SET last_used_at = ? WHERE sha256 = ?",
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],

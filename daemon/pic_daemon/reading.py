@@ -18,7 +18,8 @@ class Reading:
 
     `stamp` is None where no regular file is there any more. `changed`: the file was
     written to meanwhile and nothing else here counts. Otherwise either `image` or
-    `error` is set; `sha256` is '' where the bytes could not be had.
+    `error` is set; `sha256` is '' where the bytes could not be had. `crashed`: the
+    decoder ended or hung, so that the error is of this one attempt.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Reading:
     image: DecodedImage | None = None
     error: str | None = None
     changed: bool = False
+    crashed: bool = False
 
 
 def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:

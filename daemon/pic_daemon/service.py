@@ -1,6 +1,6 @@
 """The loop: hint or scan -> settled? -> read -> batch -> score -> one transaction.
 
-One thread owns all state and the database. Readers and watchdog only put messages
+One thread owns all state and the database. Decoders and watchdog only put messages
 into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
 the scan at the next start: what has no row yet is done then.
 """
@@ -12,15 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pic_daemon.config import Config
+from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, stamp_of, text_of
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict
-from pic_daemon.reading import Reading, read_image
+from pic_daemon.reading import Reading
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
 from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, watching
@@ -31,6 +31,8 @@ _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a b
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
+_STRIKES = 2  # decoders that may crash or hang on a file before it is failed
+_STRIKE_WAIT_S = 5.0  # before a file that a decoder crashed on is tried again
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 
 
@@ -83,8 +85,11 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self.log.use_model(self.model)
+        for path in self.log.left_in_hand():
+            logger.info("was in hand when the service last ended: path=%r", path)
+        decoding = self.config.readers, self.config.decode_seconds
         with (
-            ThreadPoolExecutor(self.config.readers, "reader") as readers,
+            Decoders(*decoding, self.inbox.put) as decoders,
             watching(self.config.folders, self.inbox.put),
         ):
             # The scan comes after the watches: what arrives between is seen twice
@@ -93,7 +98,7 @@ class Service:
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
             while not (self._stopping and not self._reading and not self._batch):
-                more = not self._stopping and self._choose(readers)
+                more = not self._stopping and self._choose(decoders)
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
@@ -101,19 +106,20 @@ class Service:
 
     # What to read next
 
-    def _choose(self, readers: ThreadPoolExecutor) -> bool:
-        """Hand files to the readers; returns whether there is more to look at now."""
+    def _choose(self, decoders: Decoders) -> bool:
+        """Hand files to the decoders; returns whether there is more to look at now."""
         now = time.monotonic()
         for path, stamp in self._settling.due(now):
             self._end_wait(path, stamp, now)
         if now >= self._next_rescan:
             self._scan_all()
-        room = _READ_AHEAD * self.config.batch_size
+        room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
         steps = _SCAN_STEP
-        while self._reading + len(self._batch) < room:
+        chosen: list[str] = []
+        more = False
+        while len(chosen) < room:
             if self._ready:
-                self._reading += 1
-                readers.submit(self._read, self._ready.popleft())
+                chosen.append(self._ready.popleft())
             elif self._scans and steps:
                 steps -= 1
                 found = next(self._scans[0], None)
@@ -122,8 +128,14 @@ class Service:
                 else:
                     self._scans.popleft()
             else:
-                return bool(self._scans)
-        return False
+                more = bool(self._scans)
+                break
+        if chosen:
+            self._recorded(lambda: self.log.take_in_hand(chosen))
+            self._reading += len(chosen)
+        for path in chosen:
+            decoders.read(path, self.model.info.input_size, self.config.max_pixels)
+        return more
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand or self.log.knows(path, stamp):
@@ -153,15 +165,6 @@ class Service:
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
         if not self._scans:
             self._scans.extend(folder.scan() for folder in self.config.folders)
-
-    def _read(self, path: str) -> None:
-        try:
-            size, limit = self.model.info.input_size, self.config.max_pixels
-            self.inbox.put(read_image(path, size, limit))
-        except BaseException as error:
-            logger.exception("reading %r", path)
-            problem = f"internal error: {error}"
-            self.inbox.put(Reading(path, stamp_of(path), error=problem))
 
     # What came in
 
@@ -206,9 +209,17 @@ class Service:
         """Score it, wait for it to be completed, or let it go."""
         path, stamp = reading.path, reading.stamp
         in_hand = self._in_hand[path]
-        if stamp is None:
-            self._let_go(path)  # gone before it was read
-        elif reading.changed or (reading.error and not in_hand.settled):
+        if stamp is None:  # gone before it was read
+            self._recorded(lambda: self.log.put_down(path))
+            self._let_go(path)
+        elif reading.crashed and self._recorded(lambda: self.log.strike(path)) < _STRIKES:
+            logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
+            del self._in_hand[path]
+            now = time.monotonic()
+            self._settling.wait(path, stamp, now, in_hand.seen_at, _STRIKE_WAIT_S)
+        elif reading.changed or (
+            reading.error and not reading.crashed and not in_hand.settled
+        ):
             del self._in_hand[path]
             self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
         elif reading.sha256 and self._recorded(

@@ -32,12 +32,17 @@ class SettleTracker:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def wait(self, path: str, stamp: FileStamp, now: float, seen_at: float) -> None:
-        """Watch `path`, first noticed at wall time `seen_at`, until it stands still."""
+    def wait(
+        self, path: str, stamp: FileStamp, now: float, seen_at: float, longer: float = 0.0
+    ) -> None:
+        """Watch `path`, first noticed at wall time `seen_at`, until it stands still.
+
+        `longer` seconds are added to the usual wait, where something went wrong.
+        """
         waiting = self._waiting.get(path)
         if waiting and waiting.stamp == stamp:
             return
-        due = now + self.settle_seconds
+        due = now + self.settle_seconds + longer
         self._waiting[path] = _Waiting(stamp, due, waiting.seen_at if waiting else seen_at)
         heapq.heappush(self._queue, (due, path))
 

@@ -1,0 +1,83 @@
+"""Reading files in processes of their own, so that no file can take the service down.
+
+A decoder that crashes in native code, hangs, or asks for too much memory ends its
+worker process, which is replaced; the file's Reading says what happened.
+"""
+
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Self
+
+from pebble import ProcessExpired, ProcessPool
+
+from pic_daemon.folders import stamp_of
+from pic_daemon.reading import Reading, read_image
+
+MEMORY_LIMIT = 4 << 30
+"""Address space of a worker in bytes: several times the largest picture allowed."""
+
+
+class Decoders:
+    """Worker processes that read files; `done` is called from another thread.
+
+    `timeout` is the longest that one file may take, in seconds.
+    """
+
+    def __init__(
+        self, workers: int, timeout: float, done: Callable[[Reading], None]
+    ) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pic_daemon.reading"])
+        self._workers = workers
+        self._pool = self._new_pool()
+        self._timeout = timeout
+        self._done = done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def read(self, path: str, size: int, max_pixels: int) -> None:
+        """Begin to read a file to size x size pixels; its Reading comes to `done`."""
+        if not self._pool.active:  # ended by a worker that was killed while idle
+            self._pool = self._new_pool()
+        future = self._pool.schedule(
+            read_image, args=[path, size, max_pixels], timeout=self._timeout
+        )
+        future.add_done_callback(lambda ended: self._done(self._reading(path, ended)))
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(self._workers, initializer=_start_worker, context=self._context)
+
+    def _reading(self, path: str, ended: "Future[Reading]") -> Reading:
+        try:
+            return ended.result()
+        except TimeoutError:
+            problem = f"decoding took longer than {self._timeout:g} s"
+        except ProcessExpired:
+            problem = "decoding crashed its worker process"
+        except BrokenProcessPool:  # no fault of this file: read it again
+            return Reading(path, stamp_of(path), changed=True)
+        except BaseException as error:  # of the worker, not of this thread
+            problem = f"internal error: {type(error).__name__}: {error}"
+        return Reading(path, stamp_of(path), error=problem, crashed=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C goes to the whole process group; only the service heeds it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
