@@ -103,18 +103,28 @@ class DaemonProcess:
         self.log = home / "daemon.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *options: object) -> None:
-        command: list[object] = [BIN / "pic-daemon", "run", "--watch", self.drop]
+    def start(self, *options: object, watch: bool = True) -> None:
+        command: list[object] = [BIN / "pic-daemon", "run"]
+        command += ["--watch", self.drop] if watch else []
         command += ["--model", self.model, "--database", self.database]
         command += ["--settle-seconds", 0.3, *options]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen([str(part) for part in command], stderr=log)
         self.wait_until(lambda: "ready" in self.log.read_text())
 
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self._process
         self._process.send_signal(number)
         return self._process.wait(30)
+
+    def reload(self) -> None:
+        assert self._process
+        self._process.send_signal(signal.SIGHUP)
 
     def kill_if_running(self) -> None:
         if self._process and self._process.poll() is None:

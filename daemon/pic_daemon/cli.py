@@ -7,7 +7,8 @@ import re
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import click
 from pic_daemon import match_log
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
-from pic_daemon.folders import file_system_of, text_of
+from pic_daemon.folders import mount_of, text_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog, read_matches
 from pic_daemon.model import Model, load_model
@@ -74,7 +75,11 @@ def daemon() -> None:
 @_service_options
 @click.option("--verbose", is_flag=True, help="Log every image, not matches alone.")
 def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
-    """Watch folders until SIGTERM or Ctrl-C; either finishes what is in hand."""
+    """Watch folders until SIGTERM or Ctrl-C; either finishes what is in hand.
+
+    A changed model file is tried beside the one in use and then replaces it; SIGHUP
+    does so at once, and compares folders and log.
+    """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s",
@@ -88,6 +93,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     service = Service(settings, model, log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
+    signal.signal(signal.SIGHUP, lambda *_: service.reload())
     try:
         service.run()
     except sqlite3.Error as error:
@@ -106,10 +112,49 @@ def check(config: Path | None, **overrides: Any) -> None:
     click.echo(_about_model(model))
     click.echo(f"database {settings.database}: ok")
     for folder in settings.folders:
-        kind = file_system_of(folder.path) or "unknown"
-        note = ", announces nothing: found by rescans only" if kind in _NO_EVENTS else ""
+        kind = mount_of(folder.path).type or "unknown"
+        silent = kind in _NO_EVENTS and folder.mode == "events"
+        note = ', announces nothing: set mode = "poll"' if silent else ""
         click.echo(f"folder {folder.path}: file system {kind}{note}")
     _check_watches(settings)
+
+
+_DATABASE = click.option("--database", required=True, type=_PATH, help="The match log.")
+
+
+@daemon.command()
+@_DATABASE
+def retry(database: Path) -> None:
+    """Have the service try every failed image again, at its next scan or on SIGHUP.
+
+    Example: pic-daemon retry --database log.db && systemctl reload pic-daemon
+    """
+    with _open_log(database) as log:
+        click.echo(f"{log.mark_failed()} failed images will be tried again")
+
+
+@daemon.command()
+@_DATABASE
+def reclassify(database: Path) -> None:
+    """Have the service score again what an earlier model scored, as far as it is there.
+
+    Takes effect at the next scan or on SIGHUP.
+
+    Example: pic-daemon reclassify --database log.db && systemctl reload pic-daemon
+    """
+    with _open_log(database) as log:
+        click.echo(f"{log.mark_outdated()} images will be scored again")
+
+
+@contextmanager
+def _open_log(database: Path) -> Iterator[MatchLog]:
+    if not database.exists():
+        raise InputError(f"database {database} does not exist.")
+    log = MatchLog.open(database)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def _about_model(model: Model) -> str:

@@ -42,7 +42,7 @@ class Config:
 
 
 _KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
-_FOLDER_KEYS = {"path", "recursive", "include", "exclude"}
+_FOLDER_KEYS = {"path", "recursive", "include", "exclude", "mode", "poll_seconds"}
 _MINIMUM: dict[str, float] = {
     "batch_size": 1,
     "workers": 0,
@@ -137,7 +137,15 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
         ):
             raise InputError(f"{where}: {name} must be a list of file name patterns.")
         patterns[name] = tuple(value)
-    return Folder(path.resolve(), recursive, **patterns)
+    mode, poll_seconds = table.get("mode", "events"), table.get("poll_seconds", 10.0)
+    if mode not in ("events", "poll"):
+        raise InputError(f'{where}: mode must be "events" or "poll".')
+    is_number = isinstance(poll_seconds, int | float) and not isinstance(poll_seconds, bool)
+    if not is_number or not 0.1 <= poll_seconds < math.inf:
+        raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
+    return Folder(
+        path.resolve(), recursive, **patterns, mode=mode, poll_seconds=poll_seconds
+    )
 
 
 def _keep_apart(config: Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 from pic_daemon.images import PATTERNS
 
@@ -31,12 +32,15 @@ class FileStamp:
 @dataclass(frozen=True)
 class Folder:
     """A drop folder. `include` and `exclude` are file name patterns, case ignored;
-    `exclude` also keeps out sub-folders by name."""
+    `exclude` also keeps out sub-folders by name. With mode ``poll``, for file systems
+    that announce nothing, the folder is scanned every `poll_seconds`."""
 
     path: Path
     recursive: bool = True
     include: tuple[str, ...] = field(default=PATTERNS)
     exclude: tuple[str, ...] = field(default=EXCLUDED)
+    mode: Literal["events", "poll"] = "events"
+    poll_seconds: float = 10.0
 
     def wants(self, path: str) -> bool:
         """Whether a file at this absolute path lies in the folder and fits the patterns."""
@@ -91,21 +95,30 @@ def text_of(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def file_system_of(path: Path) -> str:
-    """Type of the file system that holds `path`, such as ``ext4``; '' where unknown."""
+@dataclass(frozen=True)
+class Mount:
+    """A mounted file system: where, its type such as ``ext4``, and what is mounted."""
+
+    point: str = ""
+    type: str = ""
+    source: str = ""
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that holds `path` (proc(5), mountinfo); empty where unknown."""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
-        return ""
+        return Mount()
     target = os.path.realpath(path)
-    best, kind = "", ""
+    best = Mount()
     for line in lines:
         left, _, right = line.partition(" - ")
-        mount = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, right.split()[0]
-    return kind
+        point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
+        inside = target == point or target.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best.point):
+            best = Mount(point, *right.split()[:2])
+    return best
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:

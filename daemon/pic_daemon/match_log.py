@@ -26,6 +26,8 @@ BUSY_TIMEOUT_S = 60.0
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
+_STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
+
 MATCH_COLUMNS = ("path", "score", "threshold", "model", "classified_at", "sha256")
 
 migrations = Migrations("product-image-classifier")
@@ -227,7 +229,8 @@ class MatchLog:
     def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
         """Whether `path` with this content has its row; if so, remember the new stamp."""
         row = self._db.execute(
-            "SELECT id FROM images WHERE path = ? AND sha256 = ?", [text_of(path), sha256]
+            "SELECT id FROM images WHERE path = ? AND sha256 = ? AND mtime_ns <> ?",
+            [text_of(path), sha256, _STALE],
         ).fetchone()
         if row is None:
             return False
@@ -242,7 +245,8 @@ class MatchLog:
     def record(self, outcomes: Sequence[Outcome], model: Model) -> None:
         """Write one batch in one transaction; it is on the disk when this returns.
 
-        A row that failed under the same name with other content is replaced.
+        A row that failed under the same name with other content is replaced; one that
+        was marked to be done again is brought up to date.
         """
         rows = [
             [
@@ -269,8 +273,12 @@ class MatchLog:
                     mtime_ns, inode
                 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (path, sha256) DO UPDATE
-                SET bytes = excluded.bytes, mtime_ns = excluded.mtime_ns,
-                    inode = excluded.inode, error = excluded.error
+                SET bytes = excluded.bytes, width = excluded.width,
+                    height = excluded.height, format = excluded.format,
+                    status = excluded.status, score = excluded.score,
+                    threshold = excluded.threshold, model = excluded.model,
+                    classified_at = excluded.classified_at, error = excluded.error,
+                    mtime_ns = excluded.mtime_ns, inode = excluded.inode
                 """,
                 rows,
             )
@@ -279,6 +287,23 @@ class MatchLog:
                 "UPDATE models SET last_used_at = ? WHERE sha256 = ?",
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],
             )
+
+    def mark_failed(self) -> int:
+        """Have every failed image tried again by the next scan; returns how many."""
+        return self._mark("status = 'failed'")
+
+    def mark_outdated(self) -> int:
+        """Have images scored by another than the latest model scored again; how many."""
+        latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
+        return self._mark(f"model <> ({latest}) AND status <> 'failed'")
+
+    def _mark(self, condition: str) -> int:
+        with self._transaction():
+            found = self._db.execute(
+                f"UPDATE images SET mtime_ns = ? WHERE {condition}", [_STALE]
+            )
+            self._db.execute("DELETE FROM in_hand WHERE strikes > 0")
+        return int(found.rowcount)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
-from pic_daemon.folders import FileStamp, stamp_of, text_of
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
 from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.model import Model, Verdict
+from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
-from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, watching
+from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
 
 logger = logging.getLogger("pic_daemon")
 
@@ -33,6 +34,7 @@ _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
 _STRIKES = 2  # decoders that may crash or hang on a file before it is failed
 _STRIKE_WAIT_S = 5.0  # before a file that a decoder crashed on is tried again
+_LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 
 
@@ -41,7 +43,19 @@ class Stop:
     """Finish what is in hand, then leave the loop."""
 
 
-Message = Hint | Reading | Stop
+@dataclass(frozen=True)
+class Reload:
+    """Load the model file anew and compare folders and log."""
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A model that was loaded and tried beside the one that serves; None: it failed."""
+
+    model: Model | None
+
+
+Message = Hint | Reading | Stop | Reload | NewModel
 
 T = TypeVar("T")
 
@@ -70,17 +84,27 @@ class Service:
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
     _scans: deque[Iterator[tuple[str, FileStamp]]] = field(default_factory=deque)
+    _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
+    _next_poll: dict[Folder, float] = field(default_factory=dict)
+    _model_stamp: FileStamp | None = field(init=False)
+    _next_look: float = 0.0
+    _loading: bool = False
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
+        self._model_stamp = stamp_of(str(self.config.model.resolve()))
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
         self._stop_asked.set()
         self.inbox.put(Stop())
+
+    def reload(self) -> None:
+        """Ask the loop to load the model file anew; as safe as `stop`."""
+        self.inbox.put(Reload())
 
     def run(self) -> None:
         """Watch, classify and record until stopped."""
@@ -90,10 +114,11 @@ class Service:
         decoding = self.config.readers, self.config.decode_seconds
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
-            watching(self.config.folders, self.inbox.put),
+            Watches(self.config.folders, self.inbox.put) as self._watches,
         ):
             # The scan comes after the watches: what arrives between is seen twice
             # rather than never.
+            self._look_at_folders(time.monotonic())
             self._scan_all()
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
@@ -108,11 +133,7 @@ class Service:
 
     def _choose(self, decoders: Decoders) -> bool:
         """Hand files to the decoders; returns whether there is more to look at now."""
-        now = time.monotonic()
-        for path, stamp in self._settling.due(now):
-            self._end_wait(path, stamp, now)
-        if now >= self._next_rescan:
-            self._scan_all()
+        self._look_around(time.monotonic())
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
         steps = _SCAN_STEP
         chosen: list[str] = []
@@ -136,6 +157,21 @@ class Service:
         for path in chosen:
             decoders.read(path, self.model.info.input_size, self.config.max_pixels)
         return more
+
+    def _look_around(self, now: float) -> None:
+        """Do what is due by the clock."""
+        for path, stamp in self._settling.due(now):
+            self._end_wait(path, stamp, now)
+        if now >= self._next_rescan:
+            self._scan_all()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._look_at_model()
+            self._look_at_folders(now)
+        for folder, due in self._next_poll.items():
+            if now >= due:
+                self._next_poll[folder] = now + folder.poll_seconds
+                self._scan(folder)
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand or self.log.knows(path, stamp):
@@ -164,7 +200,20 @@ class Service:
     def _scan_all(self) -> None:
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
         if not self._scans:
-            self._scans.extend(folder.scan() for folder in self.config.folders)
+            for folder in self.config.folders:
+                self._scan(folder)
+
+    def _scan(self, folder: Folder) -> None:
+        if self._watches.online(folder):
+            self._scans.append(folder.scan())
+
+    def _look_at_folders(self, now: float) -> None:
+        """Scan folders that came back, and see which must be polled."""
+        for folder in self._watches.look():
+            self._scan(folder)
+        for folder in self.config.folders:
+            if self._watches.polled(folder):
+                self._next_poll.setdefault(folder, now + folder.poll_seconds)
 
     # What came in
 
@@ -187,15 +236,25 @@ class Service:
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
-                for folder in self.config.folders:
-                    if folder.recursive and path.startswith(f"{folder.path}/"):
-                        self._scans.append(folder.scan(path))
+                self._scan_below(path)
             case HintsLost():
                 logger.warning("the kernel dropped file events; scanning every folder")
                 self._scans.clear()
                 self._scan_all()
+            case Reload():
+                self._load_model()
+                self._scan_all()
+            case NewModel(model):
+                self._loading = False
+                if model:
+                    self._swap(model)
             case Stop():
                 self._stopping = True
+
+    def _scan_below(self, path: str) -> None:
+        for folder in self.config.folders:
+            if folder.recursive and path.startswith(f"{folder.path}/"):
+                self._scans.append(folder.scan(path))
 
     def _follow(self, path: str, complete: bool) -> None:
         if path in self._in_hand:
@@ -222,6 +281,8 @@ class Service:
         ):
             del self._in_hand[path]
             self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
+        elif reading.image and len(reading.image.pixels) != self.model.info.input_size:
+            self._ready.append(path)  # was read for the model before this one
         elif reading.sha256 and self._recorded(
             lambda: self.log.recognise(path, reading.sha256, stamp)
         ):
@@ -234,6 +295,38 @@ class Service:
     def _let_go(self, path: str) -> None:
         if self._in_hand.pop(path).hinted_again:
             self._follow(path, complete=True)
+
+    # The model
+
+    def _look_at_model(self) -> None:
+        """Load the model file where it changed since it was last looked at."""
+        stamp = stamp_of(str(self.config.model.resolve()))
+        if stamp and stamp != self._model_stamp:
+            self._model_stamp = stamp
+            self._load_model()
+
+    def _load_model(self) -> None:
+        if not self._loading:
+            self._loading = True
+            threading.Thread(target=self._load, name="model", daemon=True).start()
+
+    def _load(self) -> None:
+        model = None
+        try:
+            model = load_model(self.config.model, self.config.provider)
+        except InputError as error:
+            logger.warning("%s The model in use goes on serving.", error.message)
+        finally:
+            self.inbox.put(NewModel(model))
+
+    def _swap(self, model: Model) -> None:
+        if model.sha256 == self.model.sha256:
+            return
+        if self._batch:
+            self._finish_batch()
+        self.model = model
+        self._recorded(lambda: self.log.use_model(model))
+        logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
     # What becomes of it
 
@@ -310,7 +403,8 @@ class Service:
         now = time.monotonic()
         if self._stopping:
             return _LONGEST_WAIT_S if not self._batch else _BATCH_WAIT_S
-        moments = [self._next_rescan, self._settling.next_due()]
+        moments = [self._next_rescan, self._next_look, self._settling.next_due()]
+        moments += self._next_poll.values()
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         wait = min(m for m in moments if m is not None) - now

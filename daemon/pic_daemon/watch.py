@@ -5,12 +5,15 @@ queue, and a folder filled before its watch existed announces nothing. Comparing
 the disk with the match log is what finds every file; see `service`.
 """
 
+import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -22,10 +25,12 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver
+from watchdog.observers.api import BaseObserver, ObservedWatch
 
-from pic_daemon.errors import InputError
-from pic_daemon.folders import Folder
+from pic_daemon.folders import Folder, Mount, mount_of
+from pic_daemon.inotify_limits import watches_left, watches_needed
+
+logger = logging.getLogger("pic_daemon")
 
 
 @dataclass(frozen=True)
@@ -50,43 +55,127 @@ class HintsLost:
 
 Hint = FileHint | FolderHint | HintsLost
 
+_WATCHDOG_LOG = logging.getLogger("watchdog.observers.inotify_c")
+
+_REMEDIES = {
+    errno.ENOSPC: "no inotify watches left, raise fs.inotify.max_user_watches with sysctl",
+    errno.EMFILE: "raise fs.inotify.max_user_instances with sysctl",
+}
+
+_COUNT_EVERY_S = 60.0  # between two looks at the watches that all processes hold
+
 _EVENTS: list[type[FileSystemEvent]] = [
     FileCreatedEvent, FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent,
 ]  # fmt: skip
 
 
-@contextmanager
-def watching(folders: Sequence[Folder], send: Callable[[Hint], None]) -> Iterator[None]:
-    """Call `send` from another thread for every hint until the context ends.
+@dataclass
+class _Watched:
+    """What is known of a folder: where it was mounted at first, and its watch."""
 
-    Raises InputError where a folder cannot be watched.
+    mount: Mount
+    inode: int | None = None
+    watch: ObservedWatch | None = None
+    polled: bool = False
+    said_offline: bool = False
+
+
+class Watches:
+    """Watches on the folders that are there; `send` gets hints from another thread.
+
+    A folder is offline while it is missing, or while another file system than at
+    first is mounted where it was.
     """
-    observer = _observer()
-    handler = _Handler(send)
-    overflow = _OverflowListener(send)
-    loggers = [logging.getLogger("watchdog.observers.inotify_c")]
-    for logger in loggers:
-        logger.addHandler(overflow)
-    try:
-        observer.start()
-        for folder in folders:
-            try:
-                observer.schedule(
-                    handler,
-                    str(folder.path),
-                    recursive=folder.recursive,
-                    event_filter=_EVENTS,
-                )
-            except OSError as error:
-                raise InputError(
-                    f"{folder.path} cannot be watched: {error.strerror or error}."
-                ) from error
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(overflow)
-        observer.stop()
-        observer.join()
+
+    def __init__(self, folders: Sequence[Folder], send: Callable[[Hint], None]) -> None:
+        self._handler = _Handler(send)
+        self._overflow = _OverflowListener(send)
+        self._observer = _observer()
+        self._next_count = 0.0
+        self._states = {
+            folder: _Watched(mount_of(folder.path), polled=folder.mode == "poll")
+            for folder in folders
+        }
+
+    def __enter__(self) -> Self:
+        _WATCHDOG_LOG.addHandler(self._overflow)
+        self._observer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _WATCHDOG_LOG.removeHandler(self._overflow)
+        self._observer.stop()
+        self._observer.join()
+
+    def look(self) -> list[Folder]:
+        """Bring the watches in line with the disk; returns folders that came (back)."""
+        came = [
+            folder for folder, state in self._states.items() if self._came(folder, state)
+        ]
+        if time.monotonic() >= self._next_count:
+            self._next_count = time.monotonic() + _COUNT_EVERY_S
+            if watches_left() == 0:
+                for folder, state in self._states.items():
+                    if state.watch and not state.polled:
+                        self._poll(folder, state, errno.ENOSPC)
+        return came
+
+    def online(self, folder: Folder) -> bool:
+        """Whether the folder was there when last looked at."""
+        return self._states[folder].inode is not None
+
+    def polled(self, folder: Folder) -> bool:
+        """Whether nothing announces what arrives in the folder."""
+        return self._states[folder].polled
+
+    def _came(self, folder: Folder, state: _Watched) -> bool:
+        inode = self._inode(folder, state)
+        if inode == state.inode:
+            return False
+        if state.watch:
+            with suppress(KeyError, OSError):  # its watch may have ended with the folder
+                self._observer.unschedule(state.watch)
+            state.watch = None
+        state.inode = inode
+        if inode is None:
+            logger.warning("folder %s is offline", folder.path)
+            state.said_offline = True
+            return False
+        if state.said_offline:
+            logger.info("folder %s is back", folder.path)
+            state.said_offline = False
+        if not state.polled:
+            self._watch(folder, state)
+        return True
+
+    def _inode(self, folder: Folder, state: _Watched) -> int | None:
+        try:
+            inode = os.stat(folder.path).st_ino
+        except OSError:
+            return None
+        return inode if mount_of(folder.path) == state.mount else None
+
+    def _watch(self, folder: Folder, state: _Watched) -> None:
+        try:
+            # watchdog passes over sub-folders that it cannot watch, without a word.
+            left = watches_left()
+            if left is not None and watches_needed(folder) > left:
+                raise OSError(errno.ENOSPC, "inotify watch limit reached")
+            state.watch = self._observer.schedule(
+                self._handler,
+                str(folder.path),
+                recursive=folder.recursive,
+                event_filter=_EVENTS,
+            )
+        except OSError as error:
+            self._poll(folder, state, error.errno or 0)
+
+    def _poll(self, folder: Folder, state: _Watched, reason: int) -> None:
+        state.polled = True
+        logger.warning(
+            "folder %s cannot be watched: %s; scanning it every %g s",
+            folder.path, _REMEDIES.get(reason, os.strerror(reason)), folder.poll_seconds,
+        )  # fmt: skip
 
 
 def _observer() -> BaseObserver:

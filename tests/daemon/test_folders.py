@@ -3,7 +3,7 @@ from pathlib import Path
 
 from conftest import write_image
 
-from pic_daemon.folders import Folder, file_system_of, stamp_of, text_of
+from pic_daemon.folders import Folder, mount_of, stamp_of, text_of
 
 
 def names(folder: Folder) -> set[str]:
@@ -50,4 +50,4 @@ def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:
 
 
 def test_the_file_system_is_named() -> None:
-    assert file_system_of(Path("/proc")) == "proc"
+    assert mount_of(Path("/proc")).type == "proc"

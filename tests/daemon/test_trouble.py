@@ -1,14 +1,16 @@
 """Trouble around the service, made for real: it waits, says so, and loses nothing."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DaemonProcess, write_image
+from conftest import INFO, DaemonProcess, write_image, write_model
 from PIL import Image
 
 
@@ -148,3 +150,133 @@ def test_a_worker_killed_while_idle_is_replaced(daemon: DaemonProcess) -> None:
     rows = daemon.wait_for_rows(21)
     assert {row["status"] for row in rows} == {"match"}
     assert daemon.stop() == 0
+
+
+def test_a_new_model_takes_over_and_garbage_does_not(daemon: DaemonProcess) -> None:
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    (first,) = daemon.wait_for_rows(1)
+    daemon.model.write_bytes(b"garbage")
+    daemon.reload()
+    daemon.wait_until(lambda: "goes on serving" in daemon.log.read_text())
+    write_image(daemon.drop / "b.png", 200)
+    assert daemon.wait_for_rows(2)[1]["model"] == first["model"]
+
+    stricter = replace(INFO, threshold=0.9)
+    write_model(daemon.model.with_name("new.onnx"), stricter.to_metadata()).replace(
+        daemon.model
+    )
+    daemon.wait_until(lambda: "now serving model" in daemon.log.read_text())  # by itself
+    write_image(daemon.drop / "c.png", 200)
+    rows = daemon.wait_for_rows(3)
+    assert rows[2]["model"] != first["model"]
+    assert [row["status"] for row in rows] == ["match", "match", "no-match"]
+
+
+def test_recorded_images_are_scored_again_under_the_present_model(
+    daemon: DaemonProcess, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    daemon.start()
+    for number in range(5):
+        write_image(daemon.drop / f"{number}.png", 200)
+    before = daemon.wait_for_rows(5)
+    write_model(daemon.model, replace(INFO, threshold=0.9).to_metadata())
+    daemon.reload()
+    daemon.wait_until(lambda: "now serving model" in daemon.log.read_text())
+    result = run_tool("pic-daemon", "reclassify", "--database", daemon.database)
+    assert result.stdout == "5 images will be scored again\n"
+    daemon.reload()
+    daemon.wait_until(lambda: {row["status"] for row in daemon.rows()} == {"no-match"})
+    after = daemon.rows()
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert after[0]["model"] != before[0]["model"]
+
+
+def test_failed_images_are_tried_again_when_asked(
+    daemon: DaemonProcess, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    write_slow_image(daemon.drop / "large.png")
+    daemon.start("--max-pixels", 1_000_000)
+    (row,) = daemon.wait_for_rows(1)
+    assert row["status"] == "failed"
+    daemon.stop()
+    result = run_tool("pic-daemon", "retry", "--database", daemon.database)
+    assert result.stdout == "1 failed images will be tried again\n"
+    daemon.start()
+    daemon.wait_until(lambda: daemon.rows()[0]["status"] == "no-match")
+
+
+def test_a_folder_that_announces_nothing_is_polled(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    config = tmp_path / "daemon.toml"
+    config.write_text(
+        f'[[watch]]\npath = "{daemon.drop}"\nmode = "poll"\npoll_seconds = 0.3\n'
+    )
+    daemon.start("--config", config, watch=False)
+    write_image(daemon.drop / "deep" / "a.png", 200)
+    daemon.wait_for_rows(1)
+    assert inotify_watches(daemon) == 0
+
+
+def inotify_watches(daemon: DaemonProcess) -> int:
+    return sum(
+        info.read_text().count("inotify wd:")
+        for info in Path(f"/proc/{daemon.pid}/fdinfo").iterdir()
+    )
+
+
+def test_a_folder_deleted_and_made_again_is_watched_again(daemon: DaemonProcess) -> None:
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    shutil.rmtree(daemon.drop)
+    daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+    daemon.drop.mkdir()
+    write_image(daemon.drop / "b.png", 200)
+    daemon.wait_for_rows(2)
+    daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+    assert inotify_watches(daemon) == 1
+    write_image(daemon.drop / "c.png", 200)
+    daemon.wait_for_rows(3)
+
+
+def test_another_file_system_over_the_folder_means_offline(daemon: DaemonProcess) -> None:
+    daemon.start()
+    write_image(daemon.drop / "ours.png", 200)
+    daemon.wait_for_rows(1)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(daemon.drop)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+        write_image(daemon.drop / "foreign.png", 200)
+        daemon.reload()  # scans what is online
+    finally:
+        subprocess.run(["umount", "--lazy", str(daemon.drop)], check=True)
+    write_image(daemon.drop / "late.png", 200)
+    daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+    names = [Path(str(row["path"])).name for row in daemon.wait_for_rows(2)]
+    assert sorted(names) == ["late.png", "ours.png"]
+
+
+def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
+    daemon: DaemonProcess,
+) -> None:
+    limit = Path("/proc/sys/fs/inotify/max_user_watches")
+    before = limit.read_text()
+    for number in range(40):
+        (daemon.drop / str(number)).mkdir()
+    try:
+        limit.write_text("20")
+    except OSError:
+        pytest.skip("lowering the limit of watches needs root")
+    try:
+        if limit.read_text().strip() != "20":
+            pytest.skip("the limit of watches cannot be lowered here")
+        daemon.start()
+    finally:
+        limit.write_text(before)
+    assert "raise fs.inotify.max_user_watches with sysctl" in daemon.log.read_text()
+    write_image(daemon.drop / "7" / "a.png", 200)
+    daemon.wait_for_rows(1)
