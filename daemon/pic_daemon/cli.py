@@ -20,12 +20,14 @@ from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
-from pic_daemon.match_log import MatchLog, read_matches
+from pic_daemon.match_log import MatchLog, read_matches, read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.reading import read_image
 from pic_daemon.service import Service
 
 _BATCH = 32
+_SILENT_S = 120.0  # four heartbeats
+_OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
 _PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _SPANS = {
@@ -54,6 +56,8 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="How often folders and log are compared [300]."),
         click.option("--max-pixels", type=int,
                      help="Largest picture decoded, width x height [200000000]."),
+        click.option("--metrics", metavar="HOST:PORT",
+                     help="Answer Prometheus there, such as 127.0.0.1:9465 [off]."),
         click.option("--decode-seconds", type=float,
                      help="Longest that reading one file may take [30]."),
     ]  # fmt: skip
@@ -120,6 +124,29 @@ def check(config: Path | None, **overrides: Any) -> None:
 
 
 _DATABASE = click.option("--database", required=True, type=_PATH, help="The match log.")
+
+
+@daemon.command()
+@_DATABASE
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(database: Path, as_json: bool) -> None:
+    """Say how the service is doing; exit 1 where it is down or does not move.
+
+    Example: pic-daemon status --database log.db
+    """
+    found = read_status(database)
+    problem = None
+    if found["age_s"] > _SILENT_S:
+        problem = f"no heartbeat for {found['age_s']:.0f} s: the service is down or stuck"
+    elif found["oldest_waiting_s"] > _OVERDUE_S:
+        problem = f"a file has been waiting for {found['oldest_waiting_s']:.0f} s"
+    if as_json:
+        click.echo(json.dumps({**found, "healthy": problem is None, "problem": problem}))
+    else:
+        rows = ", ".join(f"{n} {name}" for name, n in sorted(found["rows"].items()))
+        click.echo(f"{problem or 'healthy'}; {found['backlog']} waiting; rows: {rows or 0}")
+    if problem:
+        sys.exit(1)
 
 
 @daemon.command()

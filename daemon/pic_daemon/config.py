@@ -21,7 +21,7 @@ class Config:
     `settle_seconds`: a file that nobody announced as complete is read once it has
     stood still this long. `rescan_seconds`: how often the folders are compared with
     the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
-    that reading one file may take.
+    that reading one file may take. `metrics`: host:port where Prometheus may ask, or ''.
     """
 
     folders: tuple[Folder, ...]
@@ -34,6 +34,7 @@ class Config:
     rescan_seconds: float = 300.0
     max_pixels: int = MAX_PIXELS
     decode_seconds: float = 30.0
+    metrics: str = ""
 
     @property
     def readers(self) -> int:
@@ -106,6 +107,10 @@ def _typed(where: str, name: str, value: Any) -> Any:
     if name == "provider":
         if value not in get_args(Provider):
             raise InputError(f"{where}: provider must be one of auto, cpu, cuda.")
+        return value
+    if name == "metrics":
+        if not isinstance(value, str):
+            raise InputError(f'{where}: metrics must be text such as "127.0.0.1:9465".')
         return value
     wrong_kind = isinstance(value, bool) or (kind is int and isinstance(value, float))
     if wrong_kind or not isinstance(value, int | float):

@@ -4,9 +4,10 @@ One writer, one transaction per batch, WAL with synchronous FULL: a row that was
 reported is on the disk.
 """
 
+import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -94,6 +95,20 @@ def add_in_hand(db: Database) -> None:
             path TEXT PRIMARY KEY,
             since TEXT NOT NULL,
             strikes INTEGER NOT NULL DEFAULT 0   -- decoders that crashed or hung on it
+        ) STRICT
+        """
+    )
+
+
+@migrations()
+def add_heartbeat(db: Database) -> None:
+    """One row that says how the service is doing, for `pic-daemon status`."""
+    db.execute(
+        """
+        CREATE TABLE heartbeat (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            at TEXT NOT NULL,
+            figures TEXT NOT NULL CHECK (json_valid(figures))
         ) STRICT
         """
     )
@@ -288,6 +303,15 @@ class MatchLog:
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],
             )
 
+    def beat(self, figures: Mapping[str, float | int]) -> None:
+        """Say that the service lives, and how it is doing."""
+        now = iso_time(datetime.now(UTC).timestamp())
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO heartbeat VALUES (1, ?, ?)",
+                [now, json.dumps(figures)],
+            )
+
     def mark_failed(self) -> int:
         """Have every failed image tried again by the next scan; returns how many."""
         return self._mark("status = 'failed'")
@@ -377,6 +401,32 @@ def read_matches(
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path} cannot be read as a match log: {error}.") from error
     return rows
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """The last heartbeat with its age in seconds as `age_s`, and rows by status.
+
+    Raises InputError where `path` is not a match log or no service has used it yet.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"database {path} does not exist, or this user may not look.")
+    check(path, for_writing=False)
+    try:
+        db = _open_read_only(path)
+        beat = db.execute("SELECT at, figures FROM heartbeat").fetchone()
+        rows = db.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
+        db.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
+    if not beat:
+        raise InputError(f"no service has used {path} yet.")
+    age = datetime.now(UTC) - datetime.fromisoformat(beat[0])
+    return {
+        "heartbeat": beat[0],
+        "age_s": round(age.total_seconds(), 1),
+        **json.loads(beat[1]),
+        "rows": dict(rows),
+    }
 
 
 def iso_time(seconds: float) -> str:

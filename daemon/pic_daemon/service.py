@@ -19,6 +19,7 @@ from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
+from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
@@ -35,6 +36,8 @@ _DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
 _STRIKES = 2  # decoders that may crash or hang on a file before it is failed
 _STRIKE_WAIT_S = 5.0  # before a file that a decoder crashed on is tried again
 _LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
+_BEAT_S = 30.0  # between two heartbeats in the database
+_STUCK_S = 60.0  # beyond the time that decoding may take
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 
 
@@ -76,6 +79,7 @@ class Service:
     config: Config
     model: Model
     log: MatchLog
+    health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _settling: SettleTracker = field(init=False)
     _ready: deque[str] = field(default_factory=deque)
@@ -89,12 +93,14 @@ class Service:
     _next_poll: dict[Folder, float] = field(default_factory=dict)
     _model_stamp: FileStamp | None = field(init=False)
     _next_look: float = 0.0
+    _next_beat: float = 0.0
     _loading: bool = False
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
+        self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._model_stamp = stamp_of(str(self.config.model.resolve()))
 
     def stop(self) -> None:
@@ -109,6 +115,9 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self.log.use_model(self.model)
+        self.health.serving(self.model)
+        if self.config.metrics:
+            self.health.serve(self.config.metrics)
         for path in self.log.left_in_hand():
             logger.info("was in hand when the service last ended: path=%r", path)
         decoding = self.config.readers, self.config.decode_seconds
@@ -127,6 +136,7 @@ class Service:
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
+                self.health.feed_watchdog(busy=bool(self._reading or self._batch))
             notify("STOPPING=1")
 
     # What to read next
@@ -168,10 +178,21 @@ class Service:
             self._next_look = now + _LOOK_S
             self._look_at_model()
             self._look_at_folders(now)
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_S
+            self._beat()
         for folder, due in self._next_poll.items():
             if now >= due:
                 self._next_poll[folder] = now + folder.poll_seconds
                 self._scan(folder)
+
+    def _beat(self) -> None:
+        times = [file.seen_at for file in self._in_hand.values()]
+        if (settling := self._settling.oldest()) is not None:
+            times.append(settling)
+        oldest = max(0.0, time.time() - min(times)) if times else 0.0
+        figures = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        self._recorded(lambda: self.log.beat(figures))
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand or self.log.knows(path, stamp):
@@ -199,6 +220,7 @@ class Service:
 
     def _scan_all(self) -> None:
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
+        self.health.rescanned()
         if not self._scans:
             for folder in self.config.folders:
                 self._scan(folder)
@@ -232,12 +254,14 @@ class Service:
         match message:
             case Reading():
                 self._reading -= 1
+                self.health.moved()
                 self._sort(message)
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
                 self._scan_below(path)
             case HintsLost():
+                self.health.overflowed()
                 logger.warning("the kernel dropped file events; scanning every folder")
                 self._scans.clear()
                 self._scan_all()
@@ -326,6 +350,7 @@ class Service:
             self._finish_batch()
         self.model = model
         self._recorded(lambda: self.log.use_model(model))
+        self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
     # What becomes of it
@@ -349,6 +374,7 @@ class Service:
             for reading in readings
         ]
         self._recorded(lambda: self.log.record(outcomes, self.model))
+        self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
             self._let_go(outcome.path)
@@ -373,6 +399,7 @@ class Service:
                         "database %s: %s; waiting until it can be written",
                         self.log.path, error,
                     )  # fmt: skip
+                self.health.feed_watchdog(busy=False)  # a restart would not help
                 self._stop_asked.wait(_DATABASE_RETRY_S)
                 continue
             if waiting_since is not None:
@@ -403,11 +430,13 @@ class Service:
         now = time.monotonic()
         if self._stopping:
             return _LONGEST_WAIT_S if not self._batch else _BATCH_WAIT_S
-        moments = [self._next_rescan, self._next_look, self._settling.next_due()]
+        moments = [self._next_rescan, self._next_look, self._next_beat]
+        if (due := self._settling.next_due()) is not None:
+            moments.append(due)
         moments += self._next_poll.values()
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
-        wait = min(m for m in moments if m is not None) - now
+        wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
 
 

@@ -59,6 +59,10 @@ class SettleTracker:
             over.append((path, self._waiting[path].stamp))
         return over
 
+    def oldest(self) -> float | None:
+        """Wall time at which the longest waiting file was noticed, or None."""
+        return min((w.seen_at for w in self._waiting.values()), default=None)
+
     def next_due(self) -> float | None:
         """When the first wait ends, or None where nothing waits."""
         while self._queue:

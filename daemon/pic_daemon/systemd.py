@@ -14,3 +14,8 @@ def notify(state: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(address)
         sock.sendall(state.encode())
+
+
+def watchdog_seconds() -> float:
+    """How long systemd waits for a sign of life (sd_watchdog_enabled(3)); 0: for ever."""
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6

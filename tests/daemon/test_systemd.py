@@ -13,6 +13,14 @@ SYSTEMD = Path(__file__).parents[2] / "systemd"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_the_unit_exposes_little() -> None:
+    unit = SYSTEMD / "pic-daemon.service"
+    command = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(unit)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-300:]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_the_unit_is_valid(tmp_path: Path) -> None:
     # verify insists that the program exists: put a file where the unit points.
     unit = (SYSTEMD / "pic-daemon.service").read_text()
@@ -51,7 +59,12 @@ def test_systemd_hears_when_the_service_is_ready_and_when_it_stops(
         sock.bind(address)
         sock.settimeout(30)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        monkeypatch.setenv("WATCHDOG_USEC", "2000000")
         daemon.start()
-        assert sock.recv(100) == b"READY=1"
+        assert sock.recv(200) == b"READY=1"
+        heard = {sock.recv(200) for _ in range(5)}
+        assert b"WATCHDOG=1" in heard
+        assert b"STATUS=0 waiting; nothing recorded yet" in heard
         daemon.stop()
-        assert sock.recv(100) == b"STOPPING=1"
+        while (message := sock.recv(200)) != b"STOPPING=1":
+            assert message.startswith((b"WATCHDOG", b"STATUS"))

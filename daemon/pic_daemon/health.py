@@ -1,0 +1,117 @@
+"""How the service is doing: figures for Prometheus, systemd and the match log."""
+
+import os
+import time
+from collections import Counter as Tally
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import start_http_server
+
+from pic_daemon.errors import InputError
+from pic_daemon.match_log import Outcome
+from pic_daemon.model import Model
+from pic_daemon.systemd import notify, watchdog_seconds
+
+_LATENCIES_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
+
+
+@dataclass
+class Health:
+    """Counts what the service does. Times are monotonic, in seconds.
+
+    systemd's watchdog is fed only while the pipeline moves or has nothing to do:
+    files in hand must come to an end within `stuck_after` seconds.
+    """
+
+    stuck_after: float
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    outcomes: Tally[str] = field(default_factory=Tally)
+    _moved_at: float = field(default_factory=time.monotonic)
+    _fed_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        registry = self.registry
+        self._images = Counter(
+            "pic_images", "Images recorded", ["status"], registry=registry
+        )
+        self._latency = Histogram(
+            "pic_latency_seconds", "From first notice to recorded row",
+            buckets=_LATENCIES_S, registry=registry,
+        )  # fmt: skip
+        self._backlog = Gauge("pic_backlog", "Files noticed, no row yet", registry=registry)
+        self._oldest = Gauge(
+            "pic_oldest_waiting_seconds", "Age of the oldest of them", registry=registry
+        )
+        self._overflows = Counter(
+            "pic_overflows", "Times the kernel dropped file events", registry=registry
+        )
+        self._rescans = Counter(
+            "pic_rescans", "Times all folders were compared with the log", registry=registry
+        )
+        self._model = Info("pic_model", "The model that serves", registry=registry)
+
+    def serve(self, address: str) -> None:
+        """Answer Prometheus at ``host:port``. Raises InputError where that fails."""
+        host, _, port = address.rpartition(":")
+        try:
+            start_http_server(int(port), host or "127.0.0.1", self.registry)
+        except (OSError, ValueError, OverflowError) as error:
+            raise InputError(f"metrics at {address!r}: {error}.") from error
+
+    def serving(self, model: Model) -> None:
+        """Note the model in use."""
+        self._model.info(
+            {
+                "sha256": model.sha256,
+                "provider": model.provider,
+                "architecture": model.info.architecture,
+            }
+        )
+
+    def recorded(self, outcomes: list[Outcome]) -> None:
+        """Count rows that are on the disk now."""
+        self.moved()
+        for outcome in outcomes:
+            self.outcomes[outcome.status] += 1
+            self._images.labels(outcome.status).inc()
+            self._latency.observe(max(0.0, outcome.classified_at - outcome.seen_at))
+
+    def overflowed(self) -> None:
+        """Count a queue overflow."""
+        self._overflows.inc()
+
+    def rescanned(self) -> None:
+        """Count a comparison of all folders with the log."""
+        self._rescans.inc()
+
+    def moved(self) -> None:
+        """Note that the pipeline moves."""
+        self._moved_at = time.monotonic()
+
+    def waiting(self, backlog: int, oldest_s: float) -> dict[str, float | int]:
+        """Note what waits; returns the figures that the match log keeps."""
+        self._backlog.set(backlog)
+        self._oldest.set(oldest_s)
+        counts = ", ".join(f"{count} {status}" for status, count in self.outcomes.items())
+        notify(f"STATUS={backlog} waiting; {counts or 'nothing recorded yet'}")
+        return {
+            "pid": os.getpid(),
+            "backlog": backlog,
+            "oldest_waiting_s": round(oldest_s, 1),
+            **{f"recorded_{status}": n for status, n in self.outcomes.items()},
+        }
+
+    def feed_watchdog(self, busy: bool) -> None:
+        """Tell systemd that all is well, unless files in hand do not move."""
+        now = time.monotonic()
+        if not busy:
+            self._moved_at = now
+        every = watchdog_seconds() / 4
+        if (
+            every
+            and now - self._fed_at >= every
+            and now - self._moved_at < self.stuck_after
+        ):
+            self._fed_at = now
+            notify("WATCHDOG=1")

@@ -1,0 +1,84 @@
+"""What a monitor, systemd and a person can see of the service."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+
+from conftest import DaemonProcess, write_image
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_prometheus_is_told_outcomes_latency_backlog_and_model(
+    daemon: DaemonProcess,
+) -> None:
+    daemon.start("--metrics", "127.0.0.1:19465")
+    write_image(daemon.drop / "a.png", 200)
+    write_image(daemon.drop / "b.png", 20)
+    (daemon.drop / "c.png").write_text("no picture")
+    daemon.wait_for_rows(3)
+    daemon.wait_until(lambda: "pic_latency_seconds_count 3.0" in metrics())
+    text = metrics()
+    for status in ("match", "no-match", "failed"):
+        assert f'pic_images_total{{status="{status}"}} 1.0' in text
+    assert "pic_backlog 0.0" in text
+    assert 'provider="CPUExecutionProvider"' in text
+    assert "pic_rescans_total 1.0" in text
+
+
+def metrics() -> str:
+    with urllib.request.urlopen("http://127.0.0.1:19465/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def test_an_address_that_cannot_be_had_is_refused(
+    daemon: DaemonProcess, run_tool: Run
+) -> None:
+    service = (
+        "--watch",
+        daemon.drop,
+        "--model",
+        daemon.model,
+        "--database",
+        daemon.database,
+    )
+    result = run_tool("pic-daemon", "run", *service, "--metrics", "127.0.0.1:none")
+    assert result.returncode == 2
+    assert "metrics at '127.0.0.1:none'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_status_tells_a_service_that_lives_from_one_that_does_not(
+    daemon: DaemonProcess, run_tool: Run
+) -> None:
+    asked = "status", "--database", daemon.database
+    assert run_tool("pic-daemon", *asked).returncode == 2  # nothing there yet
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    healthy = run_tool("pic-daemon", *asked)
+    assert (healthy.returncode, healthy.stdout) == (
+        0,
+        "healthy; 0 waiting; rows: 1 match\n",
+    )
+    daemon.stop()
+    log = sqlite3.connect(daemon.database)
+    log.execute("UPDATE heartbeat SET at = '2026-01-01T00:00:00.000Z'")
+    log.commit()
+    log.close()
+    silent = run_tool("pic-daemon", *asked, "--json")
+    assert silent.returncode == 1
+    assert "the service is down or stuck" in json.loads(silent.stdout)["problem"]
+
+
+def test_a_file_from_the_future_is_classified(daemon: DaemonProcess) -> None:
+    # As after the clock was set back: its age is negative and never grows old enough.
+    path = write_image(daemon.drop / "future.png", 200)
+    ahead = time.time() + 3600
+    os.utime(path, (ahead, ahead))
+    daemon.start()
+    assert daemon.wait_for_rows(1)[0]["status"] == "match"
