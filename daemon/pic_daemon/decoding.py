@@ -73,7 +73,7 @@ class Decoders:
             return Reading(path, stamp_of(path), changed=True)
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
-        return Reading(path, stamp_of(path), error=problem, crashed=True)
+        return Reading(path, stamp_of(path), error=problem, transient=True)
 
 
 def _start_worker() -> None:

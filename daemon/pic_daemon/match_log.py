@@ -94,7 +94,7 @@ def add_in_hand(db: Database) -> None:
         CREATE TABLE in_hand (
             path TEXT PRIMARY KEY,
             since TEXT NOT NULL,
-            strikes INTEGER NOT NULL DEFAULT 0   -- decoders that crashed or hung on it
+            strikes INTEGER NOT NULL DEFAULT 0   -- attempts that failed on their own
         ) STRICT
         """
     )
@@ -198,7 +198,7 @@ class MatchLog:
             )
 
     def strike(self, path: str) -> int:
-        """Count a decoder that crashed or hung on the file; returns how many now."""
+        """Count an attempt at the file that failed on its own; returns how many now."""
         with self._transaction():
             self._db.execute(
                 "UPDATE in_hand SET strikes = strikes + 1 WHERE path = ?", [text_of(path)]
@@ -216,7 +216,7 @@ class MatchLog:
     def left_in_hand(self) -> list[str]:
         """Names that an earlier service left in hand when it ended; then forgets them.
 
-        Those that a decoder crashed or hung on stay noted with their strikes.
+        Those with strikes stay noted.
         """
         rows = self._db.execute("SELECT path FROM in_hand ORDER BY path").fetchall()
         if rows:

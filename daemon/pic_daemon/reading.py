@@ -18,8 +18,8 @@ class Reading:
 
     `stamp` is None where no regular file is there any more. `changed`: the file was
     written to meanwhile and nothing else here counts. Otherwise either `image` or
-    `error` is set; `sha256` is '' where the bytes could not be had. `crashed`: the
-    decoder ended or hung, so that the error is of this one attempt.
+    `error` is set; `sha256` is '' where the bytes could not be had. `transient`: the
+    error is of this one attempt, not of the content: another may succeed.
     """
 
     path: str
@@ -28,7 +28,7 @@ class Reading:
     image: DecodedImage | None = None
     error: str | None = None
     changed: bool = False
-    crashed: bool = False
+    transient: bool = False
 
 
 def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
@@ -50,7 +50,8 @@ def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
         return Reading(path, None)
     except OSError as error:
         stamp = stamp or _stamp_unread(path)
-        return Reading(path, stamp, error=f"cannot be read: {error.strerror}")
+        problem = f"cannot be read: {error.strerror}"
+        return Reading(path, stamp, error=problem, transient=True)
     if after != stamp or len(data) != stamp.bytes:
         return Reading(path, after, changed=True)
     digest = hashlib.sha256(data).hexdigest()

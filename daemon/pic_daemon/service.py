@@ -33,8 +33,8 @@ _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a b
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
-_STRIKES = 2  # decoders that may crash or hang on a file before it is failed
-_STRIKE_WAIT_S = 5.0  # before a file that a decoder crashed on is tried again
+_STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
+_STRIKE_WAIT_S = 5.0  # between them
 _LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
 _BEAT_S = 30.0  # between two heartbeats in the database
 _STUCK_S = 60.0  # beyond the time that decoding may take
@@ -295,13 +295,13 @@ class Service:
         if stamp is None:  # gone before it was read
             self._recorded(lambda: self.log.put_down(path))
             self._let_go(path)
-        elif reading.crashed and self._recorded(lambda: self.log.strike(path)) < _STRIKES:
+        elif reading.transient and self._recorded(lambda: self.log.strike(path)) < _STRIKES:
             logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
             del self._in_hand[path]
             now = time.monotonic()
             self._settling.wait(path, stamp, now, in_hand.seen_at, _STRIKE_WAIT_S)
         elif reading.changed or (
-            reading.error and not reading.crashed and not in_hand.settled
+            reading.error and not reading.transient and not in_hand.settled
         ):
             del self._in_hand[path]
             self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
