@@ -56,6 +56,8 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="How often folders and log are compared [300]."),
         click.option("--max-pixels", type=int,
                      help="Largest picture decoded, width x height [200000000]."),
+        click.option("--failed-folder", type=_PATH, metavar="DIR",
+                     help="Move files that failed there [left where they are]."),
         click.option("--metrics", metavar="HOST:PORT",
                      help="Answer Prometheus there, such as 127.0.0.1:9465 [off]."),
         click.option("--decode-seconds", type=float,

@@ -22,6 +22,7 @@ class Config:
     stood still this long. `rescan_seconds`: how often the folders are compared with
     the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
     that reading one file may take. `metrics`: host:port where Prometheus may ask, or ''.
+    `failed_folder`: where files that failed are moved, None to leave them.
     """
 
     folders: tuple[Folder, ...]
@@ -35,6 +36,7 @@ class Config:
     max_pixels: int = MAX_PIXELS
     decode_seconds: float = 30.0
     metrics: str = ""
+    failed_folder: Path | None = None
 
     @property
     def readers(self) -> int:
@@ -69,7 +71,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
             f"{where}: unknown key {sorted(unknown)[0]!r}; "
             f"known are watch, {', '.join(sorted(_KEYS))}."
         )
-    for name in ("model", "database"):
+    for name in ("model", "database", "failed_folder"):
         if isinstance(values.get(name), str):
             values[name] = base / values[name]
     tables = values.pop("watch", [])
@@ -85,7 +87,11 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     config = Config(tuple(folders), **settings)
-    _keep_apart(config)
+    _keep_apart("database", config.database.resolve().parent, config)
+    if config.failed_folder:
+        if not os.path.isdir(config.failed_folder):
+            raise InputError(f"failed_folder {config.failed_folder} does not exist.")
+        _keep_apart("failed_folder", config.failed_folder.resolve(), config)
     return config
 
 
@@ -100,7 +106,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _typed(where: str, name: str, value: Any) -> Any:
     kind = _KEYS[name]
-    if kind is Path:
+    if kind is Path or name == "failed_folder":
         if not isinstance(value, str | Path) or not str(value):
             raise InputError(f"{where}: {name} must be a path, not {value!r}.")
         return Path(value).absolute()
@@ -153,12 +159,12 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     )
 
 
-def _keep_apart(config: Config) -> None:
-    home = config.database.resolve().parent
+def _keep_apart(name: str, home: Path, config: Config) -> None:
+    """Refuse a place inside a watch folder for what the service itself writes."""
     for folder in config.folders:
         inside = folder.recursive and folder.path in home.parents
         if home == folder.path or inside:
             raise InputError(
-                f"the database {config.database} lies in the watch folder "
+                f"the {name} {getattr(config, name)} lies in the watch folder "
                 f"{folder.path}; keep it elsewhere."
             )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,6 +89,24 @@ def stamp_of(path: str) -> FileStamp | None:
     except OSError:
         return None
     return FileStamp.of(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
+    """Move a file that still has this stamp into `folder`, under a name not taken there.
+
+    Returns where it is now, or None where the file has changed or is gone. Raises
+    OSError where it cannot be moved.
+    """
+    if stamp_of(path) != stamp:
+        return None
+    name = Path(path)
+    target = folder / name.name
+    number = 1
+    while os.path.lexists(target):
+        target = folder / f"{name.stem}-{number}{name.suffix}"
+        number += 1
+    shutil.move(path, target)
+    return target
 
 
 def text_of(path: str) -> str:

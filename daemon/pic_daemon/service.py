@@ -13,12 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.errors import InputError
-from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
+from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
@@ -377,6 +378,8 @@ class Service:
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
+            if outcome.status == "failed" and self.config.failed_folder:
+                _move_failed(outcome, self.config.failed_folder)
             self._let_go(outcome.path)
 
     def _recorded(self, write: Callable[[], T]) -> T:
@@ -438,6 +441,17 @@ class Service:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
+
+
+def _move_failed(outcome: Outcome, folder: Path) -> None:
+    try:
+        moved = set_aside(outcome.path, outcome.stamp, folder)
+    except OSError as error:
+        path = text_of(outcome.path)
+        logger.warning("path=%r cannot be moved to %s: %s", path, folder, error.strerror)
+        return
+    if moved:
+        logger.info("moved path=%r to %s", text_of(outcome.path), text_of(str(moved)))
 
 
 def _report(outcome: Outcome) -> None:

@@ -280,3 +280,20 @@ def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     assert "raise fs.inotify.max_user_watches with sysctl" in daemon.log.read_text()
     write_image(daemon.drop / "7" / "a.png", 200)
     daemon.wait_for_rows(1)
+
+
+def test_failed_files_are_moved_where_asked_and_may_come_back(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / "bad.png").write_text("an earlier one")
+    daemon.start("--failed-folder", failed)
+    (daemon.drop / "bad.png").write_text("no picture")
+    write_image(daemon.drop / "good.png", 200)
+    daemon.wait_for_rows(2)
+    daemon.wait_until(lambda: (failed / "bad-1.png").exists())
+    assert [path.name for path in daemon.drop.iterdir()] == ["good.png"]
+    write_image(daemon.drop / "bad.png", 200)
+    daemon.wait_until(lambda: {row["status"] for row in daemon.rows()} == {"match"})
+    assert len(daemon.rows()) == 2
