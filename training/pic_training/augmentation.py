@@ -2,7 +2,7 @@
 
 Catalog and other images go through the same alterations with the same
 probabilities, so that a network can learn nothing from the alteration itself.
-The result is a real JPEG file, decoded by the daemon's own decoder.
+Compression is that of a real JPEG file, decoded by the daemon's own decoder.
 """
 
 import io
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pic_daemon.images import Pixels, decode
+from pic_daemon.images import Pixels, decode, to_pixels
+
+_UNCOMPRESSED = 95  # quality of a file that is not meant to lose anything
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Augmentation:
     the factor `crop_aspect` either way, anywhere. Resize: the longer side becomes
     `side` pixels (log-uniform, never enlarged), and half of the time the picture is
     then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
-    is not applied the file is saved at quality 95.
+    is not applied and a file is wanted, it is saved at quality 95.
     """
 
     probability: float = 0.8
@@ -35,23 +37,38 @@ class Augmentation:
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
     """Alter an RGB picture; returns the bytes of a JPEG file."""
-    if draw.random() < ranges.probability:
-        image = _crop(image, draw, ranges)
-    if draw.random() < ranges.probability:
-        image = _resize(image, draw, ranges)
-    quality = 95
-    if draw.random() < ranges.probability:
-        quality = int(draw.integers(ranges.quality[0], ranges.quality[1] + 1))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    image, quality = _alter(image, draw, ranges)
+    return _compress(image, quality or _UNCOMPRESSED)
 
 
 def sample(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation, size: int
 ) -> Pixels:
     """An altered picture as the daemon would see it: uint8, shape (size, size, 3)."""
-    return decode(augment(image, draw, ranges), size).pixels
+    image, quality = _alter(image, draw, ranges)
+    if quality is None:  # nothing for a codec to leave behind
+        return to_pixels(image, size)
+    return decode(_compress(image, quality), size).pixels
+
+
+def _alter(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation
+) -> tuple[Image.Image, int | None]:
+    """The picture cropped and resized, and the JPEG quality to save it at, if any."""
+    if draw.random() < ranges.probability:
+        image = _crop(image, draw, ranges)
+    if draw.random() < ranges.probability:
+        image = _resize(image, draw, ranges)
+    quality = None
+    if draw.random() < ranges.probability:
+        quality = int(draw.integers(ranges.quality[0], ranges.quality[1] + 1))
+    return image, quality
+
+
+def _compress(image: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def _crop(
