@@ -125,6 +125,7 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ),
         ({"weights": "imagenet"}, [], "no pretrained weights for the cnn"),
         ({}, ["--resume"], "holds no run to resume"),
+        ({"stages": 2}, [], "the cnn is trained as a whole"),
         ({"target-fpr": 0.001}, [], "decoy samples can promise"),
     ],
 )
@@ -236,9 +237,10 @@ def test_a_resnet50_is_trained_and_exported_alike(
     run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:
     changes = {"arch": "resnet50", "weights": "none", "epochs": 1, "train-images": 8,
-               "batch-size": 8}  # fmt: skip
+               "batch-size": 8, "head-start": 16, "stages": 1}  # fmt: skip
     trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
     assert trained.returncode == 0, trained.stderr
+    assert "head fitted on 16 samples" in trained.stdout
     output = tmp_path / "model.onnx"
     exported = run_tool("pic-export", tmp_path / "run", "--output", output)
     assert exported.returncode == 0, exported.stderr

@@ -1,4 +1,4 @@
-"""The commands of the box that trains: pic-train and pic-export."""
+"""The commands of the box that trains: pic-train, pic-export and pic-evaluate."""
 
 import os
 import sys
