@@ -61,7 +61,7 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         if config.device == "cuda":
             started = time.monotonic()
             pool = render_pool(
-                samples, versions_for(samples, side), side, workers, learner.device
+                samples, versions_for(samples, side, 8 << 30), side, workers, learner.device
             )
             print(f"pictures rendered in {time.monotonic() - started:.1f} s")
             drawn = DeviceSamples(samples, pool).load(0, config.batch_size)

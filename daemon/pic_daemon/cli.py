@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import re
 import signal
 import sqlite3
@@ -94,7 +95,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     settings = load_config(config, overrides)
     model = load_model(settings.model, settings.provider)
-    log = MatchLog.open(settings.database)
+    log = _opened(settings.database)
     logging.getLogger("pic_daemon").info(_about_model(model))
     service = Service(settings, model, log)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -177,13 +178,22 @@ def reclassify(database: Path) -> None:
 
 @contextmanager
 def _open_log(database: Path) -> Iterator[MatchLog]:
-    if not database.exists():
-        raise InputError(f"database {database} does not exist.")
-    log = MatchLog.open(database)
+    if not os.path.exists(database):  # unlike Path, never raises
+        raise InputError(f"database {database} does not exist, or this user may not look.")
+    log = _opened(database)
     try:
         yield log
+    except sqlite3.Error as error:
+        raise click.ClickException(f"database {database}: {error}") from error
     finally:
         log.close()
+
+
+def _opened(database: Path) -> MatchLog:
+    try:
+        return MatchLog.open(database)
+    except sqlite3.OperationalError as error:  # passes: exit 1, so that systemd tries again
+        raise click.ClickException(f"database {database}: {error}") from error
 
 
 def _about_model(model: Model) -> str:

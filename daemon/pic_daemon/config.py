@@ -89,9 +89,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     config = Config(tuple(folders), **settings)
     _keep_apart("database", config.database.resolve().parent, config)
     if config.failed_folder:
-        if not os.path.isdir(config.failed_folder):
-            raise InputError(f"failed_folder {config.failed_folder} does not exist.")
-        _keep_apart("failed_folder", config.failed_folder.resolve(), config)
+        _check_failed_folder(config, config.failed_folder)
     return config
 
 
@@ -157,6 +155,15 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     return Folder(
         path.resolve(), recursive, **patterns, mode=mode, poll_seconds=poll_seconds
     )
+
+
+def _check_failed_folder(config: Config, failed: Path) -> None:
+    if not os.path.isdir(failed):
+        raise InputError(f"failed_folder {failed} does not exist.")
+    _keep_apart("failed_folder", failed.resolve(), config)
+    for place in (failed, *(folder.path for folder in config.folders)):
+        if not os.access(place, os.W_OK):
+            raise InputError(f"failed_folder is set, but {place} is not writable.")
 
 
 def _keep_apart(name: str, home: Path, config: Config) -> None:

@@ -8,7 +8,7 @@ import multiprocessing
 import resource
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self
@@ -37,6 +37,7 @@ class Decoders:
         self._pool = self._new_pool()
         self._timeout = timeout
         self._done = done
+        self._pending: dict[Future[Reading], str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -52,12 +53,30 @@ class Decoders:
 
     def read(self, path: str, size: int, max_pixels: int) -> None:
         """Begin to read a file to size x size pixels; its Reading comes to `done`."""
-        if not self._pool.active:  # ended by a worker that was killed while idle
-            self._pool = self._new_pool()
-        future = self._pool.schedule(
+        try:
+            future = self._schedule(path, size, max_pixels)
+        except RuntimeError:  # a worker was killed while idle, which ends the pool
+            self._replace_pool()
+            future = self._schedule(path, size, max_pixels)
+        self._pending[future] = path
+        future.add_done_callback(self._end)
+
+    def _schedule(self, path: str, size: int, max_pixels: int) -> "Future[Reading]":
+        return self._pool.schedule(
             read_image, args=[path, size, max_pixels], timeout=self._timeout
         )
-        future.add_done_callback(lambda ended: self._done(self._reading(path, ended)))
+
+    def _replace_pool(self) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+        for future in list(self._pending):  # such as the pool lost when it ended
+            future.cancel()
+        self._pool = self._new_pool()
+
+    def _end(self, ended: "Future[Reading]") -> None:
+        path = self._pending.pop(ended, None)
+        if path is not None:
+            self._done(self._reading(path, ended))
 
     def _new_pool(self) -> ProcessPool:
         return ProcessPool(self._workers, initializer=_start_worker, context=self._context)
@@ -69,7 +88,7 @@ class Decoders:
             problem = f"decoding took longer than {self._timeout:g} s"
         except ProcessExpired:
             problem = "decoding crashed its worker process"
-        except BrokenProcessPool:  # no fault of this file: read it again
+        except (BrokenProcessPool, CancelledError):  # no fault of this file: read it again
             return Reading(path, stamp_of(path), changed=True)
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
@@ -79,5 +98,7 @@ class Decoders:
 def _start_worker() -> None:
     # Ctrl-C goes to the whole process group; only the service heeds it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,5 +1,6 @@
 """Drop folders: which files in them count, and what is in them now."""
 
+import errno
 import os
 import re
 import shutil
@@ -105,7 +106,17 @@ def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
     while os.path.lexists(target):
         target = folder / f"{name.stem}-{number}{name.suffix}"
         number += 1
-    shutil.move(path, target)
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy2(path, target)  # another file system
+        try:
+            os.unlink(path)
+        except OSError:
+            os.unlink(target)
+            raise
     return target
 
 
@@ -126,12 +137,12 @@ class Mount:
 def mount_of(path: Path) -> Mount:
     """The mount that holds `path` (proc(5), mountinfo); empty where unknown."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return Mount()
     target = os.path.realpath(path)
     best = Mount()
-    for line in lines:
+    for line in map(os.fsdecode, lines):
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         inside = target == point or target.startswith(point.rstrip("/") + "/")

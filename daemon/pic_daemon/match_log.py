@@ -149,7 +149,8 @@ class MatchLog:
         """Open for writing; create it or bring its schema up to date where needed.
 
         Raises InputError where `path` is no SQLite file, belongs to another
-        program, has a newer schema or cannot be written.
+        program, has a newer schema or cannot be written, and sqlite3.OperationalError
+        where it is locked or the disk is full, which passes.
         """
         check(path)
         try:
@@ -166,6 +167,8 @@ class MatchLog:
             if migrations.pending(db):
                 migrations.apply(db)
             db.execute(f"PRAGMA busy_timeout = {_WRITE_TIMEOUT_S * 1000:.0f}")
+        except sqlite3.OperationalError:
+            raise
         except sqlite3.Error as error:
             raise InputError(f"database {path}: {error}.") from error
         return cls(path, db)
@@ -232,11 +235,12 @@ class MatchLog:
     def knows(self, path: str, stamp: FileStamp) -> bool:
         """Whether the file at `path`, as it stands on the disk, has its row already.
 
-        A file that could not be read is not known: every scan tries it again.
+        A file that met an I/O error is not known: every scan tries it again.
         """
         row = self._db.execute(
             "SELECT 1 FROM images "
-            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? AND sha256 <> ''",
+            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
+            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%')",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode],
         ).fetchone()
         return row is not None
@@ -310,6 +314,14 @@ class MatchLog:
             self._db.execute(
                 "INSERT OR REPLACE INTO heartbeat VALUES (1, ?, ?)",
                 [now, json.dumps(figures)],
+            )
+
+    def mark_moved(self, path: str, sha256: str) -> None:
+        """Note that a file is gone from `path`: should it come back, it is read again."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE images SET mtime_ns = ? WHERE path = ? AND sha256 = ?",
+                [_STALE, text_of(path), sha256],
             )
 
     def mark_failed(self) -> int:

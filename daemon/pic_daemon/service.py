@@ -88,7 +88,10 @@ class Service:
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
-    _scans: deque[Iterator[tuple[str, FileStamp]]] = field(default_factory=deque)
+    # Each with the folder that it covers as a whole, if it does.
+    _scans: deque[tuple[Folder | None, Iterator[tuple[str, FileStamp]]]] = field(
+        default_factory=deque
+    )
     _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
     _next_poll: dict[Folder, float] = field(default_factory=dict)
@@ -96,6 +99,7 @@ class Service:
     _next_look: float = 0.0
     _next_beat: float = 0.0
     _loading: bool = False
+    _load_again: bool = False
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
@@ -115,11 +119,11 @@ class Service:
 
     def run(self) -> None:
         """Watch, classify and record until stopped."""
-        self.log.use_model(self.model)
+        self._recorded(lambda: self.log.use_model(self.model))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)
-        for path in self.log.left_in_hand():
+        for path in self._recorded(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
         decoding = self.config.readers, self.config.decode_seconds
         with (
@@ -154,7 +158,7 @@ class Service:
                 chosen.append(self._ready.popleft())
             elif self._scans and steps:
                 steps -= 1
-                found = next(self._scans[0], None)
+                found = next(self._scans[0][1], None)
                 if found:
                     self._consider(*found, complete=False)
                 else:
@@ -214,6 +218,7 @@ class Service:
         stamp = stamp_of(path)
         if stamp is None:
             self._settling.release(path)
+            self._recorded(lambda: self.log.put_down(path))
         elif stamp == expected:
             self._take(path, settled=True)
         else:
@@ -222,13 +227,14 @@ class Service:
     def _scan_all(self) -> None:
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
         self.health.rescanned()
-        if not self._scans:
-            for folder in self.config.folders:
-                self._scan(folder)
+        for folder in self.config.folders:
+            self._scan(folder)
 
     def _scan(self, folder: Folder) -> None:
-        if self._watches.online(folder):
-            self._scans.append(folder.scan())
+        """Compare a folder with the log, unless that is under way or it is offline."""
+        under_way = any(covered == folder for covered, _ in self._scans)
+        if self._watches.online(folder) and not under_way:
+            self._scans.append((folder, folder.scan()))
 
     def _look_at_folders(self, now: float) -> None:
         """Scan folders that came back, and see which must be polled."""
@@ -268,18 +274,17 @@ class Service:
                 self._scan_all()
             case Reload():
                 self._load_model()
+                self._scans.clear()
                 self._scan_all()
             case NewModel(model):
-                self._loading = False
-                if model:
-                    self._swap(model)
+                self._end_loading(model)
             case Stop():
                 self._stopping = True
 
     def _scan_below(self, path: str) -> None:
         for folder in self.config.folders:
             if folder.recursive and path.startswith(f"{folder.path}/"):
-                self._scans.append(folder.scan(path))
+                self._scans.append((None, folder.scan(path)))
 
     def _follow(self, path: str, complete: bool) -> None:
         if path in self._in_hand:
@@ -325,12 +330,15 @@ class Service:
 
     def _look_at_model(self) -> None:
         """Load the model file where it changed since it was last looked at."""
+        if self._loading:
+            return
         stamp = stamp_of(str(self.config.model.resolve()))
         if stamp and stamp != self._model_stamp:
             self._model_stamp = stamp
             self._load_model()
 
     def _load_model(self) -> None:
+        self._load_again = self._loading
         if not self._loading:
             self._loading = True
             threading.Thread(target=self._load, name="model", daemon=True).start()
@@ -343,6 +351,13 @@ class Service:
             logger.warning("%s The model in use goes on serving.", error.message)
         finally:
             self.inbox.put(NewModel(model))
+
+    def _end_loading(self, model: Model | None) -> None:
+        self._loading = False
+        if model:
+            self._swap(model)
+        if self._load_again:
+            self._load_model()
 
     def _swap(self, model: Model) -> None:
         if model.sha256 == self.model.sha256:
@@ -379,8 +394,20 @@ class Service:
         for outcome in outcomes:
             _report(outcome)
             if outcome.status == "failed" and self.config.failed_folder:
-                _move_failed(outcome, self.config.failed_folder)
+                self._move_failed(outcome, self.config.failed_folder)
             self._let_go(outcome.path)
+
+    def _move_failed(self, outcome: Outcome, folder: Path) -> None:
+        path = text_of(outcome.path)
+        try:
+            moved = set_aside(outcome.path, outcome.stamp, folder)
+        except OSError as error:
+            problem = error.strerror or error
+            logger.warning("path=%r cannot be moved to %s: %s", path, folder, problem)
+            return
+        if moved:
+            self._recorded(lambda: self.log.mark_moved(outcome.path, outcome.sha256))
+            logger.info("moved path=%r to %s", path, text_of(str(moved)))
 
     def _recorded(self, write: Callable[[], T]) -> T:
         """What `write` returns, once the database takes it.
@@ -441,17 +468,6 @@ class Service:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
-
-
-def _move_failed(outcome: Outcome, folder: Path) -> None:
-    try:
-        moved = set_aside(outcome.path, outcome.stamp, folder)
-    except OSError as error:
-        path = text_of(outcome.path)
-        logger.warning("path=%r cannot be moved to %s: %s", path, folder, error.strerror)
-        return
-    if moved:
-        logger.info("moved path=%r to %s", text_of(outcome.path), text_of(str(moved)))
 
 
 def _report(outcome: Outcome) -> None:

@@ -130,7 +130,7 @@ class Watches:
 
     def _came(self, folder: Folder, state: _Watched) -> bool:
         inode = self._inode(folder, state)
-        if inode == state.inode:
+        if inode == state.inode and not self._watch_ended(state):
             return False
         if state.watch:
             with suppress(KeyError, OSError):  # its watch may have ended with the folder
@@ -147,6 +147,13 @@ class Watches:
         if not state.polled:
             self._watch(folder, state)
         return True
+
+    def _watch_ended(self, state: _Watched) -> bool:
+        """Whether a folder made anew under its old inode number has lost its watch."""
+        return state.watch is not None and not any(
+            emitter.watch == state.watch and emitter.is_alive()
+            for emitter in self._observer.emitters
+        )
 
     def _inode(self, folder: Folder, state: _Watched) -> int | None:
         try:

@@ -40,7 +40,8 @@ def test_the_example_config_is_valid(tmp_path: Path) -> None:
     text = (SYSTEMD / "pic-daemon.toml").read_text().replace("/srv/drop", str(tmp_path))
     everything = text.replace("# provider", "provider").replace("# recursive", "recursive")
     for key in ("batch_size", "workers", "settle_seconds", "rescan_seconds", "max_pixels",
-                "include", "exclude"):  # fmt: skip
+                "include", "exclude", "mode", "poll_seconds", "metrics",
+                "decode_seconds"):  # fmt: skip
         everything = everything.replace(f"# {key} =", f"{key} =")
     (tmp_path / "pic.toml").write_text(everything)
     given = load_config(tmp_path / "pic.toml", {"watch": ()})

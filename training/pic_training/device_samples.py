@@ -21,16 +21,13 @@ from pic_training.distributed import ALONE, Processes
 from pic_training.samples import Batch, SampleSet, start_worker
 from pic_training.sources import Source
 
-POOL_BYTES = 8 * 2**30
-"""Largest size of all versions together on the device."""
-
 MAX_VERSIONS = 16
 
 
-def versions_for(samples: SampleSet, side: int) -> int:
-    """How many versions of each picture fit on the device; 0 where not even one does."""
+def versions_for(samples: SampleSet, side: int, room: int) -> int:
+    """How many versions of each picture fit into `room` bytes; 0: not even one."""
     pictures = sum(len(samples.sources.of(kind, "train")) for kind in ("catalog", "other"))
-    return min(MAX_VERSIONS, POOL_BYTES // (pictures * side * side * 3))
+    return min(MAX_VERSIONS, room // (pictures * side * side * 3))
 
 
 @dataclass(frozen=True)

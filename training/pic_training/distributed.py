@@ -7,6 +7,7 @@ The first one alone reads folders, validates and writes files.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -66,7 +67,15 @@ def join(device: str) -> Processes:
     if count == 1:
         return ALONE
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun started more processes than there are GPUs "
+                f"({torch.cuda.device_count()}): lower --nproc-per-node."
+            )
+        torch.cuda.set_device(local)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        # The others wait while the first reads folders, which may take hours.
+        backend = "nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))
     return Processes(distributed.get_rank(), count)

@@ -264,7 +264,8 @@ class _Run:
 
     def _move_samples(self) -> None:
         side = max(256, 2 * self.train_set.size)
-        versions = versions_for(self.train_set, side)
+        free, _ = torch.cuda.mem_get_info()
+        versions = versions_for(self.train_set, side, free // 2)
         if not versions:
             self._say("too many pictures for the device: the CPU renders the samples")
             return
@@ -278,8 +279,8 @@ class _Run:
         begun, waited = time.monotonic() - progress.seconds, progress.waited
         self.learner.network.train()
         of, batches = self.train_set.count, self.train_set.batches(size)
-        # Asking a GPU or other processes for news makes all of them wait for it.
-        news_every = 1 if self.config.device == "cpu" and self.processes.count == 1 else 16
+        # Asking a GPU for news makes it wait.
+        news_every = 1 if self.config.device == "cpu" else 16
         with self._bar("train", of, progress.batch * size) as show:
             loader = self._train_batches()
             while True:
@@ -395,9 +396,10 @@ class _Run:
             yield from self.val_batches
             return
         parity = self.folder / "parity.npy"
+        keep = self.config.device == "cuda" and self._val_fits()
         first: list[torch.Tensor] = []
         for images, labels in self.val_set.load(0, self.config.batch_size, self.workers):
-            if self.config.device == "cuda":
+            if keep:
                 self.val_batches.append((images.to(self.learner.device), labels))
             if len(first) * self.config.batch_size < PARITY_SAMPLES:
                 first.append(images)
@@ -405,6 +407,11 @@ class _Run:
         if not parity.exists():
             with replacing(parity) as path, path.open("wb") as file:
                 np.save(file, torch.cat(first)[:PARITY_SAMPLES].numpy())
+
+    def _val_fits(self) -> bool:
+        """Whether the validation samples fill less than a quarter of what is free."""
+        free, _ = torch.cuda.mem_get_info()
+        return self.val_set.count * self.val_set.size**2 * 3 < free // 4
 
     def _until_interrupted(
         self, batches: Iterator[Batch], show: Callable[[int], None]
