@@ -27,3 +27,13 @@ def prepare_for_training() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TOP_PAD, 100 * 2**20)
+
+
+def release_memory() -> None:
+    """Give memory that is free between two epochs back to the kernel.
+
+    Blocks that are kept are split over time: without this a process of 1.3 GiB had
+    grown to 5.9 after five epochs of 5,782 steps.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -24,6 +24,7 @@ from pic_training.distributed import Processes, join
 from pic_training.fine_tuning import features_of, fit_head
 from pic_training.learner import Learner
 from pic_training.networks import ARCHITECTURES
+from pic_training.process import release_memory
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
@@ -370,6 +371,7 @@ class _Run:
                 np.savez(file, scores=scores, labels=labels)
             self._save("best.pt")
         self._save("last.pt")
+        release_memory()
         write_metrics(progress.history, self.folder)
         self._say(
             f"epoch {metrics.epoch}/{self.config.epochs}: "
