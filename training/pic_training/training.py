@@ -385,12 +385,16 @@ class _Run:
     @torch.no_grad()
     def _score_validation(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         network = self.learner.network.eval()
-        scores, labels = [], []
+        # One array for all: small ones in between would pin the memory of every batch.
+        scores, labels = np.empty((2, self.val_set.count), np.float32)
+        done = 0
         with self._bar("validate", self.val_set.count, 0) as show:
             for images, some in self._until_interrupted(self._val_batches(), show):
-                scores.append(network(images.to(self.learner.device)).float().cpu().numpy())
-                labels.append(some.numpy())
-        return np.concatenate(scores), np.concatenate(labels)
+                part = slice(done, done + len(some))
+                scores[part] = network(images.to(self.learner.device)).float().cpu().numpy()
+                labels[part] = some.numpy()
+                done += len(some)
+        return scores, labels
 
     def _val_batches(self) -> Iterator[Batch]:
         """The validation samples, which a GPU keeps from the first time on."""
