@@ -1,4 +1,5 @@
 import sqlite3
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -93,12 +94,23 @@ def test_a_failure_gives_way_to_what_the_file_became(log: MatchLog, model: Model
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(log: MatchLog, model: Model) -> None:
-    log.record([failure("/drop/a.png", sha256="")], model)
+    unread = replace(failure("/drop/a.png", sha256=""), error="cannot be read: no leave")
+    log.record([unread], model)
     assert not log.knows("/drop/a.png", STAMP)
-    log.record([failure("/drop/a.png", sha256="")], model)
+    log.record([unread], model)
     assert len(query(log, "SELECT * FROM images")) == 1
     log.record([match("/drop/a.png")], model)
     assert [row["status"] for row in query(log, "SELECT * FROM images")] == ["match"]
+
+
+def test_a_file_that_crashed_its_decoders_is_left_alone_until_asked(
+    log: MatchLog, model: Model
+) -> None:
+    crashed = replace(failure("/drop/a.png", sha256=""), error="decoding crashed")
+    log.record([crashed], model)
+    assert log.knows("/drop/a.png", STAMP)
+    assert log.mark_failed() == 1
+    assert not log.knows("/drop/a.png", STAMP)
 
 
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:

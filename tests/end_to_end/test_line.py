@@ -13,10 +13,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_from_two_folders_to_the_match_log(run_tool: Run, tmp_path: Path) -> None:
     write_products(tmp_path / "catalog", range(2))
-    write_products(tmp_path / "others", range(100, 140))
+    write_products(tmp_path / "others", range(100, 200))
     trained = run_tool(
         "pic-train", "--catalog", tmp_path / "catalog", "--others", tmp_path / "others",
-        "--out", tmp_path / "run", "--epochs", 2, "--train-images", 1600,
+        "--out", tmp_path / "run", "--epochs", 2, "--train-images", 2400,
         "--val-images", 256, "--device", "cpu", "--target-fpr", 0.05,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr

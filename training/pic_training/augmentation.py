@@ -37,24 +37,24 @@ class Augmentation:
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
     """Alter an RGB picture; returns the bytes of a JPEG file."""
-    image, quality = _alter(image, draw, ranges)
-    return _compress(image, quality or _UNCOMPRESSED)
+    image, quality = alter(image, draw, ranges)
+    return compress(image, quality or _UNCOMPRESSED)
 
 
 def sample(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation, size: int
 ) -> Pixels:
     """An altered picture as the daemon would see it: uint8, shape (size, size, 3)."""
-    image, quality = _alter(image, draw, ranges)
+    image, quality = alter(image, draw, ranges)
     if quality is None:  # nothing for a codec to leave behind
         return to_pixels(image, size)
-    return decode(_compress(image, quality), size).pixels
+    return decode(compress(image, quality), size).pixels
 
 
-def _alter(
+def alter(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation
 ) -> tuple[Image.Image, int | None]:
-    """The picture cropped and resized, and the JPEG quality to save it at, if any."""
+    """An RGB picture cropped and resized, and the JPEG quality to save it at, if any."""
     if draw.random() < ranges.probability:
         image = _crop(image, draw, ranges)
     if draw.random() < ranges.probability:
@@ -65,7 +65,8 @@ def _alter(
     return image, quality
 
 
-def _compress(image: Image.Image, quality: int) -> bytes:
+def compress(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()

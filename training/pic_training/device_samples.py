@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pic_training.augmentation import Augmentation, augment
+from pic_training.augmentation import Augmentation, alter, compress
 from pic_training.distributed import ALONE, Processes
 from pic_training.samples import Batch, SampleSet, start_worker
 from pic_training.sources import Source
@@ -99,8 +99,10 @@ def _version(
         longer = min(1.0, float(shape.max()) / max(image.size))
     low, high = (round(side / longer) for side in ranges.side)
     whole = replace(ranges, crop_area=(1, 1), crop_aspect=1, side=(low, high))
-    file = augment(image, draw, whole)
-    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    image, quality = alter(image, draw, whole)
+    if quality is not None:
+        image = Image.open(io.BytesIO(compress(image, quality))).convert("RGB")
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)
