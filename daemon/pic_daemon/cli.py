@@ -16,14 +16,15 @@ from typing import Any
 
 import click
 
-from pic_daemon import match_log
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
-from pic_daemon.match_log import MatchLog, read_matches, read_status
+from pic_daemon.match_log import MatchLog
+from pic_daemon.match_queries import MATCH_COLUMNS, read_matches, read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.reading import read_image
+from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
 
 _BATCH = 32
@@ -115,7 +116,7 @@ def check(config: Path | None, **overrides: Any) -> None:
     """Try config, folders, model and database without starting; exit 2 if one fails."""
     settings = load_config(config, overrides)
     model = load_model(settings.model, settings.provider)
-    match_log.check(settings.database)
+    check_log(settings.database)
     click.echo(_about_model(model))
     click.echo(f"database {settings.database}: ok")
     for folder in settings.folders:
@@ -308,7 +309,7 @@ def matches(database: Path, since: datetime | None, min_score: float, limit: int
         for row in rows:
             click.echo(json.dumps(row))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=match_log.MATCH_COLUMNS)
+        writer = csv.DictWriter(sys.stdout, fieldnames=MATCH_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     else:

@@ -5,113 +5,26 @@ reported is on the disk.
 """
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from sqlite_utils import Database, Migrations
+from sqlite_utils import Database
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.model import Model
+from pic_daemon.schema import BUSY_TIMEOUT_S, check, iso_time, migrations
 
 Status = Literal["match", "no-match", "failed"]
-
-BUSY_TIMEOUT_S = 60.0
-"""How long opening the log or reading it waits for another writer."""
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
 _STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
-
-MATCH_COLUMNS = ("path", "score", "threshold", "model", "classified_at", "sha256")
-
-migrations = Migrations("product-image-classifier")
-
-
-@migrations()
-def create_log(db: Database) -> None:
-    """Tables of the first version."""
-    db.execute(
-        """
-        CREATE TABLE models (
-            sha256 TEXT PRIMARY KEY,
-            path TEXT NOT NULL,
-            metadata TEXT NOT NULL CHECK (json_valid(metadata)),
-            first_used_at TEXT NOT NULL,
-            last_used_at TEXT NOT NULL
-        ) STRICT
-        """
-    )
-    db.execute(
-        """
-        CREATE TABLE images (
-            id INTEGER PRIMARY KEY,
-            path TEXT NOT NULL,
-            sha256 TEXT NOT NULL,         -- '' where the file could not be read
-            bytes INTEGER NOT NULL,
-            width INTEGER,
-            height INTEGER,
-            format TEXT,
-            status TEXT NOT NULL CHECK (status IN ('match', 'no-match', 'failed')),
-            score REAL,
-            threshold REAL,
-            model TEXT REFERENCES models (sha256),
-            seen_at TEXT NOT NULL,
-            classified_at TEXT NOT NULL,
-            latency_ms REAL NOT NULL,
-            error TEXT,
-            mtime_ns INTEGER NOT NULL,    -- with bytes and inode: is the file on disk
-            inode INTEGER NOT NULL,       -- still the one that was recorded?
-            UNIQUE (path, sha256),
-            CHECK ((status = 'failed') = (score IS NULL)),
-            CHECK (status <> 'failed' OR error IS NOT NULL)
-        ) STRICT
-        """
-    )
-    db.execute(
-        "CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match'"
-    )
-    db.execute(
-        """
-        CREATE VIEW matches AS
-        SELECT path, score, threshold, model, classified_at, sha256
-        FROM images WHERE status = 'match'
-        """
-    )
-
-
-@migrations()
-def add_in_hand(db: Database) -> None:
-    """Files that are being read, by name, before their bytes reach a decoder."""
-    db.execute(
-        """
-        CREATE TABLE in_hand (
-            path TEXT PRIMARY KEY,
-            since TEXT NOT NULL,
-            strikes INTEGER NOT NULL DEFAULT 0   -- attempts that failed on their own
-        ) STRICT
-        """
-    )
-
-
-@migrations()
-def add_heartbeat(db: Database) -> None:
-    """One row that says how the service is doing, for `pic-daemon status`."""
-    db.execute(
-        """
-        CREATE TABLE heartbeat (
-            id INTEGER PRIMARY KEY CHECK (id = 1),
-            at TEXT NOT NULL,
-            figures TEXT NOT NULL CHECK (json_valid(figures))
-        ) STRICT
-        """
-    )
 
 
 @dataclass(frozen=True)
@@ -352,102 +265,3 @@ class MatchLog:
             self._db.conn.rollback()
             raise
         self._db.conn.commit()
-
-
-def check(path: Path, for_writing: bool = True) -> None:
-    """Raise InputError where `path` cannot be, or become, our match log.
-
-    Writes nothing; a file that does not exist yet is fine if its folder does.
-    """
-    if not os.path.isdir(path.parent):  # unlike Path, never raises
-        raise InputError(f"database {path}: its folder does not exist; create it.")
-    if not os.path.exists(path):
-        if for_writing and not os.access(path.parent, os.W_OK):
-            raise InputError(f"database {path}: its folder is not writable.")
-        return
-    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-        raise InputError(f"database {path}: it or its folder is not writable.")
-    try:
-        db = _open_read_only(path)
-        tables = set(db.table_names())
-        applied = {m.name for m in migrations.applied(db)}
-        db.close()
-    except sqlite3.DatabaseError as error:
-        raise InputError(
-            f"{path} cannot be used as the match log: {error}. "
-            "Name a SQLite file or one that does not exist yet."
-        ) from error
-    unknown = applied - {m.name for m in migrations._migrations}
-    if unknown:
-        raise InputError(
-            f"{path} was written by a newer version (schema steps unknown here: "
-            f"{', '.join(sorted(unknown))}). Upgrade product-image-classifier."
-        )
-    if not applied and tables:
-        raise InputError(
-            f"{path} is the database of another program (it holds "
-            f"{', '.join(sorted(tables)[:3])}). Name another file."
-        )
-
-
-def read_matches(
-    path: Path, since: datetime | None, min_score: float, limit: int
-) -> list[dict[str, Any]]:
-    """Rows of the view `matches`, newest first, at most `limit`; never blocks the writer.
-
-    Raises InputError where `path` is not a match log.
-    """
-    if not os.path.exists(path):
-        raise InputError(f"database {path} does not exist, or this user may not look.")
-    check(path, for_writing=False)
-    try:
-        db = _open_read_only(path)
-        rows = list(
-            db.query(
-                "SELECT * FROM matches WHERE classified_at >= ? AND score >= ? "
-                "ORDER BY classified_at DESC, path LIMIT ?",
-                [iso_time(since.timestamp()) if since else "", min_score, limit],
-            )
-        )
-        db.close()
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
-    return rows
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """The last heartbeat with its age in seconds as `age_s`, and rows by status.
-
-    Raises InputError where `path` is not a match log or no service has used it yet.
-    """
-    if not os.path.exists(path):
-        raise InputError(f"database {path} does not exist, or this user may not look.")
-    check(path, for_writing=False)
-    try:
-        db = _open_read_only(path)
-        beat = db.execute("SELECT at, figures FROM heartbeat").fetchone()
-        rows = db.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
-        db.close()
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
-    if not beat:
-        raise InputError(f"no service has used {path} yet.")
-    age = datetime.now(UTC) - datetime.fromisoformat(beat[0])
-    return {
-        "heartbeat": beat[0],
-        "age_s": round(age.total_seconds(), 1),
-        **json.loads(beat[1]),
-        "rows": dict(rows),
-    }
-
-
-def iso_time(seconds: float) -> str:
-    """A POSIX time as UTC ISO 8601 with milliseconds, which sorts as text."""
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _open_read_only(path: Path) -> Database:
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
-    return Database(connection)

@@ -8,8 +8,10 @@ from sqlite_utils import Database
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
-from pic_daemon.match_log import MatchLog, Outcome, iso_time, read_matches
+from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.match_queries import read_matches
 from pic_daemon.model import Model, load_model
+from pic_daemon.schema import iso_time
 
 STAMP = FileStamp(1000, 5, 7)
 

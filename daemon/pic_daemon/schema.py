@@ -1,0 +1,144 @@
+"""Tables of the match log, and whether a file is one that this version may use."""
+
+import os
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlite_utils import Database, Migrations
+
+from pic_daemon.errors import InputError
+
+BUSY_TIMEOUT_S = 60.0
+"""How long opening the log or reading it waits for another writer."""
+
+migrations = Migrations("product-image-classifier")
+
+
+@migrations()
+def create_log(db: Database) -> None:
+    """Tables of the first version."""
+    db.execute(
+        """
+        CREATE TABLE models (
+            sha256 TEXT PRIMARY KEY,
+            path TEXT NOT NULL,
+            metadata TEXT NOT NULL CHECK (json_valid(metadata)),
+            first_used_at TEXT NOT NULL,
+            last_used_at TEXT NOT NULL
+        ) STRICT
+        """
+    )
+    db.execute(
+        """
+        CREATE TABLE images (
+            id INTEGER PRIMARY KEY,
+            path TEXT NOT NULL,
+            sha256 TEXT NOT NULL,         -- '' where the file could not be read
+            bytes INTEGER NOT NULL,
+            width INTEGER,
+            height INTEGER,
+            format TEXT,
+            status TEXT NOT NULL CHECK (status IN ('match', 'no-match', 'failed')),
+            score REAL,
+            threshold REAL,
+            model TEXT REFERENCES models (sha256),
+            seen_at TEXT NOT NULL,
+            classified_at TEXT NOT NULL,
+            latency_ms REAL NOT NULL,
+            error TEXT,
+            mtime_ns INTEGER NOT NULL,    -- with bytes and inode: is the file on disk
+            inode INTEGER NOT NULL,       -- still the one that was recorded?
+            UNIQUE (path, sha256),
+            CHECK ((status = 'failed') = (score IS NULL)),
+            CHECK (status <> 'failed' OR error IS NOT NULL)
+        ) STRICT
+        """
+    )
+    db.execute(
+        "CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match'"
+    )
+    db.execute(
+        """
+        CREATE VIEW matches AS
+        SELECT path, score, threshold, model, classified_at, sha256
+        FROM images WHERE status = 'match'
+        """
+    )
+
+
+@migrations()
+def add_in_hand(db: Database) -> None:
+    """Files that are being read, by name, before their bytes reach a decoder."""
+    db.execute(
+        """
+        CREATE TABLE in_hand (
+            path TEXT PRIMARY KEY,
+            since TEXT NOT NULL,
+            strikes INTEGER NOT NULL DEFAULT 0   -- attempts that failed on their own
+        ) STRICT
+        """
+    )
+
+
+@migrations()
+def add_heartbeat(db: Database) -> None:
+    """One row that says how the service is doing, for `pic-daemon status`."""
+    db.execute(
+        """
+        CREATE TABLE heartbeat (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            at TEXT NOT NULL,
+            figures TEXT NOT NULL CHECK (json_valid(figures))
+        ) STRICT
+        """
+    )
+
+
+def check(path: Path, for_writing: bool = True) -> None:
+    """Raise InputError where `path` cannot be, or become, our match log.
+
+    Writes nothing; a file that does not exist yet is fine if its folder does.
+    """
+    if not os.path.isdir(path.parent):  # unlike Path, never raises
+        raise InputError(f"database {path}: its folder does not exist; create it.")
+    if not os.path.exists(path):
+        if for_writing and not os.access(path.parent, os.W_OK):
+            raise InputError(f"database {path}: its folder is not writable.")
+        return
+    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        raise InputError(f"database {path}: it or its folder is not writable.")
+    try:
+        db = open_read_only(path)
+        tables = set(db.table_names())
+        applied = {m.name for m in migrations.applied(db)}
+        db.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"{path} cannot be used as the match log: {error}. "
+            "Name a SQLite file or one that does not exist yet."
+        ) from error
+    unknown = applied - {m.name for m in migrations._migrations}
+    if unknown:
+        raise InputError(
+            f"{path} was written by a newer version (schema steps unknown here: "
+            f"{', '.join(sorted(unknown))}). Upgrade product-image-classifier."
+        )
+    if not applied and tables:
+        raise InputError(
+            f"{path} is the database of another program (it holds "
+            f"{', '.join(sorted(tables)[:3])}). Name another file."
+        )
+
+
+def iso_time(seconds: float) -> str:
+    """A POSIX time as UTC ISO 8601 with milliseconds, which sorts as text."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def open_read_only(path: Path) -> Database:
+    """The log at `path`, which nothing done with the result can change."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
+    return Database(connection)
