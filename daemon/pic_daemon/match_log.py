@@ -24,6 +24,8 @@ Status = Literal["match", "no-match", "failed"]
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
+_UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
+
 _STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
 
 
@@ -148,13 +150,14 @@ class MatchLog:
     def knows(self, path: str, stamp: FileStamp) -> bool:
         """Whether the file at `path`, as it stands on the disk, has its row already.
 
-        A file that met an I/O error is not known: every scan tries it again.
+        A file that met an I/O error is known for a while: then a scan tries it again.
         """
+        unread_until = iso_time(datetime.now(UTC).timestamp() - _UNREAD_AGAIN_S)
         row = self._db.execute(
             "SELECT 1 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%')",
-            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode],
+            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%' AND classified_at < ?)",
+            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, unread_until],
         ).fetchone()
         return row is not None
 

@@ -18,11 +18,11 @@ from typing import TypeVar
 
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
-from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.model import Model, Verdict, load_model
+from pic_daemon.model import Model, Verdict
+from pic_daemon.model_file import ModelFile, NewModel
 from pic_daemon.reading import Reading
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
@@ -50,13 +50,6 @@ class Stop:
 @dataclass(frozen=True)
 class Reload:
     """Load the model file anew and compare folders and log."""
-
-
-@dataclass(frozen=True)
-class NewModel:
-    """A model that was loaded and tried beside the one that serves; None: it failed."""
-
-    model: Model | None
 
 
 Message = Hint | Reading | Stop | Reload | NewModel
@@ -95,18 +88,18 @@ class Service:
     _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
     _next_poll: dict[Folder, float] = field(default_factory=dict)
-    _model_stamp: FileStamp | None = field(init=False)
+    _model_file: ModelFile = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
-    _loading: bool = False
-    _load_again: bool = False
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
-        self._model_stamp = stamp_of(str(self.config.model.resolve()))
+        self._model_file = ModelFile(
+            self.config.model, self.config.provider, self.inbox.put
+        )
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
@@ -181,7 +174,7 @@ class Service:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            self._look_at_model()
+            self._model_file.look()
             self._look_at_folders(now)
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
@@ -273,11 +266,13 @@ class Service:
                 self._scans.clear()
                 self._scan_all()
             case Reload():
-                self._load_model()
+                self._model_file.load()
                 self._scans.clear()
                 self._scan_all()
             case NewModel(model):
-                self._end_loading(model)
+                self._model_file.loaded()
+                if model:
+                    self._swap(model)
             case Stop():
                 self._stopping = True
 
@@ -297,20 +292,16 @@ class Service:
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
         path, stamp = reading.path, reading.stamp
-        in_hand = self._in_hand[path]
         if stamp is None:  # gone before it was read
             self._recorded(lambda: self.log.put_down(path))
             self._let_go(path)
-        elif reading.transient and self._recorded(lambda: self.log.strike(path)) < _STRIKES:
+        elif reading.transient and self._may_try_again(path):
             logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
-            del self._in_hand[path]
-            now = time.monotonic()
-            self._settling.wait(path, stamp, now, in_hand.seen_at, _STRIKE_WAIT_S)
+            self._wait_again(path, stamp, _STRIKE_WAIT_S)
         elif reading.changed or (
-            reading.error and not reading.transient and not in_hand.settled
+            reading.error and not reading.transient and not self._in_hand[path].settled
         ):
-            del self._in_hand[path]
-            self._settling.wait(path, stamp, time.monotonic(), in_hand.seen_at)
+            self._wait_again(path, stamp)
         elif reading.image and len(reading.image.pixels) != self.model.info.input_size:
             self._ready.append(path)  # was read for the model before this one
         elif reading.sha256 and self._recorded(
@@ -322,42 +313,17 @@ class Service:
                 self._batch_since = time.monotonic()
             self._batch.append(reading)
 
+    def _may_try_again(self, path: str) -> bool:
+        """Count an attempt that failed on its own; whether another is due."""
+        return self._recorded(lambda: self.log.strike(path)) < _STRIKES
+
+    def _wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
+        seen_at = self._in_hand.pop(path).seen_at
+        self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
+
     def _let_go(self, path: str) -> None:
         if self._in_hand.pop(path).hinted_again:
             self._follow(path, complete=True)
-
-    # The model
-
-    def _look_at_model(self) -> None:
-        """Load the model file where it changed since it was last looked at."""
-        if self._loading:
-            return
-        stamp = stamp_of(str(self.config.model.resolve()))
-        if stamp and stamp != self._model_stamp:
-            self._model_stamp = stamp
-            self._load_model()
-
-    def _load_model(self) -> None:
-        self._load_again = self._loading
-        if not self._loading:
-            self._loading = True
-            threading.Thread(target=self._load, name="model", daemon=True).start()
-
-    def _load(self) -> None:
-        model = None
-        try:
-            model = load_model(self.config.model, self.config.provider)
-        except InputError as error:
-            logger.warning("%s The model in use goes on serving.", error.message)
-        finally:
-            self.inbox.put(NewModel(model))
-
-    def _end_loading(self, model: Model | None) -> None:
-        self._loading = False
-        if model:
-            self._swap(model)
-        if self._load_again:
-            self._load_model()
 
     def _swap(self, model: Model) -> None:
         if model.sha256 == self.model.sha256:

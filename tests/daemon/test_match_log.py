@@ -1,4 +1,5 @@
 import sqlite3
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,8 +99,9 @@ def test_a_failure_gives_way_to_what_the_file_became(log: MatchLog, model: Model
 def test_a_file_that_could_not_be_read_is_tried_again(log: MatchLog, model: Model) -> None:
     unread = replace(failure("/drop/a.png", sha256=""), error="cannot be read: no leave")
     log.record([unread], model)
-    assert not log.knows("/drop/a.png", STAMP)
-    log.record([unread], model)
+    assert not log.knows("/drop/a.png", STAMP)  # a row of 1970
+    log.record([replace(unread, classified_at=time.time())], model)
+    assert log.knows("/drop/a.png", STAMP)  # not again by the very next scan
     assert len(query(log, "SELECT * FROM images")) == 1
     log.record([match("/drop/a.png")], model)
     assert [row["status"] for row in query(log, "SELECT * FROM images")] == ["match"]
