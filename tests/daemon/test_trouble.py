@@ -5,6 +5,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,7 @@ def test_another_file_system_over_the_folder_means_offline(daemon: DaemonProcess
         daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
         write_image(daemon.drop / "foreign.png", 200)
         daemon.reload()  # scans what is online
+        time.sleep(3)  # longer than the file would need to settle and be recorded
     finally:
         subprocess.run(["umount", "--lazy", str(daemon.drop)], check=True)
     write_image(daemon.drop / "late.png", 200)

@@ -7,15 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BIN
-from pictures import write_products
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("folders")
-    write_products(home / "catalog", range(6))
-    write_products(home / "others", range(100, 130))
-    return home
 
 
 def train(

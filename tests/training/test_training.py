@@ -19,14 +19,6 @@ from pic_daemon.model import load_model
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("folders")
-    write_products(home / "catalog", range(6))
-    write_products(home / "others", range(100, 130))
-    return home
-
-
 def options(folders: Path, out: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
         "catalog": folders / "catalog", "others": folders / "others", "out": out,

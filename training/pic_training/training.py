@@ -3,10 +3,9 @@
 import io
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,21 @@ from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_daemon.errors import InputError
-from pic_daemon.folders import text_of
 from pic_training.device_samples import DeviceSamples, render_pool, versions_for
 from pic_training.distributed import Processes, join
 from pic_training.fine_tuning import features_of, fit_head
 from pic_training.learner import Learner
-from pic_training.networks import ARCHITECTURES
+from pic_training.preparation import prepare, samples_of
 from pic_training.process import release_memory
+from pic_training.progress import progress_bar
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
-    abandon,
-    claim_folder,
-    read_json,
     replacing,
-    write_json,
     write_metrics,
 )
-from pic_training.samples import Batch, SampleSet
-from pic_training.sources import Sources, Split, gather, write_manifest
-from pic_training.threshold import check_support
-
-_LINE_EVERY_S = 60  # between progress lines where there is no terminal
+from pic_training.samples import Batch
+from pic_training.sources import Sources
 
 PARITY_SAMPLES = 256
 """Validation samples kept in the run folder, on which the export is checked."""
@@ -106,7 +98,7 @@ def run_training(
     working_file = folder / "sources.rgb"
     started = time.monotonic()
     try:
-        sources = processes.from_first(lambda: _prepare(config, folder, resume))
+        sources = processes.from_first(lambda: prepare(config, folder, resume))
         torch.manual_seed(config.seed)
         prepared = time.monotonic() - started
         try:
@@ -119,84 +111,6 @@ def run_training(
     finally:
         if processes.is_first:
             working_file.unlink(missing_ok=True)
-
-
-def _prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
-    """Claim the folder, read the pictures, and refuse what cannot come to an end."""
-    is_new = claim_folder(config, folder, resume)
-    architecture = ARCHITECTURES[config.arch]
-    try:
-        sources = gather(
-            Path(config.catalog),
-            Path(config.others),
-            Path(config.others_val) if config.others_val else None,
-            folder / "sources.rgb",
-            max(256, 2 * architecture.size),
-        )
-        _say_left_out(sources)
-        _check_halves(config, sources)
-        _check_shares(config)
-        architecture.trunk(config.weights)  # weights that cannot be had end it here
-        _identify(config, sources, folder, is_new)
-    except BaseException:
-        if is_new:
-            abandon(folder)
-        raise
-    return sources
-
-
-def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
-    """Write down what the run is made of, or check that it is still made of that."""
-    if is_new:
-        write_json(folder / "config.json", asdict(config))
-        write_json(folder / "digest.json", {"sources": sources.digest})
-        write_manifest(sources, folder)
-    elif read_json(folder / "digest.json")["sources"] != sources.digest:
-        raise InputError(
-            f"the images changed since {folder} was begun; start a new run folder."
-        )
-
-
-def _samples(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
-    count = config.train_images if split == "train" else config.val_images
-    size = ARCHITECTURES[config.arch].size
-    return SampleSet(sources, split, count, size, config.seed, config.augmentation)
-
-
-def _check_halves(config: RunConfig, sources: Sources) -> None:
-    """Refuse now what the report could not promise hours later."""
-    samples = _samples(config, sources, "val")
-    is_decoy = np.arange(samples.count) % 2 == 0
-    is_test = samples.is_test()
-    if not (is_decoy & is_test).any():
-        raise InputError(
-            "the others held back for validation are near-duplicates of one picture; the "
-            "threshold needs one to be chosen on and one to be tested on: add others."
-        )
-    calibrating = int((is_decoy & ~is_test).sum())
-    check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
-
-
-def _check_shares(config: RunConfig) -> None:
-    """Refuse batches with fewer samples than there are processes to share them."""
-    last = config.train_images % config.batch_size or config.batch_size
-    if last < config.processes:
-        raise InputError(
-            f"{config.processes} processes cannot share a batch of {last}, the last one "
-            "of each epoch: change --train-images or --batch-size."
-        )
-
-
-def _say_left_out(sources: Sources) -> None:
-    for item in sources.left_out:
-        click.echo(text_of(f"left out {item.path}: {item.reason}"), err=True)
-    counts = [
-        (len(sources.of("catalog", "train")), "catalog images"),
-        (len(sources.of("other", "train")), "others to train on"),
-        (len(sources.of("other", "val")), "others to validate on"),
-        (len(sources.left_out), "files left out"),
-    ]
-    click.echo(", ".join(f"{count} {name}" for count, name in counts))
 
 
 class _Run:
@@ -217,8 +131,8 @@ class _Run:
         self.processes = processes
         self.learner = Learner(config, processes)
         self.progress = _Progress()
-        self.train_set = _samples(config, sources, "train")
-        self.val_set = _samples(config, sources, "val")
+        self.train_set = samples_of(config, sources, "train")
+        self.val_set = samples_of(config, sources, "val")
         self.on_device: DeviceSamples | None = None
         self.val_batches: list[Batch] = []
         self.interrupted = False
@@ -446,6 +360,12 @@ class _Run:
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
         self.progress = _Progress(**state["progress"], history=history)
 
+    def _bar(
+        self, name: str, count: int, done: int
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        label = f"epoch {self.progress.epoch + 1}/{self.config.epochs} {name}"
+        return progress_bar(label, count, done, silent=not self.processes.is_first)
+
     def _say(self, text: str) -> None:
         if self.processes.is_first:
             click.echo(text)
@@ -460,39 +380,3 @@ class _Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-    @contextmanager
-    def _bar(self, name: str, count: int, done: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar on a terminal, a line a minute elsewhere."""
-        started = said = time.monotonic()
-        shown = 0
-        label = f"epoch {self.progress.epoch + 1}/{self.config.epochs} {name}"
-
-        def rate() -> float:
-            return shown / max(time.monotonic() - started, 1e-9)
-
-        def speed(_: Any) -> str:
-            return f"{rate():.0f} images/s"
-
-        with click.progressbar(
-            length=count,
-            label=label,
-            item_show_func=speed,
-            hidden=not (sys.stdout.isatty() and self.processes.is_first),
-        ) as bar:
-            bar.update(done)
-
-            def show(images: int) -> None:
-                nonlocal shown, said
-                shown += images
-                bar.update(images)
-                now = time.monotonic()
-                if bar.hidden and now - said >= _LINE_EVERY_S:
-                    said = now
-                    left = (count - done - shown) / rate() / 60
-                    self._say(
-                        f"{label}: {done + shown:,} of {count:,}, {rate():.0f} images/s, "
-                        f"{left:.0f} min left"
-                    )
-
-            yield show

@@ -1,0 +1,97 @@
+"""Before the first epoch: the pictures are read, and what cannot end well is refused."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import numpy as np
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
+from pic_training.networks import ARCHITECTURES
+from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
+from pic_training.samples import SampleSet
+from pic_training.sources import Sources, Split, gather, write_manifest
+from pic_training.threshold import check_support
+
+
+def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
+    """Claim the folder, read the pictures, and refuse what cannot come to an end.
+
+    Raises InputError; a folder that this made is gone again then.
+    """
+    is_new = claim_folder(config, folder, resume)
+    architecture = ARCHITECTURES[config.arch]
+    try:
+        sources = gather(
+            Path(config.catalog),
+            Path(config.others),
+            Path(config.others_val) if config.others_val else None,
+            folder / "sources.rgb",
+            max(256, 2 * architecture.size),
+        )
+        _say_left_out(sources)
+        _check_halves(config, sources)
+        _check_shares(config)
+        architecture.trunk(config.weights)  # weights that cannot be had end it here
+        _identify(config, sources, folder, is_new)
+    except BaseException:
+        if is_new:
+            abandon(folder)
+        raise
+    return sources
+
+
+def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
+    """Write down what the run is made of, or check that it is still made of that."""
+    if is_new:
+        write_json(folder / "config.json", asdict(config))
+        write_json(folder / "digest.json", {"sources": sources.digest})
+        write_manifest(sources, folder)
+    elif read_json(folder / "digest.json")["sources"] != sources.digest:
+        raise InputError(
+            f"the images changed since {folder} was begun; start a new run folder."
+        )
+
+
+def samples_of(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
+    """The samples that a run draws from one split."""
+    count = config.train_images if split == "train" else config.val_images
+    size = ARCHITECTURES[config.arch].size
+    return SampleSet(sources, split, count, size, config.seed, config.augmentation)
+
+
+def _check_halves(config: RunConfig, sources: Sources) -> None:
+    """Refuse now what the report could not promise hours later."""
+    samples = samples_of(config, sources, "val")
+    is_decoy = np.arange(samples.count) % 2 == 0
+    is_test = samples.is_test()
+    if not (is_decoy & is_test).any():
+        raise InputError(
+            "the others held back for validation are near-duplicates of one picture; the "
+            "threshold needs one to be chosen on and one to be tested on: add others."
+        )
+    calibrating = int((is_decoy & ~is_test).sum())
+    check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
+
+
+def _check_shares(config: RunConfig) -> None:
+    """Refuse batches with fewer samples than there are processes to share them."""
+    last = config.train_images % config.batch_size or config.batch_size
+    if last < config.processes:
+        raise InputError(
+            f"{config.processes} processes cannot share a batch of {last}, the last one "
+            "of each epoch: change --train-images or --batch-size."
+        )
+
+
+def _say_left_out(sources: Sources) -> None:
+    for item in sources.left_out:
+        click.echo(text_of(f"left out {item.path}: {item.reason}"), err=True)
+    counts = [
+        (len(sources.of("catalog", "train")), "catalog images"),
+        (len(sources.of("other", "train")), "others to train on"),
+        (len(sources.of("other", "val")), "others to validate on"),
+        (len(sources.left_out), "files left out"),
+    ]
+    click.echo(", ".join(f"{count} {name}" for count, name in counts))
