@@ -140,7 +140,9 @@ def status(database: Path, as_json: bool) -> None:
     """
     found = read_status(database)
     problem = None
-    if found["age_s"] > _SILENT_S:
+    if found.get("stopped"):
+        problem = "the service was stopped"
+    elif found["age_s"] > _SILENT_S:
         problem = f"no heartbeat for {found['age_s']:.0f} s: the service is down or stuck"
     elif found["oldest_waiting_s"] > _OVERDUE_S:
         problem = f"a file has been waiting for {found['oldest_waiting_s']:.0f} s"

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -136,6 +137,8 @@ class Service:
                     self._finish_batch()
                 self.health.feed_watchdog(busy=bool(self._reading or self._batch))
             notify("STOPPING=1")
+            with suppress(sqlite3.OperationalError):  # every row is recorded already
+                self.log.beat({**self._figures(), "stopped": 1})
 
     # What to read next
 
@@ -185,12 +188,15 @@ class Service:
                 self._scan(folder)
 
     def _beat(self) -> None:
+        figures = self._figures()
+        self._recorded(lambda: self.log.beat(figures))
+
+    def _figures(self) -> dict[str, float | int]:
         times = [file.seen_at for file in self._in_hand.values()]
         if (settling := self._settling.oldest()) is not None:
             times.append(settling)
         oldest = max(0.0, time.time() - min(times)) if times else 0.0
-        figures = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
-        self._recorded(lambda: self.log.beat(figures))
+        return self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand or self.log.knows(path, stamp):

@@ -68,6 +68,11 @@ def test_status_tells_a_service_that_lives_from_one_that_does_not(
         "healthy; 0 waiting; rows: 1 match\n",
     )
     daemon.stop()
+    stopped = run_tool("pic-daemon", *asked)
+    assert (stopped.returncode, stopped.stdout[:23]) == (1, "the service was stopped")
+    daemon.start()
+    daemon.wait_until(lambda: run_tool("pic-daemon", *asked).returncode == 0)
+    daemon.kill_if_running()
     log = sqlite3.connect(daemon.database)
     log.execute("UPDATE heartbeat SET at = '2026-01-01T00:00:00.000Z'")
     log.commit()
