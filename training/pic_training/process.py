@@ -32,8 +32,9 @@ def prepare_for_training() -> None:
 def release_memory() -> None:
     """Give memory that is free between two epochs back to the kernel.
 
-    Blocks that are kept are split over time: without this a process of 1.3 GiB had
-    grown to 5.9 after five epochs of 5,782 steps.
+    A full run of five epochs without this, and with an array kept for each batch of
+    the validation, came to 5.9 GiB; two full epochs with both mended stay at 1.2
+    (bench/results/published-protocol.md). Which of the two it was is not known.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
