@@ -35,7 +35,9 @@ class Outcome:
 
     `seen_at` and `classified_at` are POSIX times in seconds. `score` and
     `threshold` are in [0, 1], None with status ``failed``. `error` says why an image
-    failed, or why it was not judged by its score.
+    failed, or why it was not judged by its score. `catalog_item` is the nearest product's
+    path within the catalog, `similarity` its cosine, `runner_up` the nearest other
+    product; all None where no index was asked, else `catalog_index` is its SHA-256.
     """
 
     path: str
@@ -50,6 +52,11 @@ class Outcome:
     score: float | None = None
     threshold: float | None = None
     error: str | None = None
+    catalog_item: str | None = None
+    similarity: float | None = None
+    runner_up: str | None = None
+    runner_up_similarity: float | None = None
+    catalog_index: str | None = None
 
 
 class MatchLog:
@@ -189,7 +196,8 @@ class MatchLog:
                 o.status, o.score, o.threshold, model.sha256, iso_time(o.seen_at),
                 iso_time(o.classified_at),
                 round(max(0.0, o.classified_at - o.seen_at) * 1000, 3),
-                o.error, o.stamp.mtime_ns, o.stamp.inode,
+                o.error, o.stamp.mtime_ns, o.stamp.inode, o.catalog_item, o.similarity,
+                o.runner_up, o.runner_up_similarity, o.catalog_index,
             ]
             for o in outcomes
         ]  # fmt: skip
@@ -205,15 +213,20 @@ class MatchLog:
                 INSERT INTO images (
                     path, sha256, bytes, width, height, format, status, score,
                     threshold, model, seen_at, classified_at, latency_ms, error,
-                    mtime_ns, inode
-                ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    mtime_ns, inode, catalog_item, similarity, runner_up,
+                    runner_up_similarity, catalog_index
+                ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (path, sha256) DO UPDATE
                 SET bytes = excluded.bytes, width = excluded.width,
                     height = excluded.height, format = excluded.format,
                     status = excluded.status, score = excluded.score,
                     threshold = excluded.threshold, model = excluded.model,
                     classified_at = excluded.classified_at, error = excluded.error,
-                    mtime_ns = excluded.mtime_ns, inode = excluded.inode
+                    mtime_ns = excluded.mtime_ns, inode = excluded.inode,
+                    catalog_item = excluded.catalog_item,
+                    similarity = excluded.similarity, runner_up = excluded.runner_up,
+                    runner_up_similarity = excluded.runner_up_similarity,
+                    catalog_index = excluded.catalog_index
                 """,
                 rows,
             )

@@ -10,7 +10,10 @@ from typing import Any
 from pic_daemon.errors import InputError
 from pic_daemon.schema import check, iso_time, open_read_only
 
-MATCH_COLUMNS = ("path", "score", "threshold", "model", "classified_at", "sha256")
+MATCH_COLUMNS = (
+    "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
+    "similarity", "runner_up", "runner_up_similarity",
+)  # fmt: skip
 
 
 def read_matches(

@@ -95,6 +95,29 @@ def add_heartbeat(db: Database) -> None:
     )
 
 
+@migrations()
+def add_catalog_item(db: Database) -> None:
+    """Which product an image was matched to; NULL without descriptor and index.
+
+    Similarities are cosines in [-1, 1]; `runner_up` is the nearest other product;
+    `catalog_index` is the SHA-256 of the index file that was asked.
+    """
+    for column in (
+        "catalog_item TEXT", "similarity REAL", "runner_up TEXT",
+        "runner_up_similarity REAL", "catalog_index TEXT",
+    ):  # fmt: skip
+        db.execute(f"ALTER TABLE images ADD COLUMN {column}")
+    db.execute("DROP VIEW matches")
+    db.execute(
+        """
+        CREATE VIEW matches AS
+        SELECT path, score, threshold, model, classified_at, sha256, catalog_item,
+               similarity, runner_up, runner_up_similarity
+        FROM images WHERE status = 'match'
+        """
+    )
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 

@@ -56,6 +56,8 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
         "height": 30, "format": "PNG", "status": "match", "score": 0.9,
         "threshold": 0.5, "model": model.sha256, "seen_at": "1970-01-01T00:01:39.750Z",
         "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
+        "catalog_item": None, "similarity": None, "runner_up": None,
+        "runner_up_similarity": None, "catalog_index": None,
     }  # fmt: skip
     (used,) = query(log, "SELECT * FROM models")
     assert used["sha256"] == model.sha256
@@ -65,7 +67,10 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
 def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
     log.record([match("/drop/a.png"), failure("/drop/b.png")], model)
     (row,) = query(log, "SELECT * FROM matches")
-    assert list(row) == ["path", "score", "threshold", "model", "classified_at", "sha256"]
+    assert list(row) == [
+        "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
+        "similarity", "runner_up", "runner_up_similarity",
+    ]  # fmt: skip
 
 
 def test_a_path_and_content_has_one_row_however_often_it_is_recorded(
