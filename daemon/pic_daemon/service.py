@@ -132,7 +132,8 @@ class Service:
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
             while not (self._stopping and not self._reading and not self._batch):
-                more = not self._stopping and self._choose(decoders)
+                with self.health.timed("choose"):
+                    more = not self._stopping and self._choose(decoders)
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
@@ -254,7 +255,8 @@ class Service:
 
     def _receive(self, timeout: float) -> None:
         try:
-            message = self.inbox.get(timeout=timeout) if timeout else self.inbox.get(False)
+            with self.health.timed("wait"):
+                message = self.inbox.get(timeout > 0, timeout or None)
             while True:
                 self._handle(message)
                 if self._batch_is_full():
