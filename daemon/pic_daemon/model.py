@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ FORMAT = "product-image-classifier"
 FORMAT_VERSION = 1
 
 Provider = Literal["auto", "cpu", "cuda"]
-_PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
+_PARSERS: dict[Any, Any] = {int: int, float: float}
 _CUDA = "CUDAExecutionProvider"
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 
@@ -38,6 +38,7 @@ class ModelInfo:
     95% interval `fpr_low` to `fpr_high`, is the share of unseen decoys that matched
     at it. `temperature` is the divisor of the logits inside the graph.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
+    `precision` is what the network computes in.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class ModelInfo:
     training_run: str
     created_at: str
     versions: str
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
 
     def to_metadata(self) -> dict[str, str]:
         """The key-value pairs to store in the ONNX file."""
@@ -82,8 +84,9 @@ class ModelInfo:
             )
         try:
             values: dict[str, Any] = {
-                field.name: _PARSERS[field.type](metadata[field.name])
+                field.name: _PARSERS.get(field.type, str)(metadata[field.name])
                 for field in fields(cls)
+                if field.name in metadata or field.default is MISSING
             }
             return cls(**values)
         except (KeyError, ValueError) as error:
