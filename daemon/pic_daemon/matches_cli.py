@@ -3,12 +3,15 @@
 import csv
 import json
 import re
+import sqlite3
 import sys
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
+from pic_daemon.errors import InputError
 from pic_daemon.match_queries import MATCH_COLUMNS, read_matches
 
 _SPANS = {
@@ -94,3 +97,50 @@ def list_matches(database: Path, since: datetime | None, min_score: float, limit
             )
         if not rows:
             click.echo("no matches", err=True)
+
+
+@matches.command()
+@click.option(
+    "--database", required=True, type=click.Path(path_type=Path), help="The match log."
+)
+@click.option(
+    "--catalog",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Your product images, shown beside what was matched to them.",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to answer at."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Holds the word that people must know; needed unless --host is loopback.",
+)
+def serve(
+    database: Path, catalog: Path | None, host: str, port: int, token_file: Path | None
+) -> None:
+    """Show the log as web pages with pictures, filters, figures and corrections.
+
+    Example: pic-matches serve --database log.db --catalog products
+    """
+    if find_spec("datasette") is None:
+        raise InputError(
+            "the pages need Datasette, which the base install leaves out: "
+            "pip install 'product-image-classifier[web]'."
+        )
+    from pic_daemon.web.server import serve as serve_pages
+
+    try:
+        serve_pages(
+            database,
+            catalog,
+            host,
+            port,
+            token_file,
+            lambda url: click.echo(f"serving {url} (Ctrl-C ends it)"),
+        )
+    except sqlite3.OperationalError as error:
+        raise click.ClickException(f"database {database}: {error}") from error
