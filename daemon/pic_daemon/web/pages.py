@@ -107,7 +107,11 @@ async def _list(
     request: Request, datasette: Datasette, page: str, **fixed: str
 ) -> Response:
     given = {name: request.args.get(name) or "" for name in request.args}
-    context: dict[str, Any] = {"page": page, "given": given, "statuses": queries.STATUSES}
+    context: dict[str, Any] = {
+        "page": page,
+        "given": given,
+        "statuses": (*queries.STATUSES, "all"),
+    }
     status = 200
     try:
         filters = Filters.of({**given, **fixed})
@@ -205,7 +209,7 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
     return {
         "page": "dashboard",
         "days": days,
-        "most": {k: max(1, *(d[k] for d in days)) for k in ("matches", "failures")},
+        "most": max(1, *(day[k] for day in days for k in ("matches", "failures"))),
         "latency": queries.latency(db),
         "beat": beat,
         "state": state,

@@ -235,10 +235,10 @@ def products(db: sqlite3.Connection) -> list[str]:
     rows = db.execute(
         """
         WITH RECURSIVE item (name) AS (
-            SELECT min(catalog_item) FROM images
-            WHERE status = 'match' AND catalog_item IS NOT NULL
+            SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
+            WHERE status = 'match' AND catalog_item > ''
             UNION ALL
-            SELECT (SELECT min(catalog_item) FROM images
+            SELECT (SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
                     WHERE status = 'match' AND catalog_item > item.name)
             FROM item WHERE item.name IS NOT NULL
         )
