@@ -89,6 +89,8 @@ def test_a_large_folder_is_met_on_the_way_through_time(
     small = numbers(page_of(db, filters))
     monkeypatch.setattr(queries, "_FEW", 10)
     assert numbers(page_of(db, filters)) == small
+    steps = plan(db, {"folder": "/drop/a"}, None)
+    assert steps == ["SEARCH images USING INDEX images_by_status (status=?)"]
 
 
 @pytest.mark.parametrize(
