@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -60,6 +61,7 @@ STAGES = ("decode", "inference", "commit", "choose", "wait")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*SETS]), help="These sets alone.")
 @click.option("--daemon-only", is_flag=True, help="Leave the peers out.")
+@click.option("--count", type=int, help="Files in each folder [as many as suit its kind].")
 def main(
     images: Path,
     model: Path,
@@ -67,13 +69,15 @@ def main(
     rounds: int,
     only: tuple[str, ...],
     daemon_only: bool,
+    count: int | None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, float]]] = {}
     context = multiprocessing.get_context("forkserver")
     with context.Pool() as pool:
         for name in only or SETS:
-            files = corpus(images, work / name.replace(" ", "-"), *SETS[name])
+            side, kind, usual = SETS[name]
+            files = corpus(images, work, name, side, kind, count or usual)
             pool.map(scaled_decode, files)  # warms the page cache and the pool
             results[name] = []
             for number in range(rounds):
@@ -90,7 +94,10 @@ def main(
     picture(results, work / "throughput.png")
 
 
-def corpus(images: Path, folder: Path, side: int, kind: str, count: int) -> list[Path]:
+def corpus(
+    images: Path, work: Path, name: str, side: int, kind: str, count: int
+) -> list[Path]:
+    folder = work / f"{name.replace(' ', '-')}-{count}"
     files = [folder / f"{n:06d}.{kind.lower()}" for n in range(count)]
     if folder.exists():
         return files
@@ -151,7 +158,9 @@ def service(folder: Path, count: int, model: Path, work: Path) -> dict[str, floa
     log = work / "daemon.log"
     begun = time.time()
     with log.open("w") as stream:
-        process = subprocess.Popen([*map(str, command)], stderr=stream)
+        process = subprocess.Popen(
+            [*map(str, command)], stderr=stream, start_new_session=True
+        )
     while "ready" not in log.read_text():
         time.sleep(0.01)
     ready = time.time()
@@ -183,8 +192,14 @@ def ask(database: Path) -> tuple[int, str | None]:
     return row  # type: ignore[no-any-return]
 
 
-def memory(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+def memory(session: int) -> int:
+    """Resident bytes of all processes of a session, what they share counted each time."""
+    pages = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[3]) == session:
+                pages += int(fields[21])
     return pages * os.sysconf("SC_PAGESIZE")
 
 
