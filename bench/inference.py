@@ -49,9 +49,7 @@ def main(
                 "model": path.name,
                 "provider": session.get_providers()[0],
                 "batch": batch,
-                "service": rate(
-                    lambda: session.run(["score"], {"images": images}), batch, seconds
-                ),  # noqa: B023, E501
+                "service": rate(from_host(session, images), batch, seconds),
                 "limit": rate(on_device(session, images, provider), batch, seconds),
             }
             row["share"] = row["service"] / row["limit"]
@@ -74,6 +72,12 @@ def opened(path: Path, provider: str) -> tuple[onnxruntime.InferenceSession, int
     if session.get_providers()[0] != names[0]:
         raise click.ClickException("the TensorRT provider does not load here")
     return session, session.get_inputs()[0].shape[1]
+
+
+def from_host(
+    session: onnxruntime.InferenceSession, images: np.ndarray
+) -> Callable[[], object]:
+    return lambda: session.run(["score"], {"images": images})
 
 
 def on_device(
