@@ -9,6 +9,8 @@ from pathlib import Path
 from conftest import BIN, DaemonProcess, write_image
 from sqlite_utils import Database
 
+from pic_daemon.match_log import MatchLog
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -154,3 +156,17 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
     rows = list(Database(tmp_path / "log.db").query("SELECT path FROM images"))
     assert len({row["path"] for row in rows}) == len(rows) == 300
+
+
+def test_matches_without_a_commands_name_are_the_list(
+    run_tool: Run, tmp_path: Path
+) -> None:
+    database = tmp_path / "log.db"
+    MatchLog.open(database).close()
+    for words in ((), ("list",)):
+        result = run_tool("pic-matches", *words, "--database", database)
+        assert (result.returncode, result.stdout) == (0, "")
+        assert result.stderr == "no matches\n"
+    assert "Commands:\n  list" in run_tool("pic-matches", "--help").stdout
+    assert run_tool("pic-matches", "--version").returncode == 0
+    assert "Missing option '--database'" in run_tool("pic-matches").stderr
