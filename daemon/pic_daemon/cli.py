@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from pic_daemon.bulk import classify_folder
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
@@ -218,13 +219,34 @@ def _check_watches(settings: Config) -> None:
 @click.option("--model", required=True, type=_PATH, help="ONNX file made by pic-export.")
 @click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE...")
-def classify(model: Path, provider: Any, as_json: bool, images: tuple[Path, ...]) -> None:
+@click.option(
+    "--recursive",
+    type=_PATH,
+    metavar="DIR",
+    help="All images below DIR, into --database; stopped, it can go on.",
+)
+@click.option("--database", type=_PATH, help="The match log for --recursive.")
+@click.argument("images", nargs=-1, type=_PATH, metavar="IMAGE...")
+def classify(model: Path, provider: Any, as_json: bool, recursive: Path | None,
+             database: Path | None, images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
     Example: pic-classify --model model.onnx --json photo.jpg
+
+    Example: pic-classify --model model.onnx --recursive archive --database archive.db
     """
+    if bool(recursive) != bool(database) or bool(recursive) == bool(images):
+        raise click.UsageError("Name images, or --recursive DIR with --database FILE.")
     loaded = load_model(model, provider)
+    if recursive and database:
+        log = _opened(database)
+        try:
+            counts = classify_folder(recursive, loaded, log)
+        finally:
+            log.close()
+        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
+        return
     failures = 0
     for start in range(0, len(images), _BATCH):
         for row in _classify_batch(loaded, images[start : start + _BATCH]):

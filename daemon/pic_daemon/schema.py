@@ -190,6 +190,7 @@ def check(path: Path, for_writing: bool = True) -> None:
             f"{path} was written by a newer version (schema steps unknown here: "
             f"{', '.join(sorted(unknown))}). Upgrade product-image-classifier."
         )
+    tables.discard("_sqlite_migrations")  # alone: ended before the first step was done
     if not applied and tables:
         raise InputError(
             f"{path} is the database of another program (it holds "

@@ -301,7 +301,7 @@ def _decode_all(paths: Iterable[str], side: int) -> Iterator[_Decoded | LeftOut]
 def _decode(path: str, side: int) -> _Decoded | LeftOut:
     try:
         data = Path(path).read_bytes()
-        image, stored = open_rgb(data, side // 2)
+        image, stored = open_rgb(data, side)
     except OSError as error:
         return LeftOut(path, f"cannot be read: {error.strerror}")
     except ImageError as error:
