@@ -1,13 +1,16 @@
 """Reading files in processes of their own, so that no file can take the service down.
 
 A decoder that crashes in native code, hangs, or asks for too much memory ends its
-worker process, which is replaced; the file's Reading says what happened.
+worker process, which is replaced; the file's Reading says what happened. Files are read
+in groups, as a task costs more than a small picture; each file of a group that came to a
+bad end is to be read alone, so that the guilty one is found.
 """
 
+import math
 import multiprocessing
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -16,20 +19,23 @@ from typing import Self
 from pebble import ProcessExpired, ProcessPool
 
 from pic_daemon.folders import stamp_of
-from pic_daemon.reading import Reading, read_image
+from pic_daemon.reading import Reading, read_images
 
 MEMORY_LIMIT = 4 << 30
 """Address space of a worker in bytes: several times the largest picture allowed."""
 
 
+_GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
+
+
 class Decoders:
     """Worker processes that read files; `done` is called from another thread.
 
-    `timeout` is the longest that one file may take, in seconds.
+    `timeout` is the longest that a file, or a group of them, may take, in seconds.
     """
 
     def __init__(
-        self, workers: int, timeout: float, done: Callable[[Reading], None]
+        self, workers: int, timeout: float, done: Callable[[list[Reading]], None]
     ) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pic_daemon.reading"])
@@ -37,7 +43,7 @@ class Decoders:
         self._pool = self._new_pool()
         self._timeout = timeout
         self._done = done
-        self._pending: dict[Future[Reading], str] = {}
+        self._pending: dict[Future[list[Reading]], Sequence[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -51,19 +57,26 @@ class Decoders:
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
-    def read(self, path: str, size: int, max_pixels: int) -> None:
-        """Begin to read a file to size x size pixels; its Reading comes to `done`."""
+    def read(self, paths: Sequence[str], size: int, max_pixels: int) -> None:
+        """Begin to read files to size x size pixels; their Readings come to `done`."""
+        share = min(_GROUP, math.ceil(len(paths) / self._workers))
+        for start in range(0, len(paths), share or 1):
+            self._begin(paths[start : start + share], size, max_pixels)
+
+    def _begin(self, group: Sequence[str], size: int, max_pixels: int) -> None:
         try:
-            future = self._schedule(path, size, max_pixels)
+            future = self._schedule(group, size, max_pixels)
         except RuntimeError:  # a worker was killed while idle, which ends the pool
             self._replace_pool()
-            future = self._schedule(path, size, max_pixels)
-        self._pending[future] = path
+            future = self._schedule(group, size, max_pixels)
+        self._pending[future] = group
         future.add_done_callback(self._end)
 
-    def _schedule(self, path: str, size: int, max_pixels: int) -> "Future[Reading]":
+    def _schedule(
+        self, group: Sequence[str], size: int, max_pixels: int
+    ) -> "Future[list[Reading]]":
         return self._pool.schedule(
-            read_image, args=[path, size, max_pixels], timeout=self._timeout
+            read_images, args=[group, size, max_pixels], timeout=self._timeout
         )
 
     def _replace_pool(self) -> None:
@@ -73,26 +86,31 @@ class Decoders:
             future.cancel()
         self._pool = self._new_pool()
 
-    def _end(self, ended: "Future[Reading]") -> None:
-        path = self._pending.pop(ended, None)
-        if path is not None:
-            self._done(self._reading(path, ended))
+    def _end(self, ended: "Future[list[Reading]]") -> None:
+        group = self._pending.pop(ended, None)
+        if group is not None:
+            self._done(self._readings(group, ended))
 
     def _new_pool(self) -> ProcessPool:
         return ProcessPool(self._workers, initializer=_start_worker, context=self._context)
 
-    def _reading(self, path: str, ended: "Future[Reading]") -> Reading:
+    def _readings(
+        self, group: Sequence[str], ended: "Future[list[Reading]]"
+    ) -> list[Reading]:
         try:
             return ended.result()
         except TimeoutError:
             problem = f"decoding took longer than {self._timeout:g} s"
         except ProcessExpired:
             problem = "decoding crashed its worker process"
-        except (BrokenProcessPool, CancelledError):  # no fault of this file: read it again
-            return Reading(path, stamp_of(path), changed=True)
+        except (BrokenProcessPool, CancelledError):  # no fault of these: read them again
+            return [Reading(path, stamp_of(path), changed=True) for path in group]
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
-        return Reading(path, stamp_of(path), error=problem, transient=True)
+        if len(group) > 1:
+            return [Reading(path, stamp_of(path), suspect=True) for path in group]
+        (path,) = group
+        return [Reading(path, stamp_of(path), error=problem, transient=True)]
 
 
 def _start_worker() -> None:

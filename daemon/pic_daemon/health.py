@@ -3,6 +3,8 @@
 import os
 import time
 from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -49,6 +51,10 @@ class Health:
         self._rescans = Counter(
             "pic_rescans", "Times all folders were compared with the log", registry=registry
         )
+        self._stages = Counter(
+            "pic_stage_seconds", "Time spent by stage; decoding is summed over workers",
+            ["stage"], registry=registry,
+        )  # fmt: skip
         self._model = Info("pic_model", "The model that serves", registry=registry)
 
     def serve(self, address: str) -> None:
@@ -76,6 +82,19 @@ class Health:
             self.outcomes[outcome.status] += 1
             self._images.labels(outcome.status).inc()
             self._latency.observe(max(0.0, outcome.classified_at - outcome.seen_at))
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Count time that went into a stage of the work."""
+        self._stages.labels(stage).inc(seconds)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the time that the block takes as spent in `stage`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent(stage, time.perf_counter() - begun)
 
     def overflowed(self) -> None:
         """Count a queue overflow."""

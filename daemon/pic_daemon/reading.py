@@ -3,7 +3,9 @@
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pic_daemon.folders import FileStamp
 from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, decode
@@ -19,7 +21,9 @@ class Reading:
     `stamp` is None where no regular file is there any more. `changed`: the file was
     written to meanwhile and nothing else here counts. Otherwise either `image` or
     `error` is set; `sha256` is '' where the bytes could not be had. `transient`: the
-    error is of this one attempt, not of the content: another may succeed.
+    error is of this one attempt, not of the content: another may succeed. `suspect`: the
+    group that it was read in came to a bad end; nothing is known until it is read alone.
+    `seconds` is what reading, hashing and decoding took.
     """
 
     path: str
@@ -29,6 +33,18 @@ class Reading:
     error: str | None = None
     changed: bool = False
     transient: bool = False
+    suspect: bool = False
+    seconds: float = 0.0
+
+
+def read_images(paths: Sequence[str], size: int, max_pixels: int) -> list[Reading]:
+    """Read several files one after the other, as `read_image` does."""
+    readings = []
+    for path in paths:
+        begun = time.perf_counter()
+        reading = read_image(path, size, max_pixels)
+        readings.append(replace(reading, seconds=time.perf_counter() - begun))
+    return readings
 
 
 def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:

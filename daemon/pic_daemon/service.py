@@ -53,7 +53,7 @@ class Reload:
     """Load the model file anew and compare folders and log."""
 
 
-Message = Hint | Reading | Stop | Reload | NewModel
+Message = Hint | list[Reading] | Stop | Reload | NewModel
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class _InHand:
     seen_at: float
     settled: bool
     hinted_again: bool = False
+    alone: bool = False  # to be read in a group of its own
 
 
 @dataclass
@@ -163,11 +164,17 @@ class Service:
                 more = bool(self._scans)
                 break
         if chosen:
-            self._recorded(lambda: self.log.take_in_hand(chosen))
-            self._reading += len(chosen)
-        for path in chosen:
-            decoders.read(path, self.model.info.input_size, self.config.max_pixels)
+            self._read(chosen, decoders)
         return more
+
+    def _read(self, chosen: list[str], decoders: Decoders) -> None:
+        with self.health.timed("commit"):
+            self._recorded(lambda: self.log.take_in_hand(chosen))
+        self._reading += len(chosen)
+        alone = [path for path in chosen if self._in_hand[path].alone]
+        others = [path for path in chosen if not self._in_hand[path].alone]
+        for group in (*([path] for path in alone), others):
+            decoders.read(group, self.model.info.input_size, self.config.max_pixels)
 
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
@@ -258,10 +265,12 @@ class Service:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Reading():
-                self._reading -= 1
+            case list():
+                self._reading -= len(message)
                 self.health.moved()
-                self._sort(message)
+                for reading in message:
+                    self.health.spent("decode", reading.seconds)
+                    self._sort(reading)
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
@@ -301,6 +310,9 @@ class Service:
         if stamp is None:  # gone before it was read
             self._recorded(lambda: self.log.put_down(path))
             self._let_go(path)
+        elif reading.suspect:
+            self._in_hand[path].alone = True
+            self._ready.append(path)
         elif reading.transient and self._may_try_again(path):
             logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
             self._wait_again(path, stamp, _STRIKE_WAIT_S)
@@ -355,13 +367,15 @@ class Service:
 
     def _finish_batch(self) -> None:
         readings, self._batch = self._batch, []
-        verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
+        with self.health.timed("inference"):
+            verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
         now = time.time()
         outcomes = [
             self._outcome(reading, next(verdicts) if reading.image else None, now)
             for reading in readings
         ]
-        self._recorded(lambda: self.log.record(outcomes, self.model))
+        with self.health.timed("commit"):
+            self._recorded(lambda: self.log.record(outcomes, self.model))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
