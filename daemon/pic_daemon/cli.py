@@ -16,9 +16,11 @@ from typing import Any
 
 import click
 
+from pic_daemon.cascade import Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
+from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
 from pic_daemon.match_queries import MATCH_COLUMNS, read_matches, read_status
@@ -48,6 +50,11 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--watch", multiple=True, type=_PATH, metavar="DIR",
                      help="Drop folder, with all below it; may be repeated."),
         click.option("--model", type=_PATH, help="ONNX file made by pic-export."),
+        click.option("--describe", type=_PATH,
+                     help="Descriptor: names products together with --index [off]."),
+        click.option("--index", type=_PATH, help="Catalog index made by pic-index."),
+        click.option("--gate-threshold", type=float,
+                     help="Score from which on they decide [as the model says]."),
         click.option("--database", type=_PATH, help="SQLite match log; made if missing."),
         click.option("--provider", type=_PROVIDERS, help="Execution provider [auto]."),
         click.option("--batch-size", type=int, help="Images scored at a time [32]."),
@@ -96,9 +103,12 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     settings = load_config(config, overrides)
     model = load_model(settings.model, settings.provider)
+    identifier = _identifier(settings)
     log = _opened(settings.database)
     logging.getLogger("pic_daemon").info(_about_model(model))
-    service = Service(settings, model, log)
+    if identifier:
+        logging.getLogger("pic_daemon").info(_about_identifier(identifier))
+    service = Service(settings, model, log, identifier)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
@@ -113,11 +123,20 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 @daemon.command()
 @_service_options
 def check(config: Path | None, **overrides: Any) -> None:
-    """Try config, folders, model and database without starting; exit 2 if one fails."""
+    """Try config, folders, model, descriptor, index and database without starting.
+
+    Exit 2 if one fails.
+    """
     settings = load_config(config, overrides)
     model = load_model(settings.model, settings.provider)
+    identifier = _identifier(settings)
     check_log(settings.database)
     click.echo(_about_model(model))
+    if identifier:
+        click.echo(_about_identifier(identifier))
+        changes = identifier.index.changes()
+        state = "cannot be reached from here" if changes is None else "as indexed"
+        click.echo(f"catalog {identifier.index.about.catalog}: {changes or state}")
     click.echo(f"database {settings.database}: ok")
     for folder in settings.folders:
         kind = mount_of(folder.path).type or "unknown"
@@ -206,6 +225,21 @@ def _about_model(model: Model) -> str:
         f"{info.input_size}, threshold {info.threshold:.6g}, "
         f"catalog of {info.catalog_size}; provider {model.provider} "
         f"({model.provider_reason})"
+    )
+
+
+def _identifier(settings: Config) -> Identifier | None:
+    if not settings.describe or not settings.index:
+        return None
+    return load_identifier(settings.describe, settings.index, settings.provider)
+
+
+def _about_identifier(identifier: Identifier) -> str:
+    index, info = identifier.index, identifier.descriptor.info
+    return (
+        f"index {index.path}: {len(index.items)} items by {info.architecture}, "
+        f"{info.dimensions} numbers from {info.input_size} x {info.input_size}; "
+        f"{about_promise(index)}"
     )
 
 

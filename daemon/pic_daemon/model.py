@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class ModelInfo:
     above it is a match; `threshold_rule` says how it was chosen, and `fpr`, with its
     95% interval `fpr_low` to `fpr_high`, is the share of unseen decoys that matched
     at it. `temperature` is the divisor of the logits inside the graph.
+    `gate_threshold`: where another stage decides, a score at or above it goes on to it;
+    0, all of them, in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
     """
 
@@ -56,6 +58,7 @@ class ModelInfo:
     training_run: str
     created_at: str
     versions: str
+    gate_threshold: float = 0.0
 
     def to_metadata(self) -> dict[str, str]:
         """The key-value pairs to store in the ONNX file."""
@@ -84,6 +87,7 @@ class ModelInfo:
             values: dict[str, Any] = {
                 field.name: _PARSERS[field.type](metadata[field.name])
                 for field in fields(cls)
+                if field.name in metadata or field.default is MISSING
             }
             return cls(**values)
         except (KeyError, ValueError) as error:

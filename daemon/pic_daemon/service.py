@@ -1,5 +1,7 @@
 """The loop: hint or scan -> settled? -> read -> batch -> score -> one transaction.
 
+With a descriptor and an index, what the score lets through goes through `cascade` first.
+
 One thread owns all state and the database. Decoders and watchdog only put messages
 into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
 the scan at the next start: what has no row yet is done then.
@@ -13,18 +15,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
+from pic_daemon.cascade import Cascade, Found, Identifier, load_identifier, say_changes
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
 from pic_daemon.health import Health
-from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.model import Model, Verdict
-from pic_daemon.model_file import ModelFile, NewModel
+from pic_daemon.identification import CloserReading, Confirmation
+from pic_daemon.match_log import MatchLog, Outcome, Status
+from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
+from pic_daemon.served_files import ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
 from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
@@ -53,7 +58,23 @@ class Reload:
     """Load the model file anew and compare folders and log."""
 
 
-Message = Hint | list[Reading] | Stop | Reload | NewModel
+@dataclass(frozen=True)
+class NewModel:
+    """A model that was loaded and tried beside the one that serves; None: it failed."""
+
+    model: Model | None
+
+
+@dataclass(frozen=True)
+class NewIdentifier:
+    """The same of descriptor and index."""
+
+    identifier: Identifier | None
+
+
+_Read = Reading | CloserReading | Confirmation
+
+Message = Hint | list[_Read] | Stop | Reload | NewModel | NewIdentifier
 
 T = TypeVar("T")
 
@@ -75,6 +96,7 @@ class Service:
     config: Config
     model: Model
     log: MatchLog
+    identifier: Identifier | None = None
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _settling: SettleTracker = field(init=False)
@@ -90,7 +112,9 @@ class Service:
     _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
     _next_poll: dict[Folder, float] = field(default_factory=dict)
-    _model_file: ModelFile = field(init=False)
+    _model_file: ServedFiles[Model] = field(init=False)
+    _cascade: Cascade | None = None
+    _cascade_files: ServedFiles[Identifier] | None = None
     _next_look: float = 0.0
     _next_beat: float = 0.0
     _stopping: bool = False
@@ -99,9 +123,17 @@ class Service:
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
-        self._model_file = ModelFile(
-            self.config.model, self.config.provider, self.inbox.put
-        )
+        config, put = self.config, self.inbox.put
+        self._model_file = ServedFiles(
+            "model", [config.model], partial(load_model, config.model, config.provider),
+            lambda model: put(NewModel(model)),
+        )  # fmt: skip
+        if config.describe and config.index:
+            files = config.describe, config.index
+            self._cascade_files = ServedFiles(
+                "index", files, partial(load_identifier, *files, config.provider),
+                lambda identifier: put(NewIdentifier(identifier)),
+            )  # fmt: skip
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
@@ -129,17 +161,28 @@ class Service:
             # rather than never.
             self._look_at_folders(time.monotonic())
             self._scan_all()
+            if self.identifier:
+                size, limit = self.config.batch_size, self.config.max_pixels
+                run = partial(self._run, decoders)
+                self._cascade = Cascade(self.identifier, size, limit, run)
+                self._compare_catalog(self.identifier)
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
-            while not (self._stopping and not self._reading and not self._batch):
+            while self._busy() or not self._stopping:
                 more = not self._stopping and self._choose(decoders)
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
-                self.health.feed_watchdog(busy=bool(self._reading or self._batch))
+                if self._cascade:
+                    self._go_on(self._cascade)
+                self.health.feed_watchdog(self._busy())
             notify("STOPPING=1")
             with suppress(sqlite3.OperationalError):  # every row is recorded already
                 self.log.beat({**self._figures(), "stopped": 1})
+
+    def _busy(self) -> bool:
+        """Whether files are with the worker processes, or wait for what comes after."""
+        return bool(self._reading or self._batch or self._cascade)
 
     # What to read next
 
@@ -147,6 +190,7 @@ class Service:
         """Hand files to the decoders; returns whether there is more to look at now."""
         self._look_around(time.monotonic())
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
+        room -= len(self._cascade or ())
         steps = _SCAN_STEP
         chosen: list[str] = []
         more = False
@@ -176,6 +220,10 @@ class Service:
         for group in (*([path] for path in alone), others):
             decoders.read(group, self.model.info.input_size, self.config.max_pixels)
 
+    def _run(self, decoders: Decoders, *task: Any) -> None:
+        self._reading += 1
+        decoders.run(*task)
+
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
         for path, stamp in self._settling.due(now):
@@ -184,7 +232,8 @@ class Service:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            self._model_file.look()
+            for files in self._served_files():
+                files.look()
             self._look_at_folders(now)
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
@@ -268,9 +317,10 @@ class Service:
             case list():
                 self._reading -= len(message)
                 self.health.moved()
-                for reading in message:
-                    self.health.spent("decode", reading.seconds)
-                    self._sort(reading)
+                for read in message:
+                    self._take_in(read)
+            case NewModel() | NewIdentifier():
+                self._serve_from(message)
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
@@ -281,15 +331,35 @@ class Service:
                 self._scans.clear()
                 self._scan_all()
             case Reload():
-                self._model_file.load()
+                for files in self._served_files():
+                    files.load()
                 self._scans.clear()
                 self._scan_all()
-            case NewModel(model):
-                self._model_file.loaded()
-                if model:
-                    self._swap(model)
             case Stop():
                 self._stopping = True
+
+    def _serve_from(self, message: NewModel | NewIdentifier) -> None:
+        if isinstance(message, NewModel):
+            self._model_file.loaded()
+            if message.model:
+                self._swap(message.model)
+        elif self._cascade_files:
+            self._cascade_files.loaded()
+            if message.identifier:
+                self._swap_identifier(message.identifier)
+
+    def _served_files(self) -> list[ServedFiles[Any]]:
+        cascade = [self._cascade_files] if self._cascade_files else []
+        return [self._model_file, *cascade]
+
+    def _take_in(self, read: _Read) -> None:
+        if isinstance(read, Reading):
+            self.health.spent("decode", read.seconds)
+            if self._cascade:
+                self._cascade.forget(read.path)
+            self._sort(read)
+        elif self._cascade:
+            self._cascade.handle(read)
 
     def _scan_below(self, path: str) -> None:
         for folder in self.config.folders:
@@ -353,6 +423,24 @@ class Service:
         self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
+    def _swap_identifier(self, identifier: Identifier) -> None:
+        cascade, index = self._cascade, identifier.index
+        same = cascade and cascade.identifier.index.sha256 == index.sha256
+        if not cascade or same:
+            return
+        cascade.identifier = identifier
+        logger.info(
+            "now serving index %s, sha256 %s, %d items",
+            index.path, index.sha256[:12], len(index.items),
+        )  # fmt: skip
+        self._compare_catalog(identifier)
+
+    def _compare_catalog(self, identifier: Identifier) -> None:
+        """Say what changed in the catalog since it was indexed; large ones take a while."""
+        threading.Thread(
+            target=say_changes, args=[identifier.index], name="catalog", daemon=True
+        ).start()
+
     # What becomes of it
 
     def _batch_is_full(self) -> bool:
@@ -369,11 +457,37 @@ class Service:
         readings, self._batch = self._batch, []
         with self.health.timed("inference"):
             verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
-        now = time.time()
-        outcomes = [
-            self._outcome(reading, next(verdicts) if reading.image else None, now)
-            for reading in readings
-        ]
+        outcomes = []
+        for reading in readings:
+            verdict = next(verdicts) if reading.image else None
+            if self._cascade and self._passes(verdict):
+                self._cascade.take(reading, verdict.score)
+            else:
+                outcomes.append(self._outcome(reading, verdict))
+        if outcomes:
+            self._record(outcomes)
+
+    def _passes(self, verdict: Verdict | None) -> TypeGuard[Verdict]:
+        """Whether the second stage is to decide."""
+        return bool(verdict and not verdict.reason and verdict.score >= self._threshold())
+
+    def _threshold(self) -> float:
+        """What the model's score must reach."""
+        if not self._cascade:
+            return self.model.info.threshold
+        gate = self.config.gate_threshold
+        return self.model.info.gate_threshold if gate is None else gate
+
+    def _go_on(self, cascade: Cascade) -> None:
+        """Describe what waits, if it is due, and record what is decided."""
+        due = cascade.due()
+        if due is not None and due <= time.monotonic():
+            with self.health.timed("describe"):
+                cascade.describe()
+        if found := cascade.take_found():
+            self._record([self._outcome_of(one) for one in found])
+
+    def _record(self, outcomes: list[Outcome]) -> None:
         with self.health.timed("commit"):
             self._recorded(lambda: self.log.record(outcomes, self.model))
         self.health.recorded(outcomes)
@@ -423,35 +537,55 @@ class Service:
                 logger.info("database %s: goes on after %.0f s", self.log.path, waited)
             return result
 
-    def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
+    def _outcome(self, reading: Reading, verdict: Verdict | None) -> Outcome:
         assert reading.stamp
         image = reading.image
+        status: Status = verdict.status if verdict else "failed"
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
             stamp=reading.stamp,
-            status=verdict.status if verdict else "failed",
+            status="no-match" if verdict and self._cascade else status,
             seen_at=self._in_hand[reading.path].seen_at,
-            classified_at=now,
+            classified_at=time.time(),
             width=image.width if image else None,
             height=image.height if image else None,
             format=image.format if image else None,
             score=verdict.score if verdict else None,
-            threshold=self.model.info.threshold if image else None,
+            threshold=self._threshold() if image else None,
             error=verdict.reason if verdict else reading.error,
+        )
+
+    def _outcome_of(self, found: Found) -> Outcome:
+        judged = Verdict("no-match", found.score, found.error)
+        outcome = replace(self._outcome(found.reading, judged), catalog_index=found.index)
+        if not (identification := found.identification):
+            return outcome
+        return replace(
+            outcome,
+            status="match" if identification.matched else "no-match",
+            catalog_item=identification.item,
+            similarity=identification.similarity,
+            runner_up=identification.runner_up,
+            runner_up_similarity=identification.runner_up_similarity,
+            joint_score=identification.score,
+            joint_threshold=identification.threshold,
         )
 
     def _patience(self) -> float:
         """Seconds the loop may sleep if no message comes."""
         now = time.monotonic()
         if self._stopping:
-            return _LONGEST_WAIT_S if not self._batch else _BATCH_WAIT_S
+            waiting = self._batch or self._cascade
+            return _BATCH_WAIT_S if waiting else _LONGEST_WAIT_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
         moments += self._next_poll.values()
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
+        if self._cascade and (due := self._cascade.due()) is not None:
+            moments.append(due)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
 
@@ -463,3 +597,8 @@ def _report(outcome: Outcome) -> None:
     else:
         level = logging.INFO if outcome.status == "match" else logging.DEBUG
         logger.log(level, "%s path=%r score=%.6f", outcome.status, path, outcome.score)
+        if outcome.catalog_item is not None:
+            logger.log(
+                level, "nearest item=%r similarity=%.3f joint=%.3f",
+                text_of(outcome.catalog_item), outcome.similarity, outcome.joint_score,
+            )  # fmt: skip

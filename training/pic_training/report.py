@@ -11,13 +11,13 @@ import matplotlib
 import numpy as np
 import torch
 
+from pic_daemon.promise import threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
 from pic_training.threshold import (
     calibration_error,
     confusion,
     fit_temperature,
     sigmoid,
-    threshold_for,
 )
 from pic_training.training import RunResult
 

@@ -1,0 +1,180 @@
+"""The second stage: what the classifier lets through is named and confirmed.
+
+A file that passes is read again, larger, by the worker processes; the descriptor
+proposes catalog items, and worker processes confirm them. Belongs to the service's loop,
+which alone calls it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
+from pic_daemon.descriptor import Descriptor, load_descriptor
+from pic_daemon.identification import (
+    Candidate,
+    CloserReading,
+    Closeup,
+    Confirmation,
+    Identification,
+    confirm,
+    identify,
+    look_closer,
+    worth_confirming,
+)
+from pic_daemon.model import Provider
+from pic_daemon.reading import Reading
+
+logger = logging.getLogger("pic_daemon")
+
+_WAIT_S = 0.02  # the longest a picture waits for others to be described with it
+_NO_NUMBERS = "the descriptor gave no numbers for this picture"
+
+
+@dataclass(frozen=True)
+class Identifier:
+    """A descriptor and an index that belong together."""
+
+    descriptor: Descriptor
+    index: CatalogIndex
+
+    def candidates(self, closeups: Sequence[Closeup]) -> list[list[Candidate]]:
+        """What each picture may be a copy of; empty where it has no finite vector."""
+        vectors = self.descriptor.describe(np.stack([c.image.pixels for c in closeups]))
+        found = iter(self.index.look_up(vectors[np.isfinite(vectors).all(axis=1)]))
+        return [next(found) if np.isfinite(v).all() else [] for v in vectors]
+
+    @property
+    def threshold(self) -> float:
+        """What the joint score must reach, in [0, 1]."""
+        return self.index.about.promise.threshold
+
+
+def load_identifier(describe: Path, index: Path, provider: Provider) -> Identifier:
+    """Load both; raises InputError where one is bad or they do not belong together."""
+    descriptor = load_descriptor(describe, provider)
+    catalog = load_index(index)
+    check_belongs(catalog, descriptor)
+    return Identifier(descriptor, catalog)
+
+
+def say_changes(index: CatalogIndex) -> None:
+    """Log how the catalog folder differs from the index by now, if it can be reached."""
+    if changes := index.changes():
+        logger.warning(
+            "catalog %s changed since it was indexed: %s; bring the index up to date with "
+            "pic-index", index.about.catalog, changes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a file that passed; `error` says why there is no identification.
+
+    `score` is the classifier's, in [0, 1]; `index` the SHA-256 of the index asked.
+    """
+
+    reading: Reading
+    score: float
+    index: str
+    identification: Identification | None
+    error: str | None = None
+
+
+@dataclass
+class _Asked:
+    """Candidates of a file that worker processes are confirming."""
+
+    identifier: Identifier
+    candidates: list[Candidate]
+
+
+@dataclass
+class Cascade:
+    """Files between passing the classifier and being decided.
+
+    `run` begins a task of the worker processes for a file: (task, path, *arguments).
+    """
+
+    identifier: Identifier
+    batch_size: int
+    max_pixels: int
+    run: Callable[..., None]
+    _passed: dict[str, tuple[Reading, float]] = field(default_factory=dict)
+    _seen: dict[str, Closeup] = field(default_factory=dict)
+    _seen_since: float = 0.0
+    _asked: dict[str, _Asked] = field(default_factory=dict)
+    _found: list[Found] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """How many files wait here, those with the worker processes not counted."""
+        return len(self._seen) + len(self._found)
+
+    def take(self, reading: Reading, score: float) -> None:
+        """Look closer at a file that passed with this score."""
+        self._passed[reading.path] = reading, score
+        self._look(reading)
+
+    def forget(self, path: str) -> None:
+        """Give a file up: it changed, or a worker process came to grief over it."""
+        self._passed.pop(path, None)
+        self._asked.pop(path, None)
+
+    def handle(self, message: CloserReading | Confirmation) -> None:
+        """Go on with what the worker processes bring."""
+        match message:
+            case CloserReading(path, closeup) if path in self._passed:
+                if not self._seen:
+                    self._seen_since = time.monotonic()
+                self._seen[path] = closeup
+            case Confirmation(path, agreements) if path in self._asked:
+                asked = self._asked.pop(path)
+                self._decide(path, asked.identifier, asked.candidates, agreements)
+
+    def due(self) -> float | None:
+        """When the pictures that wait are to be described, monotonic; None: none wait."""
+        if not self._seen:
+            return None
+        under_way = len(self._passed) - len(self._seen) - len(self._asked)
+        full = len(self._seen) >= self.batch_size
+        return 0.0 if full or not under_way else self._seen_since + _WAIT_S
+
+    def describe(self) -> None:
+        """Describe the pictures that wait, and have their candidates confirmed."""
+        size = self.identifier.descriptor.info.input_size
+        seen, self._seen = self._seen, {}
+        for path in [p for p, c in seen.items() if len(c.image.pixels) != size]:
+            del seen[path]  # was read for the descriptor before this one
+            self._look(self._passed[path][0])
+        for start in range(0, len(seen), self.batch_size):
+            part = dict(list(seen.items())[start : start + self.batch_size])
+            found = self.identifier.candidates(list(part.values()))
+            for (path, closeup), candidates in zip(part.items(), found, strict=True):
+                worth = worth_confirming(candidates, self.identifier.threshold)
+                if worth:
+                    self._asked[path] = _Asked(self.identifier, candidates)
+                    items = [candidate.landmarks for candidate in worth]
+                    self.run(confirm, path, closeup.landmarks, items)
+                else:
+                    self._decide(path, self.identifier, candidates, ())
+
+    def take_found(self) -> list[Found]:
+        """What is decided by now."""
+        found, self._found = self._found, []
+        return found
+
+    def _look(self, reading: Reading) -> None:
+        size = self.identifier.descriptor.info.input_size
+        self.run(look_closer, reading.path, reading.sha256, size, self.max_pixels)
+
+    def _decide(self, path: str, identifier: Identifier, candidates: Sequence[Candidate],
+                agreements: Sequence[float]) -> None:  # fmt: skip
+        reading, score = self._passed.pop(path)
+        threshold = identifier.threshold
+        found = identify(candidates, agreements, threshold) if candidates else None
+        problem = None if candidates else _NO_NUMBERS
+        self._found.append(Found(reading, score, identifier.index.sha256, found, problem))
