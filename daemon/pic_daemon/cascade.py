@@ -6,14 +6,17 @@ which alone calls it.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
+from pic_daemon.config import Config
 from pic_daemon.descriptor import Descriptor, load_descriptor
 from pic_daemon.identification import (
     Candidate,
@@ -26,8 +29,10 @@ from pic_daemon.identification import (
     look_closer,
     worth_confirming,
 )
-from pic_daemon.model import Provider
+from pic_daemon.match_log import Outcome
+from pic_daemon.model import Model, Provider
 from pic_daemon.reading import Reading
+from pic_daemon.served_files import Loaded, ServedFiles
 
 logger = logging.getLogger("pic_daemon")
 
@@ -62,7 +67,7 @@ def load_identifier(describe: Path, index: Path, provider: Provider) -> Identifi
     return Identifier(descriptor, catalog)
 
 
-def say_changes(index: CatalogIndex) -> None:
+def _say_changes(index: CatalogIndex) -> None:
     """Log how the catalog folder differs from the index by now, if it can be reached."""
     if changes := index.changes():
         logger.warning(
@@ -84,6 +89,22 @@ class Found:
     identification: Identification | None
     error: str | None = None
 
+    def complete(self, outcome: Outcome) -> Outcome:
+        """The row of the file, from what the classifier alone has to say."""
+        outcome = replace(outcome, catalog_index=self.index)
+        if not (found := self.identification):
+            return outcome
+        return replace(
+            outcome,
+            status="match" if found.matched else "no-match",
+            catalog_item=found.item,
+            similarity=found.similarity,
+            runner_up=found.runner_up,
+            runner_up_similarity=found.runner_up_similarity,
+            joint_score=found.score,
+            joint_threshold=found.threshold,
+        )
+
 
 @dataclass
 class _Asked:
@@ -95,15 +116,11 @@ class _Asked:
 
 @dataclass
 class Cascade:
-    """Files between passing the classifier and being decided.
-
-    `run` begins a task of the worker processes for a file: (task, path, *arguments).
-    """
+    """Files between passing the classifier and being decided; to be `start`ed first."""
 
     identifier: Identifier
-    batch_size: int
-    max_pixels: int
-    run: Callable[..., None]
+    config: Config
+    _run: Callable[..., None] = field(init=False)
     _passed: dict[str, tuple[Reading, float]] = field(default_factory=dict)
     _seen: dict[str, Closeup] = field(default_factory=dict)
     _seen_since: float = 0.0
@@ -113,6 +130,22 @@ class Cascade:
     def __len__(self) -> int:
         """How many files wait here, those with the worker processes not counted."""
         return len(self._seen) + len(self._found)
+
+    def start(self, run: Callable[..., None]) -> None:
+        """Note how worker processes are given a task: (task, path, *arguments)."""
+        self._run = run
+        self._compare_catalog()
+
+    def files(self, send: Callable[[Loaded], None]) -> ServedFiles[Identifier]:
+        """Descriptor and index, which are loaded again when one of them changes."""
+        paths = self.identifier.descriptor.path, self.identifier.index.path
+        load = partial(load_identifier, *paths, self.config.provider)
+        return ServedFiles("index", paths, load, self._use, send)
+
+    def gate(self, model: Model) -> float:
+        """The score of `model` from which on the second stage decides."""
+        own = self.config.gate_threshold
+        return model.info.gate_threshold if own is None else own
 
     def take(self, reading: Reading, score: float) -> None:
         """Look closer at a file that passed with this score."""
@@ -140,7 +173,7 @@ class Cascade:
         if not self._seen:
             return None
         under_way = len(self._passed) - len(self._seen) - len(self._asked)
-        full = len(self._seen) >= self.batch_size
+        full = len(self._seen) >= self.config.batch_size
         return 0.0 if full or not under_way else self._seen_since + _WAIT_S
 
     def describe(self) -> None:
@@ -150,15 +183,15 @@ class Cascade:
         for path in [p for p, c in seen.items() if len(c.image.pixels) != size]:
             del seen[path]  # was read for the descriptor before this one
             self._look(self._passed[path][0])
-        for start in range(0, len(seen), self.batch_size):
-            part = dict(list(seen.items())[start : start + self.batch_size])
+        for start in range(0, len(seen), self.config.batch_size):
+            part = dict(list(seen.items())[start : start + self.config.batch_size])
             found = self.identifier.candidates(list(part.values()))
             for (path, closeup), candidates in zip(part.items(), found, strict=True):
                 worth = worth_confirming(candidates, self.identifier.threshold)
                 if worth:
                     self._asked[path] = _Asked(self.identifier, candidates)
                     items = [candidate.landmarks for candidate in worth]
-                    self.run(confirm, path, closeup.landmarks, items)
+                    self._run(confirm, path, closeup.landmarks, items)
                 else:
                     self._decide(path, self.identifier, candidates, ())
 
@@ -167,9 +200,27 @@ class Cascade:
         found, self._found = self._found, []
         return found
 
+    def _use(self, identifier: Identifier) -> None:
+        index, before = identifier.index, self.identifier.index
+        self.identifier = identifier
+        if index.sha256 == before.sha256:
+            return
+        logger.info(
+            "now serving index %s, sha256 %s, %d items",
+            index.path, index.sha256[:12], len(index.items),
+        )  # fmt: skip
+        self._compare_catalog()
+
+    def _compare_catalog(self) -> None:
+        # In a thread of its own: a large catalog takes a while.
+        comparing = threading.Thread(
+            target=_say_changes, args=[self.identifier.index], name="catalog", daemon=True
+        )
+        comparing.start()
+
     def _look(self, reading: Reading) -> None:
         size = self.identifier.descriptor.info.input_size
-        self.run(look_closer, reading.path, reading.sha256, size, self.max_pixels)
+        self._run(look_closer, reading.path, reading.sha256, size, self.config.max_pixels)
 
     def _decide(self, path: str, identifier: Identifier, candidates: Sequence[Candidate],
                 agreements: Sequence[float]) -> None:  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from pic_daemon.cascade import Identifier, load_identifier
+from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
@@ -108,7 +108,8 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     logging.getLogger("pic_daemon").info(_about_model(model))
     if identifier:
         logging.getLogger("pic_daemon").info(_about_identifier(identifier))
-    service = Service(settings, model, log, identifier)
+    cascade = Cascade(identifier, settings) if identifier else None
+    service = Service(settings, model, log, cascade)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 
 Pixels = NDArray[np.uint8]
 
@@ -91,7 +92,7 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage
             with _open(data, max_pixels) as source:
                 width, height = source.size
                 name = source.format or "unknown"
-                pixels = to_pixels(_rgb(source, size), size)
+                pixels = to_pixels(_rgb(source, data, size), size)
         except _DECODER_ERRORS as error:
             raise ImageError(_reason(error)) from error
     return DecodedImage(pixels, width, height, name)
@@ -110,7 +111,7 @@ def open_rgb(
         try:
             with _open(data, max_pixels) as source:
                 stored = source.size
-                return _rgb(source, size), stored
+                return _rgb(source, data, size), stored
         except _DECODER_ERRORS as error:
             raise ImageError(_reason(error)) from error
 
@@ -134,9 +135,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _rgb(image: Image.Image, size: int) -> Image.Image:
-    image.draft("RGB", (_OVERSAMPLING * size, _OVERSAMPLING * size))
-    image.load()
+def _rgb(image: Image.Image, data: bytes, size: int) -> Image.Image:
+    side = _OVERSAMPLING * size
+    if plain := _plain_jpeg(image, data, side):
+        image = plain
+    else:
+        image.draft("RGB", (side, side))
+        image.load()
     with contextlib.suppress(*_DECODER_ERRORS):  # corrupt EXIF: stays as stored
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -149,6 +154,24 @@ def _rgb(image: Image.Image, size: int) -> Image.Image:
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     return image.convert("RGB")
+
+
+def _plain_jpeg(image: Image.Image, data: bytes, side: int) -> Image.Image | None:
+    """A JPEG that libjpeg-turbo decodes without a murmur, at the smallest scale that
+    leaves both sides at least `side` pixels; None where Pillow is to decide.
+
+    Pillow's own way through the same library takes a third longer.
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels = decode_jpeg(data, "RGB", min_height=side, min_width=side, strict=True)
+    except ValueError:
+        return None
+    plain = Image.fromarray(pixels)
+    if exif := image.info.get("exif"):
+        plain.info["exif"] = exif
+    return plain
 
 
 def _reason(error: BaseException) -> str:

@@ -24,7 +24,7 @@ FORMAT = "product-image-classifier"
 FORMAT_VERSION = 1
 
 Provider = Literal["auto", "cpu", "cuda"]
-_PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
+_PARSERS: dict[Any, Any] = {int: int, float: float}
 _CUDA = "CUDAExecutionProvider"
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 
@@ -40,6 +40,7 @@ class ModelInfo:
     `gate_threshold`: where another stage decides, a score at or above it goes on to it;
     0, all of them, in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
+    `precision` is what the network computes in.
     """
 
     architecture: str
@@ -59,6 +60,7 @@ class ModelInfo:
     created_at: str
     versions: str
     gate_threshold: float = 0.0
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
 
     def to_metadata(self) -> dict[str, str]:
         """The key-value pairs to store in the ONNX file."""
@@ -85,7 +87,7 @@ class ModelInfo:
             )
         try:
             values: dict[str, Any] = {
-                field.name: _PARSERS[field.type](metadata[field.name])
+                field.name: _PARSERS.get(field.type, str)(metadata[field.name])
                 for field in fields(cls)
                 if field.name in metadata or field.default is MISSING
             }

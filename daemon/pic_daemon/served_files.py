@@ -1,11 +1,12 @@
-"""Files that are served from, while the service runs: noticed when they change, tried,
-handed over."""
+"""What is served from files, while the service runs: noticed when they change, loaded
+beside what serves, handed over."""
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import stamp_of
@@ -15,11 +16,21 @@ logger = logging.getLogger("pic_daemon")
 T = TypeVar("T")
 
 
-class ServedFiles(Generic[T]):
-    """Loads one thing from its files, in a thread of its own.
+@dataclass(frozen=True)
+class Loaded:
+    """A load has ended: the owner's thread is to call `hand_over`."""
 
-    `send` gets from there what `load` made beside what serves, or None where it raised
-    InputError. For every `load` that begins, the owner calls `loaded` once that has come.
+    files: "ServedFiles[Any]"
+    made: Any
+
+    def hand_over(self) -> None:
+        """Use what was made, unless it failed."""
+        self.files.finish(self.made)
+
+
+class ServedFiles(Generic[T]):
+    """Loads one thing from its files: `load` runs in a thread of its own and may raise
+    InputError. `send` gets a Loaded from there; `use` runs when that is handed over.
     `name` is what the log calls it.
     """
 
@@ -28,11 +39,13 @@ class ServedFiles(Generic[T]):
         name: str,
         paths: Sequence[Path],
         load: Callable[[], T],
-        send: Callable[[T | None], None],
+        use: Callable[[T], None],
+        send: Callable[[Loaded], None],
     ) -> None:
         self._name = name
         self._paths = paths
         self._make = load
+        self._use = use
         self._send = send
         self._stamps = [stamp_of(str(path.resolve())) for path in paths]
         self._loading = False
@@ -54,11 +67,13 @@ class ServedFiles(Generic[T]):
             self._loading = True
             threading.Thread(target=self._load, name=self._name, daemon=True).start()
 
-    def loaded(self) -> None:
-        """Note that a load has ended."""
+    def finish(self, made: T | None) -> None:
+        """End a load; None: it failed."""
         self._loading = False
         if self._again:
             self.load()
+        if made is not None:
+            self._use(made)
 
     def _load(self) -> None:
         made = None
@@ -68,4 +83,4 @@ class ServedFiles(Generic[T]):
             message = "%s The %s in use goes on serving."
             logger.warning(message, error.message, self._name)
         finally:
-            self._send(made)
+            self._send(Loaded(self, made))

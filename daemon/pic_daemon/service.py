@@ -15,12 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
-from pic_daemon.cascade import Cascade, Found, Identifier, load_identifier, say_changes
+from pic_daemon.cascade import Cascade
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
@@ -29,7 +29,7 @@ from pic_daemon.identification import CloserReading, Confirmation
 from pic_daemon.match_log import MatchLog, Outcome, Status
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
-from pic_daemon.served_files import ServedFiles
+from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
 from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
@@ -58,23 +58,9 @@ class Reload:
     """Load the model file anew and compare folders and log."""
 
 
-@dataclass(frozen=True)
-class NewModel:
-    """A model that was loaded and tried beside the one that serves; None: it failed."""
-
-    model: Model | None
-
-
-@dataclass(frozen=True)
-class NewIdentifier:
-    """The same of descriptor and index."""
-
-    identifier: Identifier | None
-
-
 _Read = Reading | CloserReading | Confirmation
 
-Message = Hint | list[_Read] | Stop | Reload | NewModel | NewIdentifier
+Message = Hint | list[_Read] | Stop | Reload | Loaded
 
 T = TypeVar("T")
 
@@ -96,7 +82,7 @@ class Service:
     config: Config
     model: Model
     log: MatchLog
-    identifier: Identifier | None = None
+    cascade: Cascade | None = None
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _settling: SettleTracker = field(init=False)
@@ -112,9 +98,7 @@ class Service:
     _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
     _next_poll: dict[Folder, float] = field(default_factory=dict)
-    _model_file: ServedFiles[Model] = field(init=False)
-    _cascade: Cascade | None = None
-    _cascade_files: ServedFiles[Identifier] | None = None
+    _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
     _stopping: bool = False
@@ -123,17 +107,11 @@ class Service:
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
-        config, put = self.config, self.inbox.put
-        self._model_file = ServedFiles(
-            "model", [config.model], partial(load_model, config.model, config.provider),
-            lambda model: put(NewModel(model)),
-        )  # fmt: skip
-        if config.describe and config.index:
-            files = config.describe, config.index
-            self._cascade_files = ServedFiles(
-                "index", files, partial(load_identifier, *files, config.provider),
-                lambda identifier: put(NewIdentifier(identifier)),
-            )  # fmt: skip
+        config, send = self.config, self.inbox.put
+        load = partial(load_model, config.model, config.provider)
+        self._files = [ServedFiles("model", [config.model], load, self._swap, send)]
+        if self.cascade:
+            self._files.append(self.cascade.files(send))
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
@@ -161,20 +139,18 @@ class Service:
             # rather than never.
             self._look_at_folders(time.monotonic())
             self._scan_all()
-            if self.identifier:
-                size, limit = self.config.batch_size, self.config.max_pixels
-                run = partial(self._run, decoders)
-                self._cascade = Cascade(self.identifier, size, limit, run)
-                self._compare_catalog(self.identifier)
+            if self.cascade:
+                self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
             while self._busy() or not self._stopping:
-                more = not self._stopping and self._choose(decoders)
+                with self.health.timed("choose"):
+                    more = not self._stopping and self._choose(decoders)
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
-                if self._cascade:
-                    self._go_on(self._cascade)
+                if self.cascade:
+                    self._go_on(self.cascade)
                 self.health.feed_watchdog(self._busy())
             notify("STOPPING=1")
             with suppress(sqlite3.OperationalError):  # every row is recorded already
@@ -182,7 +158,7 @@ class Service:
 
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
-        return bool(self._reading or self._batch or self._cascade)
+        return bool(self._reading or self._batch or self.cascade)
 
     # What to read next
 
@@ -190,7 +166,7 @@ class Service:
         """Hand files to the decoders; returns whether there is more to look at now."""
         self._look_around(time.monotonic())
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
-        room -= len(self._cascade or ())
+        room -= len(self.cascade or ())
         steps = _SCAN_STEP
         chosen: list[str] = []
         more = False
@@ -232,7 +208,7 @@ class Service:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            for files in self._served_files():
+            for files in self._files:
                 files.look()
             self._look_at_folders(now)
         if now >= self._next_beat:
@@ -303,7 +279,8 @@ class Service:
 
     def _receive(self, timeout: float) -> None:
         try:
-            message = self.inbox.get(timeout=timeout) if timeout else self.inbox.get(False)
+            with self.health.timed("wait"):
+                message = self.inbox.get(timeout > 0, timeout or None)
             while True:
                 self._handle(message)
                 if self._batch_is_full():
@@ -319,8 +296,8 @@ class Service:
                 self.health.moved()
                 for read in message:
                     self._take_in(read)
-            case NewModel() | NewIdentifier():
-                self._serve_from(message)
+            case Loaded():
+                message.hand_over()
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
@@ -331,35 +308,21 @@ class Service:
                 self._scans.clear()
                 self._scan_all()
             case Reload():
-                for files in self._served_files():
+                for files in self._files:
                     files.load()
                 self._scans.clear()
                 self._scan_all()
             case Stop():
                 self._stopping = True
 
-    def _serve_from(self, message: NewModel | NewIdentifier) -> None:
-        if isinstance(message, NewModel):
-            self._model_file.loaded()
-            if message.model:
-                self._swap(message.model)
-        elif self._cascade_files:
-            self._cascade_files.loaded()
-            if message.identifier:
-                self._swap_identifier(message.identifier)
-
-    def _served_files(self) -> list[ServedFiles[Any]]:
-        cascade = [self._cascade_files] if self._cascade_files else []
-        return [self._model_file, *cascade]
-
     def _take_in(self, read: _Read) -> None:
         if isinstance(read, Reading):
             self.health.spent("decode", read.seconds)
-            if self._cascade:
-                self._cascade.forget(read.path)
+            if self.cascade:
+                self.cascade.forget(read.path)
             self._sort(read)
-        elif self._cascade:
-            self._cascade.handle(read)
+        elif self.cascade:
+            self.cascade.handle(read)
 
     def _scan_below(self, path: str) -> None:
         for folder in self.config.folders:
@@ -423,24 +386,6 @@ class Service:
         self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
-    def _swap_identifier(self, identifier: Identifier) -> None:
-        cascade, index = self._cascade, identifier.index
-        same = cascade and cascade.identifier.index.sha256 == index.sha256
-        if not cascade or same:
-            return
-        cascade.identifier = identifier
-        logger.info(
-            "now serving index %s, sha256 %s, %d items",
-            index.path, index.sha256[:12], len(index.items),
-        )  # fmt: skip
-        self._compare_catalog(identifier)
-
-    def _compare_catalog(self, identifier: Identifier) -> None:
-        """Say what changed in the catalog since it was indexed; large ones take a while."""
-        threading.Thread(
-            target=say_changes, args=[identifier.index], name="catalog", daemon=True
-        ).start()
-
     # What becomes of it
 
     def _batch_is_full(self) -> bool:
@@ -460,23 +405,18 @@ class Service:
         outcomes = []
         for reading in readings:
             verdict = next(verdicts) if reading.image else None
-            if self._cascade and self._passes(verdict):
-                self._cascade.take(reading, verdict.score)
+            score = verdict.score if verdict and not verdict.reason else -1.0
+            if self.cascade and score >= self._threshold():
+                self.cascade.take(reading, score)
             else:
                 outcomes.append(self._outcome(reading, verdict))
         if outcomes:
             self._record(outcomes)
 
-    def _passes(self, verdict: Verdict | None) -> TypeGuard[Verdict]:
-        """Whether the second stage is to decide."""
-        return bool(verdict and not verdict.reason and verdict.score >= self._threshold())
-
     def _threshold(self) -> float:
-        """What the model's score must reach."""
-        if not self._cascade:
-            return self.model.info.threshold
-        gate = self.config.gate_threshold
-        return self.model.info.gate_threshold if gate is None else gate
+        """What the model's score must reach, to match or to be looked at again."""
+        gate = self.cascade.gate(self.model) if self.cascade else None
+        return self.model.info.threshold if gate is None else gate
 
     def _go_on(self, cascade: Cascade) -> None:
         """Describe what waits, if it is due, and record what is decided."""
@@ -485,7 +425,9 @@ class Service:
             with self.health.timed("describe"):
                 cascade.describe()
         if found := cascade.take_found():
-            self._record([self._outcome_of(one) for one in found])
+            judged = [Verdict("no-match", one.score, one.error) for one in found]
+            outcomes = map(self._outcome, [one.reading for one in found], judged)
+            self._record([f.complete(o) for f, o in zip(found, outcomes, strict=True)])
 
     def _record(self, outcomes: list[Outcome]) -> None:
         with self.health.timed("commit"):
@@ -545,7 +487,7 @@ class Service:
             path=reading.path,
             sha256=reading.sha256,
             stamp=reading.stamp,
-            status="no-match" if verdict and self._cascade else status,
+            status="no-match" if verdict and self.cascade else status,
             seen_at=self._in_hand[reading.path].seen_at,
             classified_at=time.time(),
             width=image.width if image else None,
@@ -556,27 +498,11 @@ class Service:
             error=verdict.reason if verdict else reading.error,
         )
 
-    def _outcome_of(self, found: Found) -> Outcome:
-        judged = Verdict("no-match", found.score, found.error)
-        outcome = replace(self._outcome(found.reading, judged), catalog_index=found.index)
-        if not (identification := found.identification):
-            return outcome
-        return replace(
-            outcome,
-            status="match" if identification.matched else "no-match",
-            catalog_item=identification.item,
-            similarity=identification.similarity,
-            runner_up=identification.runner_up,
-            runner_up_similarity=identification.runner_up_similarity,
-            joint_score=identification.score,
-            joint_threshold=identification.threshold,
-        )
-
     def _patience(self) -> float:
         """Seconds the loop may sleep if no message comes."""
         now = time.monotonic()
         if self._stopping:
-            waiting = self._batch or self._cascade
+            waiting = self._batch or self.cascade
             return _BATCH_WAIT_S if waiting else _LONGEST_WAIT_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._settling.next_due()) is not None:
@@ -584,7 +510,7 @@ class Service:
         moments += self._next_poll.values()
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
-        if self._cascade and (due := self._cascade.due()) is not None:
+        if self.cascade and (due := self.cascade.due()) is not None:
             moments.append(due)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))

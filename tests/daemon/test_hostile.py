@@ -104,6 +104,17 @@ def test_a_file_that_may_not_be_read_says_so(daemon: DaemonProcess) -> None:
     assert "Permission denied" in str(row["error"])
 
 
+def test_a_picture_beyond_a_workers_memory_fails_for_want_of_it(
+    daemon: DaemonProcess,
+) -> None:
+    (daemon.drop / "huge.png").write_bytes(png_claiming(40_000, 40_000))
+    daemon.start("--max-pixels", 2_000_000_000)
+    (row,) = daemon.wait_for_rows(1)
+    assert row["error"] == "decoding needs more memory than there is"
+    write_image(daemon.drop / "next.png", 200)
+    daemon.wait_for_rows(2)
+
+
 @pytest.mark.skipif(
     "PIC_HOSTILE_IMAGES" not in os.environ,
     reason="PIC_HOSTILE_IMAGES names no folder of a decoder's test images",

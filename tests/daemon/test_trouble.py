@@ -303,3 +303,21 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     daemon.wait_until(lambda: (failed / "bad-1.png").exists())
     assert daemon.log.read_text().count("failed path=") == 2
     assert len(daemon.rows()) == 2
+
+
+def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
+    daemon: DaemonProcess,
+) -> None:
+    room = Path("/proc/sys/fs/inotify/max_queued_events")
+    if not room.exists():
+        pytest.skip("no inotify here")
+    daemon.start()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    first = daemon.drop / "flood-0.txt"
+    first.touch()
+    for number in range(1, int(room.read_text()) + 10):
+        os.link(first, daemon.drop / f"flood-{number}.txt")
+    write_image(daemon.drop / "unheard.png", 200)
+    os.kill(daemon.pid, signal.SIGCONT)
+    daemon.wait_for_rows(1)
+    assert "the kernel dropped file events" in daemon.log.read_text()

@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from pic_daemon.errors import InputError
 from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
 from pic_daemon.model import ModelInfo, load_model
 from pic_training.networks import ARCHITECTURES, Normalised
-from pic_training.run_folder import load_network, read_json
+from pic_training.precision import Cost, Precision, convert, weigh
+from pic_training.run_folder import RunConfig, load_network, read_json, write_json
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a score between PyTorch and onnxruntime, in fp32."""
@@ -46,13 +47,16 @@ class _Served(nn.Module):
         return torch.sigmoid(self.network(images) / self.temperature)
 
 
-def export_run(folder: Path, output: Path) -> Parity:
+def export_run(
+    folder: Path, output: Path, precision: Precision = "fp32", max_loss: float = 0.02
+) -> tuple[Parity, Cost | None]:
     """Write the best checkpoint of a run as one ONNX file and prove it.
 
     The file appears under its name only after onnx's checker passed and the daemon's
-    own reader scored at least 256 validation samples as PyTorch does. Raises
-    InputError where `folder` is no finished run or the proof fails; then no file
-    is left behind.
+    own reader scored at least 256 validation samples as PyTorch does. In another
+    precision than fp32 the threshold is then chosen anew, and recall and accuracy on
+    the test half may fall by at most `max_loss`. Raises InputError where `folder` is no
+    finished run or a proof fails; then no file is left behind.
     """
     config, network = load_network(folder)
     report_file = folder / "report.json"
@@ -81,13 +85,19 @@ def export_run(folder: Path, output: Path) -> Parity:
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         _write(served, info, temporary)
-        parity = _prove(served, info, temporary, np.load(folder / "parity.npy"))
+        images = np.load(folder / "parity.npy")
+        parity = _prove(served, info, temporary, images)
+        cost = None
+        if precision != "fp32":
+            info = replace(info, precision=precision)
+            cost = _convert(temporary, info, images, folder, config, max_loss)
+            write_json(folder / f"export-{precision}.json", cost.to_json())
         temporary.replace(output)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return parity
+    return parity, cost
 
 
 def _write(served: nn.Module, info: ModelInfo, path: Path) -> None:
@@ -111,6 +121,29 @@ def _write(served: nn.Module, info: ModelInfo, path: Path) -> None:
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path, save_as_external_data=False)
+
+
+def _convert(
+    path: Path,
+    info: ModelInfo,
+    images: Pixels,
+    folder: Path,
+    config: RunConfig,
+    max_loss: float,
+) -> Cost:
+    assert info.precision != "fp32"
+    convert(path, info, info.precision, images)
+    info, cost = weigh(path, folder, config)
+    for name in ("recall", "accuracy"):
+        if cost.fall(name) > max_loss:
+            raise InputError(
+                f"in {info.precision} the {name} falls by {cost.fall(name):.2%}, more than "
+                f"the {max_loss:.2%} allowed by --max-loss. No file was written."
+            )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, info.to_metadata())
+    onnx.save_model(model, path)
+    return cost
 
 
 def _prove(served: nn.Module, info: ModelInfo, path: Path, images: Pixels) -> Parity:

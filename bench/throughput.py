@@ -1,0 +1,312 @@
+"""How fast the service works off a backlog, beside its limit and what else one could use.
+
+    python bench/throughput.py --images DIR --model MODEL.onnx --work DIR
+
+--images holds photos of several megapixels. From them it makes folders of JPEGs of about
+500 x 400, of 2 and of 12 megapixels, PNG and WebP, each file with bytes of its own. On each
+it runs in turn, --rounds times: the limit (libjpeg-turbo's scaled decode to 64 pixels and
+nothing else, all cores), pic-daemon from its start to the last committed row, pHash and PDQ
+(all cores), and a naive loop (watchdog, full decode, batch of one, a commit a row). Writes
+throughput.json and throughput.png to --work and prints tables in Markdown.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import queue
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+import click
+import imagehash
+import matplotlib
+import numpy as np
+import pdqhash
+import simplejpeg
+from PIL import Image
+from watchdog.events import FileCreatedEvent, FileMovedEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+from pic_daemon.model import load_model
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+BIN = Path(sys.executable).parent
+PORT = 9467
+SETS = {  # longest side in pixels, format, files for the service
+    "JPEG 500 px": (500, "JPEG", 10_000),
+    "JPEG 2 MP": (1650, "JPEG", 5_000),
+    "JPEG 12 MP": (4080, "JPEG", 500),
+    "PNG 500 px": (500, "PNG", 5_000),
+    "WebP 500 px": (500, "WEBP", 5_000),
+}
+PEERS_S = 12.0  # how long a peer is given, at most
+STAGES = ("decode", "inference", "commit", "choose", "wait")
+
+
+@click.command()
+@click.option("--images", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([*SETS]), help="These sets alone.")
+@click.option("--daemon-only", is_flag=True, help="Leave the peers out.")
+@click.option("--count", type=int, help="Files in each folder [as many as suit its kind].")
+def main(
+    images: Path,
+    model: Path,
+    work: Path,
+    rounds: int,
+    only: tuple[str, ...],
+    daemon_only: bool,
+    count: int | None,
+) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, float]]] = {}
+    context = multiprocessing.get_context("forkserver")
+    with context.Pool() as pool:
+        for name in only or SETS:
+            side, kind, usual = SETS[name]
+            files = corpus(images, work, name, side, kind, count or usual)
+            pool.map(scaled_decode, files)  # warms the page cache and the pool
+            results[name] = []
+            for number in range(rounds):
+                rates = {"limit": rate(pool, scaled_decode, files)}
+                rates |= service(files[0].parent, len(files), model, work)
+                if not daemon_only:
+                    rates["pHash"] = rate(pool, phash, files)
+                    rates["PDQ"] = rate(pool, pdq, files)
+                    rates["naive"] = naive(files[:400], model, work / "naive")
+                print(name, number, json.dumps({k: round(v, 3) for k, v in rates.items()}))
+                results[name].append(rates)
+    (work / "throughput.json").write_text(json.dumps(results, indent=1))
+    report(results)
+    picture(results, work / "throughput.png")
+
+
+def corpus(
+    images: Path, work: Path, name: str, side: int, kind: str, count: int
+) -> list[Path]:
+    folder = work / f"{name.replace(' ', '-')}-{count}"
+    files = [folder / f"{n:06d}.{kind.lower()}" for n in range(count)]
+    if folder.exists():
+        return files
+    folder.mkdir()
+    pictures = []
+    for path in sorted(images.iterdir()):
+        with Image.open(path) as opened:
+            if max(opened.size) >= min(side, 3900):
+                picture = opened.convert("RGB")
+                picture = picture.resize(
+                    [round(n * side / max(picture.size)) for n in picture.size]
+                )
+                data = io.BytesIO()
+                picture.save(data, kind, quality=85)
+                pictures.append(data.getvalue())
+    for number, file in enumerate(files):
+        # A tail that no decoder reads makes each file's content its own.
+        file.write_bytes(pictures[number % len(pictures)] + number.to_bytes(8))
+    return files
+
+
+def rate(pool, work: Callable[[Path], None], files: list[Path]) -> float:  # type: ignore[no-untyped-def]
+    begun = time.perf_counter()
+    done = 0
+    for start in range(0, len(files), 200):
+        part = files[start : start + 200]
+        pool.map(work, part, chunksize=8)
+        done += len(part)
+        if time.perf_counter() - begun > PEERS_S:
+            break
+    return done / (time.perf_counter() - begun)
+
+
+def scaled_decode(path: Path) -> None:
+    data = path.read_bytes()
+    if simplejpeg.is_jpeg(data):
+        simplejpeg.decode_jpeg(data, "RGB", min_height=64, min_width=64)
+    else:
+        Image.open(io.BytesIO(data)).load()
+
+
+def phash(path: Path) -> None:
+    with Image.open(path) as image:
+        imagehash.phash(image)
+
+
+def pdq(path: Path) -> None:
+    with Image.open(path) as image:
+        pdqhash.compute(np.asarray(image.convert("RGB")))
+
+
+def service(folder: Path, count: int, model: Path, work: Path) -> dict[str, float]:
+    database = work / "throughput.db"
+    for file in work.glob("throughput.db*"):
+        file.unlink()
+    command = [BIN / "pic-daemon", "run", "--watch", folder, "--model", model]
+    command += ["--database", database, "--metrics", f"127.0.0.1:{PORT}"]
+    log = work / "daemon.log"
+    begun = time.time()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*map(str, command)], stderr=stream, start_new_session=True
+        )
+    while "ready" not in log.read_text():
+        time.sleep(0.01)
+    ready = time.time()
+    rss = 0
+    done: tuple[int, str | None] = (0, None)
+    while done[0] < count:
+        time.sleep(0.25)
+        assert process.poll() is None, "the service ended"
+        done = ask(database)
+        rss = max(rss, memory(process.pid))
+    stages = scrape()
+    process.terminate()
+    process.wait()
+    assert done[1]
+    took = datetime.fromisoformat(done[1]).timestamp() - ready
+    return {
+        "service": count / took,
+        "service from start": count / (took + ready - begun),
+        "start-up s": ready - begun,
+        "RSS MiB": rss / 2**20,
+        **{f"{stage} ms": 1000 * stages.get(stage, 0.0) / count for stage in STAGES},
+    }
+
+
+def ask(database: Path) -> tuple[int, str | None]:
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)
+    row = connection.execute("SELECT count(*), max(classified_at) FROM images").fetchone()
+    connection.close()
+    return row  # type: ignore[no-any-return]
+
+
+def memory(session: int) -> int:
+    """Resident bytes of all processes of a session, what they share counted each time."""
+    pages = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[3]) == session:
+                pages += int(fields[21])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def scrape() -> dict[str, float]:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics").read().decode()
+    prefix = "pic_stage_seconds_total{stage="
+    rows = [line.removeprefix(prefix) for line in text.splitlines() if prefix in line]
+    return {row.split('"')[1]: float(row.split()[-1]) for row in rows}
+
+
+class _Arrivals(FileSystemEventHandler):
+    def __init__(self, inbox: "queue.Queue[str]") -> None:
+        self.inbox = inbox
+
+    def on_created(self, event) -> None:  # type: ignore[no-untyped-def]
+        if isinstance(event, FileCreatedEvent):
+            self.inbox.put(str(event.src_path))
+
+    def on_moved(self, event) -> None:  # type: ignore[no-untyped-def]
+        if isinstance(event, FileMovedEvent):
+            self.inbox.put(str(event.dest_path))
+
+
+def naive(files: Iterable[Path], model: Path, folder: Path) -> float:
+    """What one writes in an afternoon, in one thread."""
+    folder.mkdir(exist_ok=True)
+    database = folder.with_suffix(".db")
+    for file in (*folder.iterdir(), *folder.parent.glob("naive.db*")):
+        file.unlink()
+    session = load_model(model, "cpu").session
+    size = session.get_inputs()[0].shape[1]
+    connection = sqlite3.connect(database)
+    connection.execute("CREATE TABLE rows (path TEXT, score REAL)")
+    inbox: queue.Queue[str] = queue.Queue()
+    observer = Observer()
+    observer.schedule(_Arrivals(inbox), str(folder))
+    observer.start()
+    begun = time.perf_counter()
+    done = 0
+    for file in files:
+        os.link(file, folder / file.name)
+    while True:
+        try:
+            path = inbox.get(timeout=1)
+        except queue.Empty:
+            break
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize((size, size)))
+        (scores,) = session.run(["score"], {"images": pixels[None]})
+        connection.execute("INSERT INTO rows VALUES (?, ?)", [path, float(scores[0])])
+        connection.commit()
+        done += 1
+        ended = time.perf_counter()
+        if ended - begun > PEERS_S:
+            break
+    observer.stop()
+    observer.join()
+    connection.close()
+    return done / (ended - begun)
+
+
+def report(results: dict[str, list[dict[str, float]]]) -> None:
+    columns = [key for key in next(iter(results.values()))[0] if not key.endswith(" ms")]
+    print("| images/s, median (lowest to highest) | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, rounds in results.items():
+        print(f"| {name} | " + " | ".join(spread(rounds, key) for key in columns) + " |")
+    peers = [key for key in ("limit", "pHash", "PDQ", "naive") if key in columns]
+    print("\n| service, as a multiple of | " + " | ".join(peers) + " |")
+    print("|---" * (len(peers) + 1) + "|")
+    for name, rounds in results.items():
+        ratios = [{key: r["service"] / r[key] for key in peers} for r in rounds]
+        print(f"| {name} | " + " | ".join(spread(ratios, key, 2) for key in peers) + " |")
+    print("\n| ms an image | " + " | ".join(STAGES) + " |")
+    print("|---" * (len(STAGES) + 1) + "|")
+    for name, rounds in results.items():
+        cells = [spread(rounds, f"{stage} ms", 3) for stage in STAGES]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def spread(rounds: list[dict[str, float]], key: str, digits: int = 0) -> str:
+    values = [r[key] for r in rounds]
+    low, high = min(values), max(values)
+    return f"{median(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def picture(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Time per image: the workers' decoding beside what the main thread does."""
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.6 * len(results)))
+    names = [*results]
+    left = np.zeros(len(names))
+    cores = os.cpu_count() or 1
+    for stage in STAGES:
+        share = cores if stage == "decode" else 1
+        values = [median(r[f"{stage} ms"] for r in results[n]) / share for n in names]
+        if stage == "decode":
+            axes.barh(np.arange(len(names)) - 0.2, values, 0.35, label="decode / cores")
+        else:
+            axes.barh(np.arange(len(names)) + 0.2, values, 0.35, left=left, label=stage)
+            left += values
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("ms an image: workers above, main thread below")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
