@@ -1,6 +1,6 @@
 """The catalog index: one file that says which pictures the catalog holds.
 
-It keeps, of every item, its vectors in a nearest-neighbour graph and the landmarks by
+It keeps, of every item, its vectors for the nearest-neighbour search and the landmarks by
 which a match is confirmed, and the threshold of the joint decision with its promise. It
 belongs to one descriptor, by hash. The file is an uncompressed zip archive, so that every
 part has its checksum and the landmarks of one item can be read without the others.
@@ -11,36 +11,27 @@ import json
 import mmap
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
-from usearch.index import Index
 
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, Folder
 from pic_daemon.identification import CANDIDATES, Candidate
+from pic_daemon.neighbours import Neighbours, Vectors
 from pic_daemon.promise import Interval
-
-Vectors = NDArray[np.float32]
 
 FORMAT = "product-image-index"
 FORMAT_VERSION = 1
 
 _ABOUT, _ITEMS = "about.json", "items.json"
-_VECTORS, _LANDMARKS = "vectors.usearch", "landmarks.bin"
+_VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
 _VIEW_BITS = 3  # a vector's key is its item's number and, in these bits, its view's
-
-# The graph: 16 neighbours a vector, 128 considered when adding and when asking, vectors
-# of 16-bit floats; bench/results/index.md. Below so many vectors every one is compared.
-_GRAPH: dict[str, Any] = {"connectivity": 16, "expansion_add": 128, "dtype": "f16"}
-_CONSIDERED = 128
-_EXACT_BELOW = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,23 +119,19 @@ class CatalogIndex:
     items: dict[int, Item] = field(default_factory=dict)
     refused: list[Refused] = field(default_factory=list)
     sha256: str = ""
-    _vectors: Index = field(default_factory=Index)
+    vectors: Neighbours = field(default_factory=lambda: Neighbours(1))
     _stored: mmap.mmap | None = None
     _new: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, path: Path, about: About) -> Self:
         """An index of nothing, to be filled."""
-        vectors = Index(
-            ndim=about.dimensions, metric="ip", expansion_search=_CONSIDERED, **_GRAPH
-        )
-        return cls(path, about, _vectors=vectors)
+        return cls(path, about, vectors=Neighbours(about.dimensions))
 
     def add(self, item: Item, vectors: Vectors, landmarks: bytes) -> int:
         """Add an item by its vectors, float32, shape (views, D); returns its number."""
         number = max(self.items, default=-1) + 1
-        keys = np.arange(len(vectors), dtype=np.uint64) + (number << _VIEW_BITS)
-        self._vectors.add(keys, vectors)
+        self.vectors.add(np.arange(len(vectors)) + (number << _VIEW_BITS), vectors)
         self.items[number] = item
         self._new[number] = landmarks
         return number
@@ -153,8 +140,7 @@ class CatalogIndex:
         """Drop an item."""
         del self.items[number]
         self._new.pop(number, None)
-        keys = np.arange(1 << _VIEW_BITS, dtype=np.uint64) + (number << _VIEW_BITS)
-        self._vectors.remove(keys[self._vectors.contains(keys)])
+        self.vectors.remove(np.arange(1 << _VIEW_BITS) + (number << _VIEW_BITS))
 
     def landmarks(self, number: int) -> bytes:
         """The Landmarks of an item, as bytes."""
@@ -169,14 +155,11 @@ class CatalogIndex:
 
         As (number, cosine in [-1, 1]), nearest first; an item counts by its nearest view.
         """
-        exact = len(self._vectors) < _EXACT_BELOW
-        many = min(len(self._vectors), count << _VIEW_BITS)
         found = []
-        for vector in vectors:
-            hits = self._vectors.search(vector, many, exact=exact)
+        for near in self.vectors.nearest(vectors, count << _VIEW_BITS):
             best: dict[int, float] = {}
-            for key, distance in zip(hits.keys, hits.distances, strict=True):
-                best.setdefault(int(key) >> _VIEW_BITS, 1.0 - float(distance))
+            for key, cosine in near:
+                best.setdefault(key >> _VIEW_BITS, cosine)
             found.append(list(best.items())[:count])
         return found
 
@@ -241,7 +224,7 @@ class CatalogIndex:
                     items[number] = asdict(replace(item, offset=start, length=len(data)))
                     start += len(data)
             with archive.open(_VECTORS, "w", force_zip64=True) as out:
-                out.write(self._vectors.save() or b"")
+                out.write(self.vectors.to_bytes())
             refused = [asdict(r) for r in self.refused]
             archive.writestr(_ITEMS, json.dumps({"items": items, "refused": refused}))
             about = {"format": FORMAT, "format_version": FORMAT_VERSION}
@@ -261,7 +244,7 @@ def load_index(path: Path) -> CatalogIndex:
             return _load(path, file)
     except OSError as error:
         raise InputError(f"index {path}: {error.strerror or error}.") from error
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
         raise InputError(_damaged(path, error)) from error
 
 
@@ -287,10 +270,9 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
         start = _start_of(archive.getinfo(_LANDMARKS), file)
         listed = json.loads(archive.read(_ITEMS))
         try:
-            vectors: Any = Index.restore(archive.read(_VECTORS))
-        except (ValueError, RuntimeError) as error:
+            vectors = Neighbours.from_bytes(archive.read(_VECTORS))
+        except ValueError as error:
             raise InputError(_damaged(path, error)) from error
-    vectors.expansion_search = _CONSIDERED
     items = {int(number): Item(**values) for number, values in listed["items"].items()}
     items = {n: replace(item, offset=item.offset + start) for n, item in items.items()}
     _check_vectors(path, about, items, vectors)
@@ -318,15 +300,18 @@ def _about(path: Path, data: bytes) -> About:
     )
 
 
-def _check_vectors(path: Path, about: About, items: Iterable[int], vectors: Index) -> None:
+def _check_vectors(
+    path: Path, about: About, items: Collection[int], vectors: Neighbours
+) -> None:
     if not items:
         raise InputError(f"index {path} is of an empty catalog: make it again.")
-    stored = np.asarray(vectors.vectors)
-    if stored.shape[1:] != (about.dimensions,):
+    if vectors.dimensions != about.dimensions:
         raise InputError(_damaged(path, "its vectors have another length than it says"))
-    if not np.isfinite(stored).all():
-        raise InputError(_damaged(path, "it holds vectors that are not numbers"))
-    numbers = {int(key) >> _VIEW_BITS for key in np.asarray(vectors.keys)}
+    numbers: set[int] = set()
+    for keys, stored in vectors.stored():
+        if not np.isfinite(stored).all():
+            raise InputError(_damaged(path, "it holds vectors that are not numbers"))
+        numbers.update((keys >> _VIEW_BITS).tolist())
     if numbers != set(items):
         raise InputError(_damaged(path, "its vectors and its items do not agree"))
 

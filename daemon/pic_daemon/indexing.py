@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from pic_daemon.catalog_index import CatalogIndex, Item, Refused, Vectors, files_in
+from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.neighbours import Vectors
 
 SLICE = 64
 """Pictures described between two reports, and held in memory at a time."""
