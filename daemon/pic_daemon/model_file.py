@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import stamp_of
-from pic_daemon.model import Model, Provider, load_model
+from pic_daemon.model import Model, load_model
+from pic_daemon.onnx_session import Provider
 
 logger = logging.getLogger("pic_daemon")
 
