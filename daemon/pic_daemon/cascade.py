@@ -30,7 +30,8 @@ from pic_daemon.identification import (
     worth_confirming,
 )
 from pic_daemon.match_log import Outcome
-from pic_daemon.model import Model, Provider
+from pic_daemon.model import Model
+from pic_daemon.onnx_session import Provider
 from pic_daemon.reading import Reading
 from pic_daemon.served_files import Loaded, ServedFiles
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pic_daemon.errors import InputError
 from pic_daemon.folders import EXCLUDED, Folder
 from pic_daemon.images import MAX_PIXELS, PATTERNS
-from pic_daemon.model import Provider
+from pic_daemon.onnx_session import Provider
 
 
 @dataclass(frozen=True)
