@@ -128,7 +128,8 @@ class Cascade:
     _asked: dict[str, _Asked] = field(default_factory=dict)
     _found: list[Found] = field(default_factory=list)
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
         """How many files wait here, those with the worker processes not counted."""
         return len(self._seen) + len(self._found)
 

@@ -244,7 +244,7 @@ class MatchLog:
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],
             )
 
-    def beat(self, figures: Mapping[str, float | int]) -> None:
+    def beat(self, figures: Mapping[str, float | int | str]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():
@@ -266,9 +266,21 @@ class MatchLog:
         return self._mark("status = 'failed'")
 
     def mark_outdated(self) -> int:
-        """Have images scored by another than the latest model scored again; how many."""
+        """Have images decided by another than the latest model or index done again.
+
+        Returns how many. Which index that is, and from which score on it is asked, the
+        heartbeat says.
+        """
         latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        return self._mark(f"model <> ({latest}) AND status <> 'failed'")
+        index, gate = (
+            f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
+            for name in ("catalog_index", "gate_threshold")
+        )
+        asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
+        return self._mark(
+            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
+            "AND status <> 'failed'"
+        )
 
     def _mark(self, condition: str) -> int:
         with self._transaction():

@@ -158,7 +158,8 @@ class Service:
 
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
-        return bool(self._reading or self._batch or self.cascade)
+        waiting = self.cascade.waiting if self.cascade else 0
+        return bool(self._reading or self._batch or waiting)
 
     # What to read next
 
@@ -166,7 +167,7 @@ class Service:
         """Hand files to the decoders; returns whether there is more to look at now."""
         self._look_around(time.monotonic())
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
-        room -= len(self.cascade or ())
+        room -= self.cascade.waiting if self.cascade else 0
         steps = _SCAN_STEP
         chosen: list[str] = []
         more = False
@@ -223,12 +224,16 @@ class Service:
         figures = self._figures()
         self._recorded(lambda: self.log.beat(figures))
 
-    def _figures(self) -> dict[str, float | int]:
+    def _figures(self) -> dict[str, float | int | str]:
         times = [file.seen_at for file in self._in_hand.values()]
         if (settling := self._settling.oldest()) is not None:
             times.append(settling)
         oldest = max(0.0, time.time() - min(times)) if times else 0.0
-        return self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        waiting = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        if not self.cascade:
+            return {**waiting}
+        index = self.cascade.identifier.index.sha256
+        return {**waiting, "catalog_index": index, "gate_threshold": self._threshold()}
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand or self.log.knows(path, stamp):
@@ -502,8 +507,8 @@ class Service:
         """Seconds the loop may sleep if no message comes."""
         now = time.monotonic()
         if self._stopping:
-            waiting = self._batch or self.cascade
-            return _BATCH_WAIT_S if waiting else _LONGEST_WAIT_S
+            waits = self._batch or (self.cascade and self.cascade.waiting)
+            return _BATCH_WAIT_S if waits else _LONGEST_WAIT_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
