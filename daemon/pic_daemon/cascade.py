@@ -54,6 +54,16 @@ class Identifier:
         found = iter(self.index.look_up(vectors[np.isfinite(vectors).all(axis=1)]))
         return [next(found) if np.isfinite(v).all() else [] for v in vectors]
 
+    def identify(self, closeups: Sequence[Closeup]) -> list[Identification | None]:
+        """Describe, look up and confirm in this process; None: no finite vector."""
+        decided: list[Identification | None] = []
+        for closeup, found in zip(closeups, self.candidates(closeups), strict=True):
+            items = [c.landmarks for c in worth_confirming(found, self.threshold)]
+            (confirmed,) = confirm("", closeup.landmarks, items)
+            values = confirmed.agreements
+            decided.append(identify(found, values, self.threshold) if found else None)
+        return decided
+
     @property
     def threshold(self) -> float:
         """What the joint score must reach, in [0, 1]."""

@@ -20,12 +20,14 @@ from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
+from pic_daemon.identification import CloserReading, look_closer
+from pic_daemon.images import MAX_PIXELS
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
 from pic_daemon.match_queries import MATCH_COLUMNS, read_matches, read_status
-from pic_daemon.model import Model, load_model
-from pic_daemon.reading import read_image
+from pic_daemon.model import Model, Verdict, load_model
+from pic_daemon.reading import Reading, read_image
 from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
 
@@ -261,46 +263,83 @@ def _check_watches(settings: Config) -> None:
 @click.command()
 @click.version_option(package_name="product-image-classifier")
 @click.option("--model", required=True, type=_PATH, help="ONNX file made by pic-export.")
+@click.option(
+    "--describe", type=_PATH, help="Descriptor: names products together with --index."
+)
+@click.option("--index", type=_PATH, help="Catalog index made by pic-index.")
 @click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE...")
-def classify(model: Path, provider: Any, as_json: bool, images: tuple[Path, ...]) -> None:
+def classify(model: Path, describe: Path | None, index: Path | None, provider: Any,
+             as_json: bool, images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
     Example: pic-classify --model model.onnx --json photo.jpg
     """
     loaded = load_model(model, provider)
+    if bool(describe) != bool(index):
+        raise InputError("descriptor and index go together: give --describe and --index.")
+    identifier = load_identifier(describe, index, provider) if describe and index else None
     failures = 0
     for start in range(0, len(images), _BATCH):
-        for row in _classify_batch(loaded, images[start : start + _BATCH]):
+        for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
             failures += row["status"] == "failed"
             if as_json:
                 click.echo(json.dumps(row))
             else:
                 score = "" if row["score"] is None else f"{row['score']:.6f}"
                 tail = f"  ({row['error']})" if row["error"] else ""
+                if item := row.get("catalog_item"):
+                    tail += f"  {_one_line(item)} ({row['joint_score']:.3f})"
                 click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
 
 
-def _classify_batch(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _classify_batch(
+    model: Model, identifier: Identifier | None, paths: Sequence[Path]
+) -> list[dict[str, Any]]:
     readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
     verdicts = iter(model.judge([r.image for r in readings if r.image]))
     rows = []
     for path, reading in zip(paths, readings, strict=True):
         verdict = next(verdicts) if reading.image else None
         gone = "no such file" if reading.stamp is None else "changed while being read"
-        rows.append(
-            {
-                "path": text_of(str(path)),
-                "status": verdict.status if verdict else "failed",
-                "score": verdict.score if verdict else None,
-                "threshold": model.info.threshold,
-                "error": verdict.reason if verdict else reading.error or gone,
-            }
-        )
+        row = {
+            "path": text_of(str(path)),
+            "status": verdict.status if verdict else "failed",
+            "score": verdict.score if verdict else None,
+            "threshold": model.info.threshold,
+            "error": verdict.reason if verdict else reading.error or gone,
+        }
+        if identifier and verdict:
+            row |= _second_look(model, identifier, reading, verdict)
+        rows.append(row)
     return rows
+
+
+def _second_look(
+    model: Model, identifier: Identifier, reading: Reading, verdict: Verdict
+) -> dict[str, Any]:
+    """What descriptor and index change of a row."""
+    row: dict[str, Any] = {"status": "no-match", "threshold": model.info.gate_threshold}
+    if verdict.reason or verdict.score < model.info.gate_threshold:
+        return row
+    size = identifier.descriptor.info.input_size
+    (seen,) = look_closer(reading.path, reading.sha256, size, MAX_PIXELS)
+    if not isinstance(seen, CloserReading):
+        problem = seen.error or "changed while being read"
+        return {"status": "failed", "score": None, "error": problem}
+    (found,) = identifier.identify([seen.closeup])
+    if not found:
+        return row
+    return row | {
+        "status": "match" if found.matched else "no-match",
+        "catalog_item": text_of(found.item),
+        "similarity": found.similarity,
+        "joint_score": found.score,
+        "joint_threshold": found.threshold,
+    }
 
 
 def _one_line(path: str) -> str:

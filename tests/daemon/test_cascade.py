@@ -6,8 +6,8 @@ from subprocess import CompletedProcess
 
 import pytest
 from conftest import DaemonProcess, write_descriptor, write_image
-from PIL import Image, ImageOps
 from pictures import product, write_products
+from PIL import Image, ImageOps
 
 Tool = Callable[..., CompletedProcess[str]]
 Indexed = Callable[..., Path]

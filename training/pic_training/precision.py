@@ -25,7 +25,7 @@ from pic_training.networks import ARCHITECTURES
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig, read_json
 from pic_training.sources import gather
-from pic_training.threshold import Confusion, confusion, sigmoid
+from pic_training.threshold import Confusion, confusion, gate_for, sigmoid
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -129,6 +129,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     info = replace(
         model.info,
         threshold=threshold,
+        gate_threshold=gate_for(after[~test], labels[~test], threshold),
         fpr=rate.value or 0.0,
         fpr_low=rate.low,
         fpr_high=rate.high,

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from pic_daemon.promise import Floats, Interval, Labels, interval, resample
 
+GATE_LOSS = 0.01
+"""Share of the copies that the classifier, as a gate, may keep from the second stage."""
+
 _BINS = 15
 
 
@@ -63,6 +66,14 @@ def calibration_error(probabilities: Floats, labels: Labels) -> float:
     predicted = np.bincount(bins, probabilities, _BINS)
     actual = np.bincount(bins, labels.astype(float), _BINS)
     return float(np.abs(predicted - actual).sum() / max(1, counts.sum()))
+
+
+def gate_for(scores: Floats, labels: Labels, threshold: float) -> float:
+    """The score that all but GATE_LOSS of the copies reach, and at most `threshold`.
+
+    From there on a second stage, which names the product, is to decide.
+    """
+    return min(threshold, float(np.quantile(scores[labels], GATE_LOSS)))
 
 
 def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[np.int64],
