@@ -32,7 +32,6 @@ from pic_daemon.identification import (
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.onnx_session import Provider
-from pic_daemon.reading import Reading
 from pic_daemon.served_files import Loaded, ServedFiles
 
 logger = logging.getLogger("pic_daemon")
@@ -88,33 +87,11 @@ def _say_changes(index: CatalogIndex) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What came of a file that passed; `error` says why there is no identification.
+class Passed:
+    """A file that the classifier let through: the row so far, and who scored it."""
 
-    `score` is the classifier's, in [0, 1]; `index` the SHA-256 of the index asked.
-    """
-
-    reading: Reading
-    score: float
-    index: str
-    identification: Identification | None
-    error: str | None = None
-
-    def complete(self, outcome: Outcome) -> Outcome:
-        """The row of the file, from what the classifier alone has to say."""
-        outcome = replace(outcome, catalog_index=self.index)
-        if not (found := self.identification):
-            return outcome
-        return replace(
-            outcome,
-            status="match" if found.matched else "no-match",
-            catalog_item=found.item,
-            similarity=found.similarity,
-            runner_up=found.runner_up,
-            runner_up_similarity=found.runner_up_similarity,
-            joint_score=found.score,
-            joint_threshold=found.threshold,
-        )
+    outcome: Outcome
+    model: Model
 
 
 @dataclass
@@ -132,16 +109,16 @@ class Cascade:
     identifier: Identifier
     config: Config
     _run: Callable[..., None] = field(init=False)
-    _passed: dict[str, tuple[Reading, float]] = field(default_factory=dict)
+    _passed: dict[str, Passed] = field(default_factory=dict)
     _seen: dict[str, Closeup] = field(default_factory=dict)
     _seen_since: float = 0.0
     _asked: dict[str, _Asked] = field(default_factory=dict)
-    _found: list[Found] = field(default_factory=list)
+    _decided: list[Passed] = field(default_factory=list)
 
     @property
     def waiting(self) -> int:
         """How many files wait here, those with the worker processes not counted."""
-        return len(self._seen) + len(self._found)
+        return len(self._seen) + len(self._decided)
 
     def start(self, run: Callable[..., None]) -> None:
         """Note how worker processes are given a task: (task, path, *arguments)."""
@@ -159,10 +136,10 @@ class Cascade:
         own = self.config.gate_threshold
         return model.info.gate_threshold if own is None else own
 
-    def take(self, reading: Reading, score: float) -> None:
-        """Look closer at a file that passed with this score."""
-        self._passed[reading.path] = reading, score
-        self._look(reading)
+    def take(self, passed: Passed) -> None:
+        """Look closer at a file that passed."""
+        self._passed[passed.outcome.path] = passed
+        self._look(passed.outcome)
 
     def forget(self, path: str) -> None:
         """Give a file up: it changed, or a worker process came to grief over it."""
@@ -194,7 +171,7 @@ class Cascade:
         seen, self._seen = self._seen, {}
         for path in [p for p, c in seen.items() if len(c.image.pixels) != size]:
             del seen[path]  # was read for the descriptor before this one
-            self._look(self._passed[path][0])
+            self._look(self._passed[path].outcome)
         for start in range(0, len(seen), self.config.batch_size):
             part = dict(list(seen.items())[start : start + self.config.batch_size])
             found = self.identifier.candidates(list(part.values()))
@@ -207,10 +184,10 @@ class Cascade:
                 else:
                     self._decide(path, self.identifier, candidates, ())
 
-    def take_found(self) -> list[Found]:
-        """What is decided by now."""
-        found, self._found = self._found, []
-        return found
+    def take_decided(self) -> list[Passed]:
+        """What is decided by now, the rows complete."""
+        decided, self._decided = self._decided, []
+        return decided
 
     def _use(self, identifier: Identifier) -> None:
         index, before = identifier.index, self.identifier.index
@@ -230,14 +207,29 @@ class Cascade:
         )
         comparing.start()
 
-    def _look(self, reading: Reading) -> None:
+    def _look(self, file: Outcome) -> None:
         size = self.identifier.descriptor.info.input_size
-        self._run(look_closer, reading.path, reading.sha256, size, self.config.max_pixels)
+        self._run(look_closer, file.path, file.sha256, size, self.config.max_pixels)
 
     def _decide(self, path: str, identifier: Identifier, candidates: Sequence[Candidate],
                 agreements: Sequence[float]) -> None:  # fmt: skip
-        reading, score = self._passed.pop(path)
-        threshold = identifier.threshold
+        passed, threshold = self._passed.pop(path), identifier.threshold
         found = identify(candidates, agreements, threshold) if candidates else None
-        problem = None if candidates else _NO_NUMBERS
-        self._found.append(Found(reading, score, identifier.index.sha256, found, problem))
+        outcome = replace(
+            passed.outcome,
+            status="match" if found and found.matched else "no-match",
+            classified_at=time.time(),
+            error=None if found else _NO_NUMBERS,
+            catalog_index=identifier.index.sha256,
+        )
+        if found:
+            outcome = replace(
+                outcome,
+                catalog_item=found.item,
+                similarity=found.similarity,
+                runner_up=found.runner_up,
+                runner_up_similarity=found.runner_up_similarity,
+                joint_score=found.score,
+                joint_threshold=found.threshold,
+            )
+        self._decided.append(replace(passed, outcome=outcome))

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pic_daemon.cascade import Cascade
+from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
@@ -407,16 +407,18 @@ class Service:
         readings, self._batch = self._batch, []
         with self.health.timed("inference"):
             verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
+        now = time.time()
         outcomes = []
         for reading in readings:
             verdict = next(verdicts) if reading.image else None
+            outcome = self._outcome(reading, verdict, now)
             score = verdict.score if verdict and not verdict.reason else -1.0
             if self.cascade and score >= self._threshold():
-                self.cascade.take(reading, score)
+                self.cascade.take(Passed(outcome, self.model))
             else:
-                outcomes.append(self._outcome(reading, verdict))
+                outcomes.append(outcome)
         if outcomes:
-            self._record(outcomes)
+            self._record(outcomes, self.model)
 
     def _threshold(self) -> float:
         """What the model's score must reach, to match or to be looked at again."""
@@ -429,14 +431,13 @@ class Service:
         if due is not None and due <= time.monotonic():
             with self.health.timed("describe"):
                 cascade.describe()
-        if found := cascade.take_found():
-            judged = [Verdict("no-match", one.score, one.error) for one in found]
-            outcomes = map(self._outcome, [one.reading for one in found], judged)
-            self._record([f.complete(o) for f, o in zip(found, outcomes, strict=True)])
+        decided = cascade.take_decided()
+        for model in {id(one.model): one.model for one in decided}.values():
+            self._record([one.outcome for one in decided if one.model is model], model)
 
-    def _record(self, outcomes: list[Outcome]) -> None:
+    def _record(self, outcomes: list[Outcome], model: Model) -> None:
         with self.health.timed("commit"):
-            self._recorded(lambda: self.log.record(outcomes, self.model))
+            self._recorded(lambda: self.log.record(outcomes, model))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
@@ -484,7 +485,7 @@ class Service:
                 logger.info("database %s: goes on after %.0f s", self.log.path, waited)
             return result
 
-    def _outcome(self, reading: Reading, verdict: Verdict | None) -> Outcome:
+    def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
         assert reading.stamp
         image = reading.image
         status: Status = verdict.status if verdict else "failed"
@@ -494,7 +495,7 @@ class Service:
             stamp=reading.stamp,
             status="no-match" if verdict and self.cascade else status,
             seen_at=self._in_hand[reading.path].seen_at,
-            classified_at=time.time(),
+            classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
             format=image.format if image else None,
@@ -527,9 +528,7 @@ def _report(outcome: Outcome) -> None:
         logger.warning("failed path=%r reason=%r", path, outcome.error)
     else:
         level = logging.INFO if outcome.status == "match" else logging.DEBUG
-        logger.log(level, "%s path=%r score=%.6f", outcome.status, path, outcome.score)
-        if outcome.catalog_item is not None:
-            logger.log(
-                level, "nearest item=%r similarity=%.3f joint=%.3f",
-                text_of(outcome.catalog_item), outcome.similarity, outcome.joint_score,
-            )  # fmt: skip
+        item = outcome.catalog_item and text_of(outcome.catalog_item)
+        named = f" item={item!r} joint={outcome.joint_score:.3f}" if item else ""
+        message = "%s path=%r score=%.6f%s"
+        logger.log(level, message, outcome.status, path, outcome.score, named)

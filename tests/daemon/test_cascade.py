@@ -1,5 +1,6 @@
 """The second stage: the service with a descriptor and a catalog index, as a process."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -8,6 +9,9 @@ import pytest
 from conftest import DaemonProcess, write_descriptor, write_image
 from pictures import product, write_products
 from PIL import Image, ImageOps
+
+from pic_daemon.identification import CloserReading, look_closer
+from pic_daemon.reading import Reading, read_image
 
 Tool = Callable[..., CompletedProcess[str]]
 Indexed = Callable[..., Path]
@@ -199,3 +203,46 @@ def test_check_and_start_say_what_changed_in_the_catalog(
     assert "1 new ('product-00007.jpg')" in result.stdout
     daemon.start(*files)
     daemon.wait_until(lambda: "1 new ('product-00007.jpg')" in daemon.log.read_text())
+
+
+def test_single_files_are_named_too(
+    indexed: Indexed,
+    run_tool: Tool,
+    descriptor_file: Path,
+    model_file: Path,
+    tmp_path: Path,
+) -> None:
+    index = indexed(1, 2, 3)
+    for seed in (2, 900):
+        product(seed).resize((140, 140)).save(tmp_path / f"{seed}.jpg")
+    result = run_tool(
+        "pic-classify", "--model", model_file, "--describe", descriptor_file, "--index",
+        index, "--json", tmp_path / "2.jpg", tmp_path / "900.jpg",
+    )  # fmt: skip
+    known, strange = map(json.loads, result.stdout.splitlines())
+    assert (known["status"], known["catalog_item"]) == ("match", "product-00002.jpg")
+    assert strange["status"] == "no-match"
+
+
+def test_a_file_that_is_another_by_the_second_look_is_read_anew(tmp_path: Path) -> None:
+    (path,) = write_products(tmp_path, [1])
+    before = read_image(str(path), 64)
+    (seen,) = look_closer(str(path), before.sha256, 64, 10**8)
+    assert isinstance(seen, CloserReading)
+    product(2).save(path)
+    (seen,) = look_closer(str(path), before.sha256, 64, 10**8)
+    assert isinstance(seen, Reading)
+    assert seen.changed
+
+
+@pytest.mark.parametrize("gate", [-0.1, 1.5, "x"])
+def test_a_gate_outside_0_to_1_is_refused(
+    gate: object, daemon: DaemonProcess, run_tool: Tool, descriptor_file: Path
+) -> None:
+    result = run_tool(
+        "pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model,
+        "--database", daemon.database, "--describe", descriptor_file,
+        "--index", descriptor_file, "--gate-threshold", gate,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "gate" in result.stderr
