@@ -5,6 +5,7 @@ centres nearest to it. Up to EXACT vectors there is one list, so that every vect
 compared.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -106,5 +107,7 @@ def _trained(vectors: Vectors, lists: int) -> Any:
     else:
         draw = np.random.default_rng(0)
         chosen = draw.choice(len(vectors), min(len(vectors), _TO_TRAIN * lists), False)
+        faiss.omp_set_num_threads(os.cpu_count())
         made.train(vectors[chosen])
+        faiss.omp_set_num_threads(1)
     return made
