@@ -107,7 +107,7 @@ def _trained(vectors: Vectors, lists: int) -> Any:
     else:
         draw = np.random.default_rng(0)
         chosen = draw.choice(len(vectors), min(len(vectors), _TO_TRAIN * lists), False)
-        faiss.omp_set_num_threads(os.cpu_count())
+        faiss.omp_set_num_threads(os.cpu_count() or 1)
         made.train(vectors[chosen])
         faiss.omp_set_num_threads(1)
     return made
