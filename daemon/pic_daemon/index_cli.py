@@ -93,7 +93,7 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
             raise InputError(f"{folder} does not exist or is no folder.")
     if not os.path.isdir(output.absolute().parent):
         raise InputError(f"cannot write {output}: its folder does not exist.")
-    made = _earlier(output, catalog, descriptor)
+    made = open_or_empty(output, catalog, descriptor)
     with workers() as pool:
         with _progress("items") as show:
             done = update(made, descriptor, pool, show)
@@ -106,8 +106,11 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     _report(made, done, measured)
 
 
-def _earlier(output: Path, catalog: Path, descriptor: Descriptor) -> CatalogIndex:
-    """The index to be brought up to date, or an empty one where there is none of these."""
+def open_or_empty(output: Path, catalog: Path, descriptor: Descriptor) -> CatalogIndex:
+    """The index to be brought up to date, or an empty one where there is none of these.
+
+    Raises InputError where the file is there and bad.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     default = Promise(DEFAULT_THRESHOLD, "default: no decoys were given", now, 0)
     about = About(

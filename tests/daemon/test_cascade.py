@@ -1,7 +1,8 @@
 """The second stage: the service with a descriptor and a catalog index, as a process."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -10,25 +11,33 @@ from conftest import DaemonProcess, write_descriptor, write_image
 from pictures import product, write_products
 from PIL import Image, ImageOps
 
+from pic_daemon.descriptor import load_descriptor
 from pic_daemon.identification import CloserReading, look_closer
+from pic_daemon.index_cli import open_or_empty
+from pic_daemon.indexing import update, workers
 from pic_daemon.reading import Reading, read_image
 
 Tool = Callable[..., CompletedProcess[str]]
 Indexed = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with workers() as pool:
+        yield pool
+
+
 @pytest.fixture
-def indexed(run_tool: Tool, tmp_path: Path, descriptor_file: Path) -> Indexed:
+def indexed(tmp_path: Path, descriptor_file: Path, pool: ProcessPoolExecutor) -> Indexed:
     """Make or update the index of the products with these seeds."""
 
     def run(*seeds: int, descriptor: Path = descriptor_file) -> Path:
         write_products(tmp_path / "catalog", seeds)
-        result = run_tool(
-            "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor,
-            "--output", tmp_path / "catalog.index",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return tmp_path / "catalog.index"
+        loaded, output = load_descriptor(descriptor, "cpu"), tmp_path / "catalog.index"
+        index = open_or_empty(output, tmp_path / "catalog", loaded)
+        update(index, loaded, pool, lambda _: None)
+        index.save()
+        return output
 
     return run
 
