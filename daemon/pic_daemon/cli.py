@@ -1,21 +1,19 @@
-"""The commands of the host that serves: pic-daemon, pic-classify, pic-matches."""
+"""The commands of the host that serves: pic-daemon and pic-classify."""
 
-import csv
 import json
 import logging
 import os
-import re
 import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.errors import InputError
@@ -25,7 +23,7 @@ from pic_daemon.images import MAX_PIXELS
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
-from pic_daemon.match_queries import MATCH_COLUMNS, read_matches, read_status
+from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading, read_image
 from pic_daemon.schema import check as check_log
@@ -36,13 +34,6 @@ _SILENT_S = 120.0  # four heartbeats
 _OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
 _PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
-_SPANS = {
-    "s": timedelta(seconds=1),
-    "m": timedelta(minutes=1),
-    "h": timedelta(hours=1),
-    "d": timedelta(days=1),
-    "w": timedelta(weeks=1),
-}
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
 
 
@@ -269,17 +260,38 @@ def _check_watches(settings: Config) -> None:
 @click.option("--index", type=_PATH, help="Catalog index made by pic-index.")
 @click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE...")
+@click.option(
+    "--recursive",
+    type=_PATH,
+    metavar="DIR",
+    help="All images below DIR, into --database; stopped, it can go on.",
+)
+@click.option("--database", type=_PATH, help="The match log for --recursive.")
+@click.argument("images", nargs=-1, type=_PATH, metavar="IMAGE...")
 def classify(model: Path, describe: Path | None, index: Path | None, provider: Any,
-             as_json: bool, images: tuple[Path, ...]) -> None:  # fmt: skip
+             as_json: bool, recursive: Path | None, database: Path | None,
+             images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
     Example: pic-classify --model model.onnx --json photo.jpg
+
+    Example: pic-classify --model model.onnx --recursive archive --database archive.db
     """
+    if bool(recursive) != bool(database) or bool(recursive) == bool(images):
+        raise click.UsageError("Name images, or --recursive DIR with --database FILE.")
     loaded = load_model(model, provider)
     if bool(describe) != bool(index):
         raise InputError("descriptor and index go together: give --describe and --index.")
     identifier = load_identifier(describe, index, provider) if describe and index else None
+    if recursive and database:
+        log = _opened(database)
+        try:
+            counts = classify_folder(recursive, loaded, log, identifier)
+        finally:
+            log.close()
+        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
+        return
     failures = 0
     for start in range(0, len(images), _BATCH):
         for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
@@ -290,7 +302,7 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
                 score = "" if row["score"] is None else f"{row['score']:.6f}"
                 tail = f"  ({row['error']})" if row["error"] else ""
                 if item := row.get("catalog_item"):
-                    tail += f"  {_one_line(item)} ({row['joint_score']:.3f})"
+                    tail += f"  {item!r} ({row['joint_score']:.3f})"
                 click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
@@ -340,58 +352,3 @@ def _second_look(
         "joint_score": found.score,
         "joint_threshold": found.threshold,
     }
-
-
-def _one_line(path: str) -> str:
-    """A name with line breaks or control characters must not break the table."""
-    return path if path.isprintable() else path.encode("unicode_escape").decode()
-
-
-def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        if span := re.fullmatch(r"(\d+)([smhdw])", text):
-            return datetime.now(UTC) - int(span[1]) * _SPANS[span[2]]
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
-
-
-@click.command()
-@click.version_option(package_name="product-image-classifier")
-@click.option("--database", required=True, type=_PATH, help="The match log.")
-@click.option(
-    "--since",
-    callback=_moment,
-    metavar="TIME",
-    help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
-)
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0)
-@click.option("--limit", type=click.IntRange(1, 2**31), default=50, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--csv", "as_csv", is_flag=True, help="CSV with a header line.")
-def matches(database: Path, since: datetime | None, min_score: float, limit: int,
-            as_json: bool, as_csv: bool) -> None:  # fmt: skip
-    """Print recorded matches, newest first; works while the daemon writes.
-
-    Example: pic-matches --database log.db --since 1d --min-score 0.9
-    """
-    if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other.")
-    rows = read_matches(database, since, min_score, limit)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=MATCH_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    else:
-        for row in rows:
-            click.echo(
-                f"{row['classified_at']}  {row['score']:.6f}  {_one_line(row['path'])}"
-            )
-        if not rows:
-            click.echo("no matches", err=True)

@@ -77,12 +77,18 @@ class _InHand:
 
 @dataclass
 class Service:
-    """The running service: `run` returns after a Stop message."""
+    """The running service: `run` returns after a Stop message.
+
+    With `until_done` it also returns once every file of its folders has been dealt
+    with. `passed` is called with the number of files that were, as they are.
+    """
 
     config: Config
     model: Model
     log: MatchLog
     cascade: Cascade | None = None
+    until_done: bool = False
+    passed: Callable[[int], None] = lambda _: None
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _settling: SettleTracker = field(init=False)
@@ -118,6 +124,11 @@ class Service:
         self._stop_asked.set()
         self.inbox.put(Stop())
 
+    @property
+    def stop_asked(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_asked.is_set()
+
     def reload(self) -> None:
         """Ask the loop to load the model file anew; as safe as `stop`."""
         self.inbox.put(Reload())
@@ -125,6 +136,7 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self._recorded(lambda: self.log.use_model(self.model))
+        self._recorded(lambda: self.log.watch([f.path for f in self.config.folders]))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)
@@ -146,6 +158,9 @@ class Service:
             while self._busy() or not self._stopping:
                 with self.health.timed("choose"):
                     more = not self._stopping and self._choose(decoders)
+                waiting = more or self._in_hand or len(self._settling)
+                if self.until_done and not waiting:
+                    break
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
@@ -236,7 +251,10 @@ class Service:
         return {**waiting, "catalog_index": index, "gate_threshold": self._threshold()}
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
-        if path in self._in_hand or self.log.knows(path, stamp):
+        if path in self._in_hand:
+            return
+        if self.log.knows(path, stamp):
+            self.passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9
         still = age >= self.config.settle_seconds
@@ -378,6 +396,7 @@ class Service:
         self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
 
     def _let_go(self, path: str) -> None:
+        self.passed(1)
         if self._in_hand.pop(path).hinted_again:
             self._follow(path, complete=True)
 

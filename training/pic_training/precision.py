@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -101,21 +102,22 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     no longer those that it was trained with.
     """
     model = load_model(path, "cpu")
-    sources = gather(
-        Path(config.catalog),
-        Path(config.others),
-        Path(config.others_val) if config.others_val else None,
-        folder / "sources.rgb",
-        max(256, 2 * ARCHITECTURES[config.arch].size),
-    )
-    if read_json(folder / "digest.json")["sources"] != sources.digest:
-        raise InputError(
-            f"the pictures of {folder} changed since: another precision needs them to "
-            "measure what it costs."
+    with TemporaryDirectory() as cache:
+        sources = gather(
+            Path(config.catalog),
+            Path(config.others),
+            Path(config.others_val) if config.others_val else None,
+            Path(cache) / "sources.rgb",
+            max(256, 2 * ARCHITECTURES[config.arch].size),
         )
-    samples = samples_of(config, sources, "val")
-    batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
-    after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
+        if read_json(folder / "digest.json")["sources"] != sources.digest:
+            raise InputError(
+                f"the pictures of {folder} changed since: another precision needs them "
+                "to measure what it costs."
+            )
+        samples = samples_of(config, sources, "val")
+        batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
+        after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
     with np.load(folder / "validation.npz") as stored:
         before = sigmoid(stored["scores"].astype(np.float64) / model.info.temperature)
         labels = stored["labels"] > 0.5

@@ -20,7 +20,8 @@ class RunConfig:
     """Everything that decides the result of a run; stored as config.json.
 
     `head_start` samples fit the head alone first; then the last `stages` stages of
-    the trunk are trained with it. `processes` share every batch.
+    the trunk are trained with it. `processes` share every batch. `corrections`: the
+    match log whose corrected pictures take part, as corrections.json names them.
     """
 
     catalog: str
@@ -41,6 +42,7 @@ class RunConfig:
     precision: str
     target_fpr: float
     processes: int = 1
+    corrections: str | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
