@@ -58,6 +58,7 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
         "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
         "catalog_item": None, "similarity": None, "runner_up": None,
         "runner_up_similarity": None, "catalog_index": None,
+        "joint_score": None, "joint_threshold": None,
     }  # fmt: skip
     (used,) = query(log, "SELECT * FROM models")
     assert used["sha256"] == model.sha256
@@ -69,7 +70,7 @@ def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
     (row,) = query(log, "SELECT * FROM matches")
     assert list(row) == [
         "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
-        "similarity", "runner_up", "runner_up_similarity",
+        "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
     ]  # fmt: skip
 
 
