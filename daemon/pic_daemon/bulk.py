@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from pic_daemon.cascade import Cascade, Identifier
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
@@ -17,7 +18,9 @@ from pic_daemon.model import Model
 from pic_daemon.service import Service
 
 
-def classify_folder(folder: Path, model: Model, log: MatchLog) -> Counter[str]:
+def classify_folder(
+    folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None
+) -> Counter[str]:
     """Record every image below `folder` that the log does not hold yet.
 
     Returns how many got which status. Ctrl-C or SIGTERM finishes what is in hand and
@@ -31,7 +34,8 @@ def classify_folder(folder: Path, model: Model, log: MatchLog) -> Counter[str]:
     config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
     total = sum(1 for _ in place.scan())
     with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
-        service = Service(config, model, log, until_done=True, passed=bar.update)
+        cascade = Cascade(identifier, config) if identifier else None
+        service = Service(config, model, log, cascade, until_done=True, passed=bar.update)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
         try:

@@ -162,6 +162,22 @@ def add_indexes_for_the_page(db: Database) -> None:
     )
 
 
+@migrations()
+def add_joint_score(db: Database) -> None:
+    """What decided between match and no-match where an index was asked, in [0, 1]."""
+    db.execute("ALTER TABLE images ADD COLUMN joint_score REAL")
+    db.execute("ALTER TABLE images ADD COLUMN joint_threshold REAL")
+    db.execute("DROP VIEW matches")
+    db.execute(
+        """
+        CREATE VIEW matches AS
+        SELECT path, score, threshold, model, classified_at, sha256, catalog_item,
+               similarity, runner_up, runner_up_similarity, joint_score, joint_threshold
+        FROM images WHERE status = 'match'
+        """
+    )
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 

@@ -80,6 +80,7 @@ def export_run(
         training_run=folder.resolve().name,
         created_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         versions=json.dumps(report["versions"], sort_keys=True),
+        gate_threshold=report.get("gate_threshold", 0.0),  # reports of earlier versions
     )
     served = _Served(network, info.temperature).eval()
     temporary = output.with_name(f".{output.name}.tmp")

@@ -9,11 +9,11 @@ import numpy as np
 from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
+from pic_daemon.promise import check_support
 from pic_training.networks import ARCHITECTURES
 from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
-from pic_training.threshold import check_support
 
 
 def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:

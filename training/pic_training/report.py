@@ -11,13 +11,14 @@ import matplotlib
 import numpy as np
 import torch
 
+from pic_daemon.promise import threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
 from pic_training.threshold import (
     calibration_error,
     confusion,
     fit_temperature,
+    gate_for,
     sigmoid,
-    threshold_for,
 )
 from pic_training.training import RunResult
 
@@ -50,6 +51,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
             f"lowest with a false positive rate of at most {target_fpr:g} on "
             f"{decoys} calibration decoys"
         ),
+        "gate_threshold": gate_for(scores[~test], labels[~test], threshold),
         "target_fpr": target_fpr,
         "temperature": temperature,
         "calibration_error": {
