@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def main(
             for n in draw.choice(len(catalog), min(per_edit, len(catalog)), replace=False)
         ]
 
-    calibration = measure(drawn(train, max(1, per_decoy // 3), per_edit // 2), catalog)
+    calibration = measure(drawn(train, max(1, per_decoy // 4), per_edit // 2), catalog)
     test = measure(drawn(val, per_decoy, per_edit), catalog)
     weights_now = confirmation.WEIGHTS
     if fit:
@@ -175,8 +176,7 @@ def measure(
     samples: list[Sample], catalog: list[Path], parts: dict[str, Any] | None = None
 ) -> Measured:
     context = multiprocessing.get_context("fork")
-    with context.Pool(os.cpu_count()) as pool:
-        made = pool.map(_item, catalog, 20)
+    made = _catalog(tuple(catalog))
     with context.Pool(os.cpu_count(), _begin, (made, parts or {})) as pool:
         rows = pool.map(_row, samples, 32)
     names = [peer.name for peer in PEERS]
@@ -189,6 +189,12 @@ def measure(
         np.array([r[2] for r in rows]),
         np.array([r[3] for r in rows]),
     )
+
+
+@cache
+def _catalog(pictures: tuple[Path, ...]) -> list[tuple[bytes, list[Any]]]:
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(_item, pictures, 20)
 
 
 def _item(path: Path) -> tuple[bytes, list[Any]]:
