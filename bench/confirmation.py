@@ -25,7 +25,6 @@ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[name] = "1"  # one core per worker, so that times are per core
 
 import click  # noqa: E402
-import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -203,7 +202,6 @@ def _item(path: Path) -> tuple[bytes, list[Any]]:
 
 
 def _begin(made: list[tuple[bytes, list[Any]]], parts: dict[str, Any]) -> None:
-    cv2.setNumThreads(1)
     _items[:] = [Landmarks.from_bytes(data) for data, _ in made]
     _hashes[:] = [hashes for _, hashes in made]
     global _full
