@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+import httpx
 from conftest import BIN, write_model
 from demo import altered
 from pictures import product, write_products
@@ -83,6 +84,23 @@ class Shop:
             status, moment - took, moment, **more,  # type: ignore[arg-type]
         )  # fmt: skip
         self.log.record([outcome], self.model)
+
+
+@dataclass
+class Site:
+    """A served log: `row` gives the id of a dropped file."""
+
+    shop: Shop
+    url: str
+
+    def row(self, name: str) -> int:
+        rows = self.shop.log._db.execute(
+            "SELECT id FROM images WHERE path = ?", [str(self.shop.drop / name)]
+        )
+        return int(next(rows)[0])
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path)
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import csv
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,3 +171,15 @@ def test_matches_without_a_commands_name_are_the_list(
     assert "Commands:\n  list" in run_tool("pic-matches", "--help").stdout
     assert run_tool("pic-matches", "--version").returncode == 0
     assert "Missing option '--database'" in run_tool("pic-matches").stderr
+
+
+def test_without_the_web_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name: None if name == 'datasette' else find(name)\n"
+        "from pic_daemon.matches_cli import matches; matches()"
+    )
+    command = [sys.executable, "-c", code, "serve", "--database", str(tmp_path / "log.db")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "product-image-classifier[web]" in result.stderr

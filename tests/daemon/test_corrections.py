@@ -1,6 +1,7 @@
 import sqlite3
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_a_picture_corrected_twice_takes_the_latest_and_keeps_both(shop: Shop) -
     correct(shop.database, 1, "not-ours", "Grace")
     (latest,) = read_corrections(shop.database)
     assert (latest.path, latest.label, latest.who) == (path, "not-ours", "Grace")
+    assert latest.sha256 == sha256(Path(path).read_bytes()).hexdigest()
     said = history(shop.log._db.conn, path, latest.sha256)
     assert [(c.label, c.who) for c in said] == [("not-ours", "Grace"), ("ours", "Ada")]
     assert said[1].at <= said[0].at

@@ -1,28 +1,9 @@
 """One log with its pages, served once for all tests that only look."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import httpx
 import pytest
-from shop import DAY_S, Shop, serving
-
-
-@dataclass
-class Site:
-    """A served log: `row` gives the id of a dropped file."""
-
-    shop: Shop
-    url: str
-
-    def row(self, name: str) -> int:
-        rows = self.shop.log._db.execute(
-            "SELECT id FROM images WHERE path = ?", [str(self.shop.drop / name)]
-        )
-        return int(next(rows)[0])
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path)
+from shop import DAY_S, Shop, Site, serving
 
 
 @pytest.fixture(scope="session")

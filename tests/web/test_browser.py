@@ -1,12 +1,13 @@
 """The pages in a real Chromium: what people see, with mouse, keyboard and phone."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from browser import chromium, executable
 from playwright.sync_api import Browser, Page, expect
-from shop import Shop, serving
+from shop import Shop, Site, serving
 
 from pic_daemon.corrections import read_corrections
 
@@ -41,7 +42,7 @@ def drawn(page: Page) -> list[bool]:
     )
 
 
-def test_a_match_is_seen_beside_its_catalog_picture(site, page: Page) -> None:
+def test_a_match_is_seen_beside_its_catalog_picture(site: Site, page: Page) -> None:
     page.goto(site.url + "/", wait_until="networkidle")
     expect(page).to_have_title("Matches · Match log")
     assert drawn(page) == [True] * 4
@@ -54,7 +55,7 @@ def test_a_match_is_seen_beside_its_catalog_picture(site, page: Page) -> None:
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
 
 
-def test_filters_are_used_and_cleared(site, page: Page) -> None:
+def test_filters_are_used_and_cleared(site: Site, page: Page) -> None:
     page.goto(site.url + "/matches")
     page.get_by_label("Lowest score").fill("0.9")
     page.get_by_role("button", name="Filter").click()
@@ -72,7 +73,7 @@ def test_filters_are_used_and_cleared(site, page: Page) -> None:
     expect(page.get_by_role("article")).to_have_count(1)
 
 
-def test_a_day_of_the_dashboard_leads_to_its_matches(site, page: Page) -> None:
+def test_a_day_of_the_dashboard_leads_to_its_matches(site: Site, page: Page) -> None:
     page.goto(site.url + "/dashboard")
     row = page.get_by_role("row").filter(has_text="40").last
     row.get_by_role("link").click()
@@ -118,7 +119,7 @@ def test_one_logs_in_corrects_and_logs_out(page: Page, tmp_path: Path) -> None:
         page.get_by_role("button", name="Log in").click()
         page.get_by_role("button", name="Ours", exact=True).click()
         expect(page.get_by_text("Ada, 20")).to_be_visible()
-        page.get_by_role("link", name="a.jpg").click()
+        page.get_by_role("link", name="a.jpg", exact=True).click()
         expect(page.get_by_role("listitem").filter(has_text="Ours: Ada")).to_be_visible()
         page.get_by_role("button", name="Log out").click()
         expect(page.get_by_role("heading", name="Log in")).to_be_visible()
@@ -127,7 +128,9 @@ def test_one_logs_in_corrects_and_logs_out(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES)
 @pytest.mark.parametrize("width", [320, 375, 1100])
-def test_no_page_is_wider_than_the_screen(site, page: Page, path: str, width: int) -> None:
+def test_no_page_is_wider_than_the_screen(
+    site: Site, page: Page, path: str, width: int
+) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     page.goto(site.url + path)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -138,7 +141,7 @@ def test_no_page_is_wider_than_the_screen(site, page: Page, path: str, width: in
         assert all(height >= 40 for height in heights)
 
 
-def test_on_a_phone_the_filters_fold_away(site, page: Page) -> None:
+def test_on_a_phone_the_filters_fold_away(site: Site, page: Page) -> None:
     page.set_viewport_size({"width": 375, "height": 700})
     page.goto(site.url + "/matches")
     expect(page.get_by_label("Lowest score")).to_be_hidden()
@@ -149,7 +152,7 @@ def test_on_a_phone_the_filters_fold_away(site, page: Page) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_a_screen_reader_finds_its_way(site, page: Page, path: str) -> None:
+def test_a_screen_reader_finds_its_way(site: Site, page: Page, path: str) -> None:
     page.goto(site.url + path)
     for landmark in ("banner", "main", "contentinfo"):
         expect(page.get_by_role(landmark)).to_have_count(1)
@@ -157,16 +160,15 @@ def test_a_screen_reader_finds_its_way(site, page: Page, path: str) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_count(1)
     assert page.locator("html").get_attribute("lang") == "en"
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll("input:not([type=hidden]), select, img, a, button")]
+        """() => [...document.querySelectorAll("input, select, img, a, button")]
+            .filter(one => one.type !== "hidden")
             .filter(one => !(one.labels?.length || one.alt || one.innerText?.trim()
                              || one.getAttribute("aria-label")))
             .map(one => one.outerHTML)"""
     )
     assert nameless == []
     levels = page.locator("h1, h2, h3").evaluate_all("all => all.map(h => +h.tagName[1])")
-    assert all(
-        after - before <= 1 for before, after in zip(levels, levels[1:], strict=False)
-    )
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     if not path.startswith("/record"):
         here = page.get_by_role("navigation", name="Pages").locator("[aria-current=page]")
         expect(here).to_have_count(1)
@@ -175,7 +177,7 @@ def test_a_screen_reader_finds_its_way(site, page: Page, path: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", PAGES)
 def test_text_stands_out_from_its_ground(
-    site, browser: Browser, path: str, scheme: str
+    site: Site, browser: Browser, path: str, scheme: str
 ) -> None:
     page = browser.new_page(color_scheme=scheme)
     page.goto(site.url + path)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from conftest import DaemonProcess, write_image
 from PIL import Image
-from shop import Shop, serving
+from shop import Shop, Site, serving
 
 from pic_daemon.corrections import read_corrections
 from pic_daemon.web.server import prepare
@@ -29,7 +29,7 @@ def names(page: httpx.Response) -> list[str]:
     ]
 
 
-def test_matches_come_newest_first_with_their_pictures_and_figures(site) -> None:
+def test_matches_come_newest_first_with_their_pictures_and_figures(site: Site) -> None:
     page = site.get("/matches")
     assert names(page)[:3] == ["a & <b>.jpg", "tea.jpg", "00.jpg"]
     assert len(names(page)) == 30
@@ -43,7 +43,7 @@ def test_matches_come_newest_first_with_their_pictures_and_figures(site) -> None
     assert "<b>" not in page.text
 
 
-def test_filters_narrow_the_list_and_say_what_they_do_not_understand(site) -> None:
+def test_filters_narrow_the_list_and_say_what_they_do_not_understand(site: Site) -> None:
     today = str(site.shop.drop / "today")
     for query, wanted in (
         (f"folder={today}", ["a & <b>.jpg", "tea.jpg"]),
@@ -60,7 +60,7 @@ def test_filters_narrow_the_list_and_say_what_they_do_not_understand(site) -> No
     assert "lowest score: &#39;much&#39; is no number from 0 to 1" in refused.text
 
 
-def test_older_and_newer_lead_through_all_matches_and_back(site) -> None:
+def test_older_and_newer_lead_through_all_matches_and_back(site: Site) -> None:
     first = site.get("/matches")
     older = unescape(re.findall(r'href="(\S+)" rel="next"', first.text)[0])
     second = site.get(older)
@@ -70,13 +70,13 @@ def test_older_and_newer_lead_through_all_matches_and_back(site) -> None:
     assert 'rel="next"' not in second.text
 
 
-def test_failures_have_a_page_with_their_reasons(site) -> None:
+def test_failures_have_a_page_with_their_reasons(site: Site) -> None:
     page = site.get("/failures")
     assert names(page) == ["broken.jpg"]
     assert "the file is empty" in page.text
 
 
-def test_the_dashboard_counts_by_day_and_says_how_the_service_does(site) -> None:
+def test_the_dashboard_counts_by_day_and_says_how_the_service_does(site: Site) -> None:
     text = re.sub(r"<[^>]+>|\s+", " ", site.get("/dashboard").text)
     assert re.search(r"Waiting +7 +the oldest for 2 s", text)
     assert "running" in text
@@ -84,7 +84,7 @@ def test_the_dashboard_counts_by_day_and_says_how_the_service_does(site) -> None
     assert sum(map(int, re.findall(r"\d{4}-\d\d-\d\d +(\d+) +\d+", text))) == 42
 
 
-def test_a_record_and_a_list_are_given_as_json_and_csv(site) -> None:
+def test_a_record_and_a_list_are_given_as_json_and_csv(site: Site) -> None:
     number = site.row("today/tea.jpg")
     page = site.get(f"/record/{number}").text
     as_json, as_csv = (unescape(link) for link in re.findall(r'href="(/log/\S+)"', page))
@@ -102,10 +102,11 @@ def test_a_record_and_a_list_are_given_as_json_and_csv(site) -> None:
         Path(row["path"]).name for row in csv.DictReader(io.StringIO(site.get(as_csv).text))
     ]
     assert listed == ["a & <b>.jpg", "tea.jpg"]
+    assert site.get(as_csv).headers["content-disposition"].startswith("attachment")
     assert [Path(row["path"]).name for row in site.get(as_json).json()["rows"]] == listed
 
 
-def test_pictures_are_small_jpegs_of_what_was_recorded(site) -> None:
+def test_pictures_are_small_jpegs_of_what_was_recorded(site: Site) -> None:
     number = site.row("today/tea.jpg")
     for of in ("dropped", "catalog"):
         reply = site.get(f"/picture/{number}/{of}/small")
@@ -124,12 +125,12 @@ def test_pictures_are_small_jpegs_of_what_was_recorded(site) -> None:
      "/pic-static/..%2fqueries.py", "/pic-static/../queries.py", "/record/0",
      "/record/99999999999999999999", "/matches/1", "/nothing"],
 )  # fmt: skip
-def test_what_is_no_record_is_not_found(site, path: str) -> None:
+def test_what_is_no_record_is_not_found(site: Site, path: str) -> None:
     reply = httpx.get(site.url + path, follow_redirects=True)
     assert reply.status_code == 404
 
 
-def test_pages_take_no_script_and_nothing_from_elsewhere(site) -> None:
+def test_pages_take_no_script_and_nothing_from_elsewhere(site: Site) -> None:
     for path in ("/matches", "/failures", "/dashboard", "/record/1", "/record/0"):
         reply = site.get(path)
         policy = reply.headers["content-security-policy"]
@@ -138,7 +139,7 @@ def test_pages_take_no_script_and_nothing_from_elsewhere(site) -> None:
         assert not re.search(r"<script|\son\w+=|\sstyle=|https?://", reply.text)
 
 
-def test_datasettes_own_pages_cannot_write(site) -> None:
+def test_datasettes_own_pages_cannot_write(site: Site) -> None:
     for sql in ("delete from images", "pragma journal_mode=delete", "attach 'x' as y"):
         assert site.get(f"/log.json?sql={sql}").status_code == 400
     assert httpx.get(site.url + "/log.db").status_code in (403, 404)

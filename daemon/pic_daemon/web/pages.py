@@ -136,7 +136,7 @@ async def _list(
             "older": found["older"] and own + urlencode({**query, "after": found["older"]}),
             "top": own + urlencode(query),
             "paged": cursor is not None,
-            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1",
+            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1&_dl=1",
             "json": f"/{LOG}/images.json?{filters.for_datasette()}&_shape=objects",
         }
     return await _html(datasette, request, f"{page}.html", context, status)

@@ -152,7 +152,7 @@ def statement(
     A folder with few rows is found by path and sorted instead.
     """
     by_path = bool(filters.folder) and not filters.product and _is_small(db, filters.folder)
-    conditions, values = _conditions(filters, by_path)
+    conditions, values = _conditions(filters)
     forwards = cursor is not None and cursor.newer
     if cursor:
         conditions.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
@@ -169,7 +169,7 @@ def statement(
     return " UNION ALL ".join(parts) + order, [*values * len(parts), limit]
 
 
-def _conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
+def _conditions(filters: Filters) -> tuple[list[str], list[Any]]:
     found: list[tuple[str, Any]] = []
     if filters.since:
         found.append(("classified_at >= ?", iso_time(filters.since.timestamp())))
@@ -183,8 +183,7 @@ def _conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
         found.append(("catalog_item = ?", filters.product))
     if filters.folder:
         first, behind = _range(filters.folder)
-        column = "path" if by_path else "+path"
-        found += [(f"{column} >= ?", first), (f"{column} < ?", behind)]
+        found += [("path >= ?", first), ("path < ?", behind)]
     return [condition for condition, _ in found], [value for _, value in found]
 
 
