@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[name] = "1"  # one core per worker, so that times are per core
 
 import click  # noqa: E402
-import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -126,7 +126,7 @@ def main(
             for n in draw.choice(len(catalog), min(per_edit, len(catalog)), replace=False)
         ]
 
-    calibration = measure(drawn(train, max(1, per_decoy // 3), per_edit // 2), catalog)
+    calibration = measure(drawn(train, max(1, per_decoy // 4), per_edit // 2), catalog)
     test = measure(drawn(val, per_decoy, per_edit), catalog)
     weights_now = confirmation.WEIGHTS
     if fit:
@@ -175,8 +175,7 @@ def measure(
     samples: list[Sample], catalog: list[Path], parts: dict[str, Any] | None = None
 ) -> Measured:
     context = multiprocessing.get_context("fork")
-    with context.Pool(os.cpu_count()) as pool:
-        made = pool.map(_item, catalog, 20)
+    made = _catalog(tuple(catalog))
     with context.Pool(os.cpu_count(), _begin, (made, parts or {})) as pool:
         rows = pool.map(_row, samples, 32)
     names = [peer.name for peer in PEERS]
@@ -191,13 +190,18 @@ def measure(
     )
 
 
+@cache
+def _catalog(pictures: tuple[Path, ...]) -> list[tuple[bytes, list[Any]]]:
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(_item, pictures, 20)
+
+
 def _item(path: Path) -> tuple[bytes, list[Any]]:
     image = open_rgb(path.read_bytes(), 256)[0]
     return landmarks(image).to_bytes(), [peer.hash(image) for peer in PEERS]
 
 
 def _begin(made: list[tuple[bytes, list[Any]]], parts: dict[str, Any]) -> None:
-    cv2.setNumThreads(1)
     _items[:] = [Landmarks.from_bytes(data) for data, _ in made]
     _hashes[:] = [hashes for _, hashes in made]
     global _full
