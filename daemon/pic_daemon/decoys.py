@@ -6,6 +6,7 @@ the decoys; the rate that is reported comes from the other half. What the classi
 keeps out before is not counted: with it the rate can only be lower.
 """
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +30,7 @@ from pic_daemon.identification import (
 )
 from pic_daemon.images import ImageError, open_rgb
 from pic_daemon.indexing import slices
-from pic_daemon.promise import check_support, rate, threshold_for
+from pic_daemon.promise import Floats, check_support, rate, threshold_for
 
 VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"
 _COUNT = 3
@@ -105,7 +106,7 @@ def _check(pictures: int, target: float, folder: Path) -> None:
 
 
 def _promise(
-    scores: "np.ndarray[tuple[int], np.dtype[np.float64]]",
+    scores: Floats,
     pictures: Sequence[str],
     target: float,
     catalog_size: int,
@@ -126,8 +127,6 @@ def _promise(
 
 def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
     """The content's hash and a decoy's versions, or why it is left out."""
-    import hashlib
-
     try:
         data = Path(path).read_bytes()
         picture, _ = open_rgb(data, side_for(size))
