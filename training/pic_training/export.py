@@ -148,6 +148,7 @@ def _descriptor(
 
 
 def _common(folder: Path, config: RunConfig, report: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "architecture": config.arch,
         "input_size": config.architecture.size,
@@ -156,9 +157,7 @@ def _common(folder: Path, config: RunConfig, report: dict[str, Any]) -> dict[str
         "catalog_digest": report["catalog_digest"],
         "catalog_size": report["catalog_size"],
         "training_run": folder.resolve().name,
-        "created_at": datetime.now(UTC)
-        .isoformat(timespec="seconds")
-        .replace("+00:00", "Z"),
+        "created_at": now.replace("+00:00", "Z"),
         "versions": json.dumps(report["versions"], sort_keys=True),
     }
 
