@@ -130,7 +130,7 @@ def test_a_frozen_trunk_is_asked_once_and_stays_as_it_was(
         for key, value in state.items()
         if not key.startswith("fc.")
     )
-    assert after["head.weight"].shape == (8, 2048)
+    assert after["head.weight"].shape == (8, 3584)
     exported = run_tool("pic-export", tmp_path / "run", "--output", tmp_path / "d.onnx")
     assert exported.returncode == 0, exported.stderr
 

@@ -149,6 +149,35 @@ def resnet50_trunk(weights: str = "imagenet") -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
+class Levels(nn.Module):
+    """A ResNet's last three stages, each averaged over the picture and of length one.
+
+    The earlier stages keep what tells a copy from a look-alike of its kind, the last what
+    survives a crop; side by side they are better than each
+    (bench/results/descriptor.md).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name, part in network.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, part)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised images (N, 3, H, W) -> float (N, 512 + 1024 + 2048)."""
+        levels = []
+        for name, part in self.named_children():
+            pixels = part(pixels)
+            if name in ("layer2", "layer3", "layer4"):
+                levels.append(normalize(pixels.float().mean((2, 3)), dim=1))
+        return torch.cat(levels, dim=1)
+
+
+def resnet50_levels(weights: str = "imagenet") -> nn.Module:
+    """The trunk of `resnet50_trunk` for describing."""
+    return Levels(resnet50_trunk(weights))
+
+
 ARCHITECTURES = {
     "cnn": Architecture(
         cnn_trunk,
@@ -178,7 +207,13 @@ ARCHITECTURES = {
 DESCRIBERS = {
     "cnn": replace(ARCHITECTURES["cnn"], lr=0.001, momentum=0.9, batch_size=256),
     "resnet50": replace(
-        ARCHITECTURES["resnet50"], size=160, lr=0.001, momentum=0.9, batch_size=128
+        ARCHITECTURES["resnet50"],
+        trunk=resnet50_levels,
+        features=3584,
+        size=160,
+        lr=0.001,
+        momentum=0.9,
+        batch_size=128,
     ),
 }
 """The same networks with what suits describing: `lr` and `momentum` are Adam's
