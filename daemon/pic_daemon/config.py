@@ -22,6 +22,9 @@ class Config:
     stood still this long. `rescan_seconds`: how often the folders are compared with
     the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
     that reading one file may take. `metrics`: host:port where Prometheus may ask, or ''.
+    `describe` and `index`: descriptor and catalog index, both or neither.
+    `gate_threshold`: the score, in [0, 1], from which on these two decide, None for what
+    the model's file says.
     `failed_folder`: where files that failed are moved, None to leave them.
     """
 
@@ -37,6 +40,9 @@ class Config:
     decode_seconds: float = 30.0
     metrics: str = ""
     failed_folder: Path | None = None
+    describe: Path | None = None
+    index: Path | None = None
+    gate_threshold: float | None = None
 
     @property
     def readers(self) -> int:
@@ -46,6 +52,7 @@ class Config:
 
 _KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
 _FOLDER_KEYS = {"path", "recursive", "include", "exclude", "mode", "poll_seconds"}
+_PATHS = ("model", "database", "failed_folder", "describe", "index")
 _MINIMUM: dict[str, float] = {
     "batch_size": 1,
     "workers": 0,
@@ -53,6 +60,7 @@ _MINIMUM: dict[str, float] = {
     "rescan_seconds": 1,
     "max_pixels": 1,
     "decode_seconds": 0.1,
+    "gate_threshold": 0,
 }
 
 
@@ -71,7 +79,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
             f"{where}: unknown key {sorted(unknown)[0]!r}; "
             f"known are watch, {', '.join(sorted(_KEYS))}."
         )
-    for name in ("model", "database", "failed_folder"):
+    for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = base / values[name]
     tables = values.pop("watch", [])
@@ -87,6 +95,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     config = Config(tuple(folders), **settings)
+    _check_second_stage(config)
     _keep_apart("database", config.database.resolve().parent, config)
     if config.failed_folder:
         _check_failed_folder(config, config.failed_folder)
@@ -104,7 +113,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _typed(where: str, name: str, value: Any) -> Any:
     kind = _KEYS[name]
-    if kind is Path or name == "failed_folder":
+    if name in _PATHS:
         if not isinstance(value, str | Path) or not str(value):
             raise InputError(f"{where}: {name} must be a path, not {value!r}.")
         return Path(value).absolute()
@@ -155,6 +164,15 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     return Folder(
         path.resolve(), recursive, **patterns, mode=mode, poll_seconds=poll_seconds
     )
+
+
+def _check_second_stage(config: Config) -> None:
+    if bool(config.describe) != bool(config.index):
+        raise InputError("descriptor and index go together: give --describe and --index.")
+    if config.gate_threshold is not None and not config.index:
+        raise InputError("gate_threshold is for use with a descriptor and an index.")
+    if (config.gate_threshold or 0) > 1:
+        raise InputError("gate_threshold must be at most 1.")
 
 
 def _check_failed_folder(config: Config, failed: Path) -> None:

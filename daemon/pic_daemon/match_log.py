@@ -26,7 +26,7 @@ _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able 
 
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
-_STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
+STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Outcome:
     `threshold` are in [0, 1], None with status ``failed``. `error` says why an image
     failed, or why it was not judged by its score. `catalog_item` is the nearest product's
     path within the catalog, `similarity` its cosine, `runner_up` the nearest other
-    product; all None where no index was asked, else `catalog_index` is its SHA-256.
+    product; all None where no index was asked, else `catalog_index` is its SHA-256 and
+    `joint_score`, in [0, 1], decided by `joint_threshold`.
     """
 
     path: str
@@ -57,6 +58,8 @@ class Outcome:
     runner_up: str | None = None
     runner_up_similarity: float | None = None
     catalog_index: str | None = None
+    joint_score: float | None = None
+    joint_threshold: float | None = None
 
 
 class MatchLog:
@@ -110,6 +113,14 @@ class MatchLog:
                 SET path = excluded.path, last_used_at = excluded.last_used_at
                 """,
                 [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
+            )
+
+    def watch(self, folders: Sequence[Path]) -> None:
+        """Note the drop folders: pictures in others are not shown to anyone."""
+        with self._transaction():
+            self._db.execute("DELETE FROM watched")
+            self._db.conn.executemany(
+                "INSERT INTO watched VALUES (?)", [[text_of(str(f))] for f in set(folders)]
             )
 
     def take_in_hand(self, paths: Sequence[str]) -> None:
@@ -172,7 +183,7 @@ class MatchLog:
         """Whether `path` with this content has its row; if so, remember the new stamp."""
         row = self._db.execute(
             "SELECT id FROM images WHERE path = ? AND sha256 = ? AND mtime_ns <> ?",
-            [text_of(path), sha256, _STALE],
+            [text_of(path), sha256, STALE],
         ).fetchone()
         if row is None:
             return False
@@ -196,8 +207,9 @@ class MatchLog:
                 o.status, o.score, o.threshold, model.sha256, iso_time(o.seen_at),
                 iso_time(o.classified_at),
                 round(max(0.0, o.classified_at - o.seen_at) * 1000, 3),
-                o.error, o.stamp.mtime_ns, o.stamp.inode, o.catalog_item, o.similarity,
-                o.runner_up, o.runner_up_similarity, o.catalog_index,
+                o.error, o.stamp.mtime_ns, o.stamp.inode, _name(o.catalog_item),
+                o.similarity, _name(o.runner_up), o.runner_up_similarity, o.catalog_index,
+                o.joint_score, o.joint_threshold,
             ]
             for o in outcomes
         ]  # fmt: skip
@@ -214,8 +226,10 @@ class MatchLog:
                     path, sha256, bytes, width, height, format, status, score,
                     threshold, model, seen_at, classified_at, latency_ms, error,
                     mtime_ns, inode, catalog_item, similarity, runner_up,
-                    runner_up_similarity, catalog_index
-                ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    runner_up_similarity, catalog_index, joint_score, joint_threshold
+                ) VALUES (
+                    ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
+                )
                 ON CONFLICT (path, sha256) DO UPDATE
                 SET bytes = excluded.bytes, width = excluded.width,
                     height = excluded.height, format = excluded.format,
@@ -226,7 +240,9 @@ class MatchLog:
                     catalog_item = excluded.catalog_item,
                     similarity = excluded.similarity, runner_up = excluded.runner_up,
                     runner_up_similarity = excluded.runner_up_similarity,
-                    catalog_index = excluded.catalog_index
+                    catalog_index = excluded.catalog_index,
+                    joint_score = excluded.joint_score,
+                    joint_threshold = excluded.joint_threshold
                 """,
                 rows,
             )
@@ -236,7 +252,7 @@ class MatchLog:
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],
             )
 
-    def beat(self, figures: Mapping[str, float | int]) -> None:
+    def beat(self, figures: Mapping[str, float | int | str]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():
@@ -250,7 +266,7 @@ class MatchLog:
         with self._transaction():
             self._db.execute(
                 "UPDATE images SET mtime_ns = ? WHERE path = ? AND sha256 = ?",
-                [_STALE, text_of(path), sha256],
+                [STALE, text_of(path), sha256],
             )
 
     def mark_failed(self) -> int:
@@ -258,14 +274,26 @@ class MatchLog:
         return self._mark("status = 'failed'")
 
     def mark_outdated(self) -> int:
-        """Have images scored by another than the latest model scored again; how many."""
+        """Have images decided by another than the latest model or index done again.
+
+        Returns how many. Which index that is, and from which score on it is asked, the
+        heartbeat says.
+        """
         latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        return self._mark(f"model <> ({latest}) AND status <> 'failed'")
+        index, gate = (
+            f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
+            for name in ("catalog_index", "gate_threshold")
+        )
+        asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
+        return self._mark(
+            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
+            "AND status <> 'failed'"
+        )
 
     def _mark(self, condition: str) -> int:
         with self._transaction():
             found = self._db.execute(
-                f"UPDATE images SET mtime_ns = ? WHERE {condition}", [_STALE]
+                f"UPDATE images SET mtime_ns = ? WHERE {condition}", [STALE]
             )
             self._db.execute("DELETE FROM in_hand WHERE strikes > 0")
         return int(found.rowcount)
@@ -281,3 +309,7 @@ class MatchLog:
             self._db.conn.rollback()
             raise
         self._db.conn.commit()
+
+
+def _name(item: str | None) -> str | None:
+    return None if item is None else text_of(item)

@@ -12,7 +12,7 @@ from pic_daemon.schema import check, iso_time, open_read_only
 
 MATCH_COLUMNS = (
     "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
-    "similarity", "runner_up", "runner_up_similarity",
+    "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
 )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ class ModelInfo:
     above it is a match; `threshold_rule` says how it was chosen, and `fpr`, with its
     95% interval `fpr_low` to `fpr_high`, is the share of unseen decoys that matched
     at it. `temperature` is the divisor of the logits inside the graph.
+    `gate_threshold`: where another stage decides, a score at or above it goes on to it;
+    0, all of them, in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
     `precision` is what the network computes in.
     """
@@ -56,6 +58,7 @@ class ModelInfo:
     training_run: str
     created_at: str
     versions: str
+    gate_threshold: float = 0.0
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
 
     def to_metadata(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.match_queries import read_matches
 from pic_daemon.model import Model, load_model
-from pic_daemon.schema import iso_time
+from pic_daemon.schema import iso_time, migrations
 
 STAMP = FileStamp(1000, 5, 7)
 
@@ -185,3 +185,13 @@ def test_times_sort_as_text() -> None:
     texts = [iso_time(m) for m in moments]
     assert texts == sorted(texts)
     assert texts[2] == "1970-01-01T00:00:01.500Z"
+
+
+def test_a_log_whose_making_was_cut_short_is_finished(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
+    begun = Database(path)
+    migrations.ensure_migrations_table(begun)
+    begun.close()
+    log = MatchLog.open(path)
+    assert query(log, "SELECT * FROM images") == []
+    log.close()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,54 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
         < 1e-4
     )
     assert len(labels) == 256
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_precision_is_smaller_and_says_what_it_costs(
+    run_tool: Run, finished: Path, tmp_path: Path, precision: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    sizes = {}
+    for name in ("fp32", precision):
+        output = tmp_path / f"{name}.onnx"
+        options = ["--output", output, "--precision", name, "--max-loss", 0.5]
+        result = run_tool("pic-export", run, *options)
+        assert result.returncode == 0, result.stderr
+        sizes[name] = output.stat().st_size
+    assert sizes[precision] < 0.6 * sizes["fp32"]
+    assert (
+        f"{precision} against fp32, on the run's test pictures: accuracy" in result.stdout
+    )
+
+    images = np.load(run / "parity.npy")
+    plain, other = (load_model(tmp_path / f"{name}.onnx", "cpu") for name in sizes)
+    assert other.info.precision == precision
+    assert np.abs(plain.score(images) - other.score(images)).max() < 0.1
+    cost = json.loads((run / f"export-{precision}.json").read_text())
+    assert other.info.threshold == cost["threshold"]
+    assert other.info.fpr == cost["after"]["false_positive_rate"]["value"]
+    assert cost["before"]["recall"]["value"] == pytest.approx(
+        json.loads((run / "report.json").read_text())["recall"]["value"]
+    )
+
+
+def test_a_precision_that_costs_too_much_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pic_daemon.errors import InputError
+    from pic_training import precision
+    from pic_training.export import export_run
+
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    output = tmp_path / "model.onnx"
+    # A range learnt from nothing but grey cuts off what real pictures stir up.
+    blind = precision._Samples
+    monkeypatch.setattr(
+        precision, "_Samples", lambda images: blind(np.full_like(images, 128))
+    )
+    with pytest.raises(InputError, match=r"falls by .* more than the 2.00% allowed"):
+        export_run(run, output, "int8")
+    assert not output.exists()
 
 
 def test_a_resnet50_is_trained_and_exported_alike(

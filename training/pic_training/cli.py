@@ -35,6 +35,12 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     help="Others to validate on [a fifth of --others, by content hash].",
 )
 @click.option(
+    "--corrections",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="DATABASE",
+    help="Match log: its pictures marked as ours join the catalog, not ours the others.",
+)
+@click.option(
     "--out",
     required=True,
     type=_FILE,
@@ -177,7 +183,7 @@ def _config(**options: Any) -> "RunConfig":
     if weights is None:
         weights = "imagenet" if options["arch"] == "resnet50" else "none"
     paths = {k: str(options[k].absolute()) if options[k] else None
-             for k in ("catalog", "others", "others_val")}  # fmt: skip
+             for k in ("catalog", "others", "others_val", "corrections")}  # fmt: skip
     stages = _stages(options["arch"], options["stages"], 0 if describes else None)
     batch = 1024 if describes and architecture.stages and not stages else None
     if not describes and options["dimensions"]:

@@ -122,6 +122,7 @@ def _classifier(
         fpr_low=report["false_positive_rate"]["low"],
         fpr_high=report["false_positive_rate"]["high"],
         temperature=report["temperature"],
+        gate_threshold=report.get("gate_threshold", 0.0),  # reports of earlier versions
         **_common(folder, config, report),
     )
     return _Export(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +21,11 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
+from pic_daemon.promise import threshold_for
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig, read_json
 from pic_training.sources import gather
-from pic_training.threshold import Confusion, confusion, sigmoid, threshold_for
+from pic_training.threshold import Confusion, confusion, gate_for, sigmoid
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -99,21 +101,22 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     no longer those that it was trained with.
     """
     model = load_model(path, "cpu")
-    sources = gather(
-        Path(config.catalog),
-        Path(config.others),
-        Path(config.others_val) if config.others_val else None,
-        folder / "sources.rgb",
-        max(256, 2 * config.architecture.size),
-    )
-    if read_json(folder / "digest.json")["sources"] != sources.digest:
-        raise InputError(
-            f"the pictures of {folder} changed since: another precision needs them to "
-            "measure what it costs."
+    with TemporaryDirectory() as cache:
+        sources = gather(
+            Path(config.catalog),
+            Path(config.others),
+            Path(config.others_val) if config.others_val else None,
+            Path(cache) / "sources.rgb",
+            max(256, 2 * config.architecture.size),
         )
-    samples = samples_of(config, sources, "val")
-    batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
-    after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
+        if read_json(folder / "digest.json")["sources"] != sources.digest:
+            raise InputError(
+                f"the pictures of {folder} changed since: another precision needs them "
+                "to measure what it costs."
+            )
+        samples = samples_of(config, sources, "val")
+        batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
+        after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
     with np.load(folder / "validation.npz") as stored:
         before = sigmoid(stored["scores"].astype(np.float64) / model.info.temperature)
         labels = stored["labels"] > 0.5
@@ -127,6 +130,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     info = replace(
         model.info,
         threshold=threshold,
+        gate_threshold=gate_for(after[~test], labels[~test], threshold),
         fpr=rate.value or 0.0,
         fpr_low=rate.low,
         fpr_high=rate.high,

@@ -6,12 +6,13 @@ from pathlib import Path
 import click
 import numpy as np
 
+from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
+from pic_daemon.promise import check_support
 from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
-from pic_training.threshold import check_support
 
 
 def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
@@ -28,6 +29,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
             Path(config.others_val) if config.others_val else None,
             folder / "sources.rgb",
             max(256, 2 * architecture.size),
+            _corrections(config, folder, is_new),
         )
         _say_left_out(sources)
         _check_halves(config, sources)
@@ -39,6 +41,19 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
             abandon(folder)
         raise
     return sources
+
+
+def _corrections(config: RunConfig, folder: Path, is_new: bool) -> list[Correction]:
+    """As they stood when the run began: a resumed run is made of the same pictures."""
+    if config.corrections is None:
+        return []
+    stored = folder / "corrections.json"
+    if is_new:
+        given = read_corrections(Path(config.corrections))
+        if not given:
+            raise InputError(f"nobody corrected a verdict in {config.corrections} yet.")
+        write_json(stored, [asdict(correction) for correction in given])
+    return [Correction(**fields) for fields in read_json(stored)]
 
 
 def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:

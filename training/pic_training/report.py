@@ -11,16 +11,14 @@ import matplotlib
 import numpy as np
 import torch
 
+from pic_daemon.promise import Floats, Interval, Labels, threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
 from pic_training.threshold import (
-    Floats,
-    Interval,
-    Labels,
     calibration_error,
     confusion,
     fit_temperature,
+    gate_for,
     sigmoid,
-    threshold_for,
 )
 from pic_training.training import RunResult
 
@@ -78,6 +76,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "versions": versions(),
     }
     if not describes:
+        report["gate_threshold"] = gate_for(scores[~test], labels[~test], threshold)
         report["at_one_half"] = {
             "accuracy": best.val_accuracy,
             "loss": best.val_loss,

@@ -26,8 +26,9 @@ class RunConfig:
     """Everything that decides the result of a run; stored as config.json.
 
     `head_start` samples fit the head alone first; then the last `stages` stages of
-    the trunk are trained with it. `processes` share every batch. A run that learns to
-    ``describe`` ends in vectors of `dimensions` numbers.
+    the trunk are trained with it. `processes` share every batch. `corrections`: the
+    match log whose corrected pictures take part, as corrections.json names them. A run
+    that learns to ``describe`` ends in vectors of `dimensions` numbers.
     """
 
     catalog: str
@@ -48,6 +49,7 @@ class RunConfig:
     precision: str
     target_fpr: float
     processes: int = 1
+    corrections: str | None = None
     task: Literal["classify", "describe"] = "classify"
     dimensions: int = 1
     augmentation: Augmentation = field(default_factory=Augmentation)
