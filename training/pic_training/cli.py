@@ -318,6 +318,8 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     metavar="RUN_DIR",
     help="Leave out every one of the others that this run has seen.",
 )
+@click.option("--describe", type=_FILE, help="A descriptor, measured with --index.")
+@click.option("--index", type=_FILE, help="The index that it made of the catalog.")
 @click.option(
     "--target-fpr",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -340,6 +342,8 @@ def evaluate(
     others: Path,
     general: tuple[str, ...],
     run: Path | None,
+    describe: Path | None,
+    index: Path | None,
     output: Path,
     **plan: Any,
 ) -> None:
@@ -350,5 +354,10 @@ def evaluate(
     _need_the_train_extra()
     from pic_training.evaluation_run import run_evaluation
 
-    report = run_evaluation(model_file, catalog, others, general, run, output, plan)
+    if bool(describe) != bool(index):
+        raise click.UsageError("--describe and --index go together.")
+    cascade = (describe, index) if describe and index else None
+    report = run_evaluation(
+        model_file, catalog, others, general, run, output, cascade, plan
+    )
     click.echo(f"report: {report}")
