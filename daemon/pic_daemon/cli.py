@@ -1,16 +1,13 @@
-"""The commands of the host that serves: pic-daemon, pic-classify, pic-matches."""
+"""The commands of the host that serves: pic-daemon and pic-classify."""
 
-import csv
 import json
 import logging
 import os
-import re
 import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
-from pic_daemon.match_queries import MATCH_COLUMNS, read_matches, read_status
+from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.reading import read_image
 from pic_daemon.schema import check as check_log
@@ -32,13 +29,6 @@ _SILENT_S = 120.0  # four heartbeats
 _OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
 _PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
-_SPANS = {
-    "s": timedelta(seconds=1),
-    "m": timedelta(minutes=1),
-    "h": timedelta(hours=1),
-    "d": timedelta(days=1),
-    "w": timedelta(weeks=1),
-}
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
 
 
@@ -266,58 +256,3 @@ def _classify_batch(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]
             }
         )
     return rows
-
-
-def _one_line(path: str) -> str:
-    """A name with line breaks or control characters must not break the table."""
-    return path if path.isprintable() else path.encode("unicode_escape").decode()
-
-
-def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        if span := re.fullmatch(r"(\d+)([smhdw])", text):
-            return datetime.now(UTC) - int(span[1]) * _SPANS[span[2]]
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
-
-
-@click.command()
-@click.version_option(package_name="product-image-classifier")
-@click.option("--database", required=True, type=_PATH, help="The match log.")
-@click.option(
-    "--since",
-    callback=_moment,
-    metavar="TIME",
-    help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
-)
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0)
-@click.option("--limit", type=click.IntRange(1, 2**31), default=50, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--csv", "as_csv", is_flag=True, help="CSV with a header line.")
-def matches(database: Path, since: datetime | None, min_score: float, limit: int,
-            as_json: bool, as_csv: bool) -> None:  # fmt: skip
-    """Print recorded matches, newest first; works while the daemon writes.
-
-    Example: pic-matches --database log.db --since 1d --min-score 0.9
-    """
-    if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other.")
-    rows = read_matches(database, since, min_score, limit)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=MATCH_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    else:
-        for row in rows:
-            click.echo(
-                f"{row['classified_at']}  {row['score']:.6f}  {_one_line(row['path'])}"
-            )
-        if not rows:
-            click.echo("no matches", err=True)

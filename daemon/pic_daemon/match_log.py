@@ -26,7 +26,7 @@ _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able 
 
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
-_STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
+STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,14 @@ class MatchLog:
                 [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
             )
 
+    def watch(self, folders: Sequence[Path]) -> None:
+        """Note the drop folders: pictures in others are not shown to anyone."""
+        with self._transaction():
+            self._db.execute("DELETE FROM watched")
+            self._db.conn.executemany(
+                "INSERT INTO watched VALUES (?)", [[text_of(str(f))] for f in set(folders)]
+            )
+
     def take_in_hand(self, paths: Sequence[str]) -> None:
         """Note the names of files that a decoder gets to see now."""
         now = iso_time(datetime.now(UTC).timestamp())
@@ -172,7 +180,7 @@ class MatchLog:
         """Whether `path` with this content has its row; if so, remember the new stamp."""
         row = self._db.execute(
             "SELECT id FROM images WHERE path = ? AND sha256 = ? AND mtime_ns <> ?",
-            [text_of(path), sha256, _STALE],
+            [text_of(path), sha256, STALE],
         ).fetchone()
         if row is None:
             return False
@@ -250,7 +258,7 @@ class MatchLog:
         with self._transaction():
             self._db.execute(
                 "UPDATE images SET mtime_ns = ? WHERE path = ? AND sha256 = ?",
-                [_STALE, text_of(path), sha256],
+                [STALE, text_of(path), sha256],
             )
 
     def mark_failed(self) -> int:
@@ -265,7 +273,7 @@ class MatchLog:
     def _mark(self, condition: str) -> int:
         with self._transaction():
             found = self._db.execute(
-                f"UPDATE images SET mtime_ns = ? WHERE {condition}", [_STALE]
+                f"UPDATE images SET mtime_ns = ? WHERE {condition}", [STALE]
             )
             self._db.execute("DELETE FROM in_hand WHERE strikes > 0")
         return int(found.rowcount)

@@ -118,6 +118,49 @@ def add_catalog_item(db: Database) -> None:
     )
 
 
+@migrations()
+def add_watched(db: Database) -> None:
+    """The folders of the service that started last: the page shows pictures from them."""
+    db.execute("CREATE TABLE watched (folder TEXT PRIMARY KEY) STRICT")
+
+
+@migrations()
+def add_corrections(db: Database) -> None:
+    """What people said of a verdict; a row is never changed, the latest one counts.
+
+    `path` and `sha256` are those of the row `image` at that time: ids are used again
+    after rows were deleted, and a correction outlives its row.
+    """
+    db.execute(
+        """
+        CREATE TABLE corrections (
+            id INTEGER PRIMARY KEY,
+            image INTEGER NOT NULL,
+            path TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            label TEXT NOT NULL CHECK (label IN ('ours', 'not-ours')),
+            who TEXT NOT NULL,
+            at TEXT NOT NULL
+        ) STRICT
+        """
+    )
+    db.execute("CREATE INDEX corrections_by_file ON corrections (path, sha256)")
+
+
+@migrations()
+def add_indexes_for_the_page(db: Database) -> None:
+    """Any status by time, and the matches of one product, each in order of time.
+
+    Together they cost 6 us a row to write, where decoding the picture costs 500.
+    """
+    db.execute("CREATE INDEX images_by_status ON images (status, classified_at)")
+    db.execute("DROP INDEX matches_by_time")  # the one above serves its questions
+    db.execute(
+        "CREATE INDEX matches_by_product ON images (catalog_item, classified_at) "
+        "WHERE status = 'match' AND catalog_item IS NOT NULL"
+    )
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 

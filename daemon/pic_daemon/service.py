@@ -115,6 +115,7 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self._recorded(lambda: self.log.use_model(self.model))
+        self._recorded(lambda: self.log.watch([f.path for f in self.config.folders]))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)

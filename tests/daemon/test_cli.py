@@ -7,6 +7,8 @@ from pathlib import Path
 from conftest import DaemonProcess, write_image
 from sqlite_utils import Database
 
+from pic_daemon.match_log import MatchLog
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -118,3 +120,17 @@ def test_matches_refuses_what_is_no_match_log(run_tool: Run, tmp_path: Path) -> 
     for since in ("soon", "9999999d", "0001-01-01T00:00+05:00"):
         result = run_tool("pic-matches", "--database", tmp_path / "n.db", "--since", since)
         assert result.returncode == 2 and "neither a span like 2h" in result.stderr
+
+
+def test_matches_without_a_commands_name_are_the_list(
+    run_tool: Run, tmp_path: Path
+) -> None:
+    database = tmp_path / "log.db"
+    MatchLog.open(database).close()
+    for words in ((), ("list",)):
+        result = run_tool("pic-matches", *words, "--database", database)
+        assert (result.returncode, result.stdout) == (0, "")
+        assert result.stderr == "no matches\n"
+    assert "Commands:\n  list" in run_tool("pic-matches", "--help").stdout
+    assert run_tool("pic-matches", "--version").returncode == 0
+    assert "Missing option '--database'" in run_tool("pic-matches").stderr

@@ -1,0 +1,1 @@
+"""The match log as a place to work: pages for people, served by Datasette."""

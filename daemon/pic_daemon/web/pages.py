@@ -1,0 +1,334 @@
+"""The pages themselves, as a Datasette plugin: each route reads, and one writes."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from datasette.actor_auth_cookie import actor_from_request as actor_of_cookie
+from datasette.app import Datasette
+from datasette.utils import baseconv, sqlite_timelimit
+from datasette.utils.asgi import Request, Response
+from pluggy import HookimplMarker
+
+from pic_daemon.corrections import LABELS, NotCorrectable, correct, history
+from pic_daemon.web import pictures, queries
+from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
+from pic_daemon.web.queries import Cursor, FilterError, Filters, Row
+
+LOG = "log"
+"""Datasette's name for the match log: its own pages of it are below /log."""
+
+SESSION = "ds_actor"  # Datasette's own signed cookie, so that its pages know the person too
+_SESSION_S = 12 * 3600
+_QUERY_LIMIT_MS = 3000
+_PICTURE_AGE_S = 600
+_LONGEST_NAME = 80
+_SILENT_S = 120  # four heartbeats, as pic-daemon status has it
+
+T = TypeVar("T")
+
+hookimpl = HookimplMarker("datasette")  # as datasette.hookimpl, with types
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the pages are about. `user` is the account that serves, None where a token
+    says who may. `writable`: whether this account may note corrections."""
+
+    database: Path
+    catalog: Path | None
+    token: str | None
+    user: str | None
+    writable: bool
+    decoding: ThreadPoolExecutor
+
+
+@hookimpl
+def register_routes() -> list[tuple[str, Callable[..., Any]]]:
+    """Our pages; everything else is Datasette's."""
+    return [
+        (r"^/$", front),
+        (r"^/matches$", matches),
+        (r"^/failures$", failures),
+        (r"^/dashboard$", dashboard),
+        (r"^/record/(?P<number>[0-9]{1,18})$", record),
+        (r"^/record/(?P<number>[0-9]{1,18})/correction$", correction),
+        (r"^/picture/(?P<number>[0-9]{1,18})/(?P<of>dropped|catalog)/(?P<size>small|large)$",
+         picture),
+        (r"^/login$", login),
+        (r"^/logout$", logout),
+    ]  # fmt: skip
+
+
+@hookimpl
+def skip_csrf(scope: dict[str, Any]) -> bool:
+    """Ours are refused by the gate unless they come from our pages; it keeps no state."""
+    path: str = scope["path"]
+    return path in ("/login", "/logout") or path.endswith("/correction")
+
+
+@hookimpl
+def actor_from_request(datasette: Datasette, request: Request) -> dict[str, str] | None:
+    """Who asks: the account that serves, or "token"; a cookie is Datasette's to read."""
+    site: Site = datasette.pic_site
+    if site.token is None:
+        return {"id": site.user or "local"}
+    return {"id": "token"} if is_bearer(headers_of(request.scope), site.token) else None
+
+
+def has_session(datasette: Datasette, scope: dict[str, Any]) -> bool:
+    """Whether a request carries a cookie that `login` signed and that still counts."""
+    return actor_of_cookie(datasette, Request(scope, None)) is not None
+
+
+async def front() -> Response:
+    """The list is where one begins."""
+    return Response.redirect("/matches")
+
+
+async def matches(request: Request, datasette: Datasette) -> Response:
+    """Matches, or rows of another status, beside what they were matched to."""
+    return await _list(request, datasette, "matches")
+
+
+async def failures(request: Request, datasette: Datasette) -> Response:
+    """Files that could not be judged, and why."""
+    return await _list(request, datasette, "failures", status="failed")
+
+
+async def _list(
+    request: Request, datasette: Datasette, page: str, **fixed: str
+) -> Response:
+    given = {name: request.args.get(name) or "" for name in request.args}
+    context: dict[str, Any] = {"page": page, "given": given, "statuses": queries.STATUSES}
+    status = 200
+    try:
+        filters = Filters.of({**given, **fixed})
+        cursor = None
+        if given.get("after") or given.get("before"):
+            newer = bool(given.get("before"))
+            cursor = Cursor.of(given["before" if newer else "after"], newer)
+        found = await _ask(datasette, partial(_read_list, filters=filters, cursor=cursor))
+    except FilterError as error:
+        status, context["problem"] = 400, f"{error}."
+    except sqlite3.OperationalError as error:
+        status, context["problem"] = 503, _trouble(error)
+    else:
+        query = {k: v for k, v in filters.query().items() if k not in fixed}
+        own = f"/{page}?"
+        context |= found | {
+            "filters": filters,
+            "narrowed": bool(set(query) - {"status"}),
+            "here": own + urlencode(query | _place(cursor)),
+            "newer": found["newer"]
+            and own + urlencode({**query, "before": found["newer"]}),
+            "older": found["older"] and own + urlencode({**query, "after": found["older"]}),
+            "top": own + urlencode(query),
+            "paged": cursor is not None,
+            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1",
+            "json": f"/{LOG}/images.json?{filters.for_datasette()}&_shape=objects",
+        }
+    return await _html(datasette, request, f"{page}.html", context, status)
+
+
+def _place(cursor: Cursor | None) -> dict[str, str]:
+    if cursor is None:
+        return {}
+    return {"before" if cursor.newer else "after": str(cursor)}
+
+
+def _read_list(
+    db: sqlite3.Connection, filters: Filters, cursor: Cursor | None
+) -> dict[str, Any]:
+    page = queries.page_of(db, filters, cursor)
+    if not page.rows and cursor:  # such as beyond the newest
+        page = queries.page_of(db, filters)
+    return {
+        "rows": _shown(db, page.rows),
+        "newer": page.newer and str(page.newer),
+        "older": page.older and str(page.older),
+        "folders": queries.watched(db),
+        "products": queries.products(db),
+    }
+
+
+def _shown(db: sqlite3.Connection, rows: list[Row]) -> list[Row]:
+    said = queries.said_of(db, rows)
+    for row in rows:
+        row["name"], row["folder"] = pictures.name_of(row["path"])
+        row["said"] = said.get(row["id"])
+    return rows
+
+
+async def record(request: Request, datasette: Datasette) -> Response:
+    """One row with everything that is known of it and was said of it."""
+    number = int(request.url_vars["number"])
+    found = await _ask(datasette, partial(_read_record, number=number))
+    if found is None:
+        return await _message(datasette, request, 404, f"There is no record {number}.")
+    return await _html(
+        datasette, request, "record.html", {**found, "here": f"/record/{number}"}
+    )
+
+
+def _read_record(db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
+    row = queries.record(db, number)
+    if row is None:
+        return None
+    _shown(db, [row])
+    return {"row": row, "history": history(db, row["path"], row["sha256"])}
+
+
+async def dashboard(request: Request, datasette: Datasette) -> Response:
+    """How it goes: by day, latency, what waits."""
+    try:
+        figures = await _ask(datasette, partial(_read_figures, now=datetime.now(UTC)))
+    except sqlite3.OperationalError as error:
+        return await _message(datasette, request, 503, _trouble(error))
+    return await _html(datasette, request, "dashboard.html", figures)
+
+
+def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
+    days = queries.counts_by_day(db, now)
+    beat = queries.heartbeat(db, now)
+    state = "never started"
+    if beat:
+        silent = beat["age_s"] > _SILENT_S
+        state = "stopped" if beat.get("stopped") else "silent" if silent else "running"
+    return {
+        "page": "dashboard",
+        "days": days,
+        "most": {k: max(1, *(d[k] for d in days)) for k in ("matches", "failures")},
+        "latency": queries.latency(db),
+        "beat": beat,
+        "state": state,
+    }
+
+
+async def picture(request: Request, datasette: Datasette) -> Response:
+    """A small JPEG of a recorded picture, or an SVG that says why there is none."""
+    site: Site = datasette.pic_site
+    number, size = int(request.url_vars["number"]), request.url_vars["size"]
+    side = pictures.SIDES[size]
+
+    def asked(db: sqlite3.Connection) -> tuple[Row | None, list[str]]:
+        return queries.record(db, number), queries.watched(db)
+
+    row, folders = await _ask(datasette, asked)
+    try:
+        if row is None:
+            raise pictures.NotShown("no such record")
+        if request.url_vars["of"] == "dropped":
+            work = partial(pictures.dropped, row, folders, side)
+        else:
+            work = partial(pictures.of_catalog, row, site.catalog, side)
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(site.decoding, work)
+    except pictures.NotShown as reason:
+        return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
+    return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")
+
+
+def _picture(data: bytes, kind: str, status: int, cache: str) -> Response:
+    headers = {"cache-control": cache, "content-security-policy": "default-src 'none'"}
+    return Response(data, status, headers, kind)
+
+
+async def correction(request: Request, datasette: Datasette) -> Response:
+    """Note "ours" or "not ours"; the only thing that these pages write."""
+    site: Site = datasette.pic_site
+    if request.method != "POST":
+        return await _message(datasette, request, 405, "Corrections are posted.")
+    given = await request.post_vars()
+    label, number = given.get("label"), int(request.url_vars["number"])
+    if label not in LABELS:
+        return await _message(datasette, request, 400, "Say ours or not-ours.")
+    if not site.writable:
+        sentence = "The account that serves this page may not write to the database."
+        return await _message(datasette, request, 403, sentence)
+    try:
+        await asyncio.to_thread(correct, site.database, number, label, request.actor["id"])
+    except NotCorrectable as error:
+        return await _message(datasette, request, 404, f"Not noted: {error}")
+    except sqlite3.OperationalError as error:
+        return await _message(datasette, request, 503, f"Not noted. {_trouble(error)}")
+    back = given.get("back", "")
+    if not back.startswith(("/matches?", "/record/")):
+        back = f"/record/{number}"
+    return Response.redirect(f"{back}#record-{number}", 303)
+
+
+async def login(request: Request, datasette: Datasette) -> Response:
+    """Ask for name and token; the answer is a signed cookie."""
+    site: Site = datasette.pic_site
+    context: dict[str, Any] = {"page": "login"}
+    if site.token is None:
+        return Response.redirect("/matches", 303)
+    if request.method == "POST":
+        given = await request.post_vars()
+        name = " ".join(given.get("name", "").split())[:_LONGEST_NAME]
+        if name and same_text(given.get("token", "").strip(), site.token):
+            response = Response.redirect("/matches", 303)
+            until = int(datetime.now(UTC).timestamp()) + _SESSION_S
+            session = {"a": {"id": name}, "e": baseconv.base62.encode(until)}
+            response.set_cookie(
+                SESSION, datasette.sign(session, "actor"), max_age=_SESSION_S,
+                httponly=True, samesite="strict", secure=request.scheme == "https",
+            )  # fmt: skip
+            return response
+        context["problem"] = "That is not the token." if name else "Give your name."
+    status = 403 if "problem" in context else 200
+    return await _html(datasette, request, "login.html", context, status)
+
+
+async def logout(request: Request) -> Response:
+    """Forget the cookie."""
+    response = Response.redirect("/login", 303)
+    if request.method == "POST":
+        response.set_cookie(SESSION, "", max_age=0, httponly=True, samesite="strict")
+    return response
+
+
+async def _ask(datasette: Datasette, question: Callable[[sqlite3.Connection], T]) -> T:
+    """Put a question to the read-only connection of a thread, for at most 3 s."""
+
+    def limited(db: sqlite3.Connection) -> T:
+        with sqlite_timelimit(db, _QUERY_LIMIT_MS):
+            return question(db)
+
+    answer: T = await datasette.get_database(LOG).execute_fn(limited)
+    return answer
+
+
+def _trouble(error: sqlite3.OperationalError) -> str:
+    if "interrupted" in str(error):
+        return "This takes too long: narrow the time or the folder."
+    return f"The database does not answer: {error}."
+
+
+async def _message(
+    datasette: Datasette, request: Request, status: int, sentence: str
+) -> Response:
+    return await _html(datasette, request, "message.html", {"sentence": sentence}, status)
+
+
+async def _html(
+    datasette: Datasette,
+    request: Request,
+    template: str,
+    context: dict[str, Any],
+    status: int = 200,
+) -> Response:
+    site: Site = datasette.pic_site
+    body = await datasette.render_template(
+        f"pic/{template}", {"site": site, "log": LOG, **context}, request
+    )
+    headers = {"content-security-policy": STRICT_CSP, "cache-control": "private, no-cache"}
+    return Response.html(body, status, headers)

@@ -1,0 +1,138 @@
+"""Start the pages: open the log read-only, put the gate in front, answer until stopped."""
+
+import getpass
+import hashlib
+import os
+import socket
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+from datasette.app import Datasette
+from datasette.database import Database
+from datasette.plugins import pm
+
+from pic_daemon.errors import InputError
+from pic_daemon.match_log import MatchLog
+from pic_daemon.schema import BUSY_TIMEOUT_S, check, migrations, open_read_only
+from pic_daemon.web import pages
+from pic_daemon.web.gate import App, Gate, is_loopback, read_token
+
+_HERE = Path(__file__).parent
+_DECODERS = 2  # pictures decoded at a time; the service on this machine comes first
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_SETTINGS = {
+    "allow_download": False,
+    "suggest_facets": False,  # would look through every row
+    "default_cache_ttl": 0,
+}
+
+
+class _Log(Database):  # type: ignore[misc]
+    """The match log as Datasette sees it: live, and nothing can be written to it."""
+
+    def connect(self, write: bool = False) -> sqlite3.Connection:
+        if write:
+            raise sqlite3.OperationalError("the match log is read-only here")
+        uri = f"{Path(self.path).absolute().as_uri()}?mode=ro"
+        db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        self._all_file_connections.append(db)
+        return db
+
+
+def serve(
+    database: Path,
+    catalog: Path | None,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    announce: Callable[[str], None],
+) -> None:
+    """Answer at ``host:port`` (0: any that is free) until SIGTERM or Ctrl-C.
+
+    Raises InputError where the log cannot be shown, the address cannot be had, or
+    `host` can be reached from elsewhere and there is no token.
+    """
+    if token_file is None and not is_loopback(host):
+        raise InputError(
+            f"--host {host} can be reached from other machines: give --token-file, "
+            "a file with the word that people must know."
+        )
+    token = read_token(token_file) if token_file else None
+    app = make_app(database, catalog, token, host)
+    listening = _listen(host, port)
+    name = f"[{host}]" if ":" in host else host
+    announce(f"http://{name}:{listening.getsockname()[1]}/")
+    config = uvicorn.Config(
+        app, lifespan="on", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=5, limit_concurrency=200,
+    )  # fmt: skip
+    with listening:
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def make_app(
+    database: Path, catalog: Path | None, token: str | None, host: str = "127.0.0.1"
+) -> App:
+    """The ASGI application: the gate, Datasette behind it, our pages in that."""
+    writable = _prepare(database)
+    if not pm.is_registered(pages):
+        pm.register(pages, "pic-pages")
+    datasette = Datasette(
+        settings=_SETTINGS,
+        # A restart does not log people out, another token does.
+        secret=hashlib.sha256(f"session {token}".encode()).hexdigest() if token else None,
+        template_dir=str(_HERE / "templates"),
+        static_mounts=[("pic-static", str(_HERE / "static"))],
+        metadata={"title": "Match log"},
+        memory=False,
+    )
+    datasette.add_database(_Log(datasette, path=str(database)), name=pages.LOG)
+    datasette.pic_site = pages.Site(
+        database=database,
+        catalog=catalog.resolve() if catalog else None,
+        token=token,
+        user=None if token else getpass.getuser(),
+        writable=writable,
+        decoding=ThreadPoolExecutor(_DECODERS, "picture"),
+    )
+    hosts = _LOOPBACK | {host}
+    return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
+
+
+def _prepare(database: Path) -> bool:
+    """Bring the log's tables up to date where this account may; returns whether it may."""
+    if not os.path.exists(database):
+        raise InputError(f"database {database} does not exist, or this user may not look.")
+    if os.access(database, os.W_OK) and os.access(database.parent, os.W_OK):
+        MatchLog.open(database).close()
+        return True
+    check(database, for_writing=False)
+    try:
+        db = open_read_only(database)
+        behind = migrations.pending(db)
+        db.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"database {database}: {error}.") from error
+    if behind:
+        raise InputError(
+            f"database {database} is of an older version and this account may not change "
+            "it: start the service of this version once."
+        )
+    return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}:{port}: {error.strerror}.") from error
+    return listening
