@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
+from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import EXCLUDED, Folder
 from pic_daemon.images import MAX_PIXELS, PATTERNS
@@ -23,6 +25,10 @@ class Config:
     the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
     that reading one file may take. `metrics`: host:port where Prometheus may ask, or ''.
     `failed_folder`: where files that failed are moved, None to leave them.
+    `webhook` and `command` are told of every match: an http(s) address with, in
+    `webhook_header_file`, a header of one's own; a program with its arguments. One
+    attempt may take `hook_seconds`; a delivery is tried for `hook_hours`.
+    `keep_no_match_days`: see `retention`; None keeps every row.
     """
 
     folders: tuple[Folder, ...]
@@ -37,6 +43,18 @@ class Config:
     decode_seconds: float = 30.0
     metrics: str = ""
     failed_folder: Path | None = None
+    webhook: str = ""
+    webhook_header_file: Path | None = None
+    command: tuple[str, ...] = ()
+    hook_seconds: float = 10.0
+    hook_hours: float = 72.0
+    keep_no_match_days: float | None = None
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]:
+        """Who is told of every match."""
+        set_here: dict[Hook, object] = {"webhook": self.webhook, "command": self.command}
+        return tuple(hook for hook, setting in set_here.items() if setting)
 
     @property
     def readers(self) -> int:
@@ -53,7 +71,12 @@ _MINIMUM: dict[str, float] = {
     "rescan_seconds": 1,
     "max_pixels": 1,
     "decode_seconds": 0.1,
+    "hook_seconds": 0.1,
+    "hook_hours": 0,
+    "keep_no_match_days": 1,
 }
+_PATHS = ("model", "database", "failed_folder", "webhook_header_file")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -71,7 +94,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
             f"{where}: unknown key {sorted(unknown)[0]!r}; "
             f"known are watch, {', '.join(sorted(_KEYS))}."
         )
-    for name in ("model", "database", "failed_folder"):
+    for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = base / values[name]
     tables = values.pop("watch", [])
@@ -88,6 +111,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     config = Config(tuple(folders), **settings)
     _keep_apart("database", config.database.resolve().parent, config)
+    _check_webhook(config)
     if config.failed_folder:
         _check_failed_folder(config, config.failed_folder)
     return config
@@ -104,7 +128,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _typed(where: str, name: str, value: Any) -> Any:
     kind = _KEYS[name]
-    if kind is Path or name == "failed_folder":
+    if name in ("webhook", "command"):
+        return _web_address(where, value) if name == "webhook" else _command(where, value)
+    if name in _PATHS:
         if not isinstance(value, str | Path) or not str(value):
             raise InputError(f"{where}: {name} must be a path, not {value!r}.")
         return Path(value).absolute()
@@ -122,6 +148,48 @@ def _typed(where: str, name: str, value: Any) -> Any:
     if not _MINIMUM[name] <= value < math.inf:
         raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]} and finite.")
     return value
+
+
+def _web_address(where: str, value: Any) -> str:
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+        parts.port  # noqa: B018  raises where it is no number
+    except ValueError as error:
+        raise InputError(f"{where}: webhook: {error}.") from error
+    plain = value and str(value).isascii() and str(value).isprintable() and " " not in value
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        raise InputError(
+            f'{where}: webhook must be an address such as "https://example.org/matches".'
+        )
+    if parts.username is not None:
+        raise InputError(
+            f"{where}: webhook: a password does not belong in an address; write an "
+            "Authorization header into a file and name that as webhook_header_file."
+        )
+    return str(value)
+
+
+def _command(where: str, value: Any) -> tuple[str, ...]:
+    good = isinstance(value, list | tuple) and value
+    if not good or not all(isinstance(w, str) and "\0" not in w for w in value):
+        raise InputError(
+            f'{where}: command must be a list such as ["/usr/bin/tell", "-q"].'
+        )
+    if not os.path.isabs(value[0]):
+        raise InputError(f"{where}: command: write {value[0]!r} with its whole path.")
+    return tuple(value)
+
+
+def _check_webhook(config: Config) -> None:
+    if config.webhook_header_file and not config.webhook:
+        raise InputError("webhook_header_file is set, but no webhook.")
+    parts = urlsplit(config.webhook)
+    loopback = parts.hostname in _LOOPBACK
+    if config.webhook_header_file and parts.scheme == "http" and not loopback:
+        raise InputError(
+            f"webhook {parts.hostname}: a secret header would travel over http for all to "
+            "read; use https."
+        )
 
 
 def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:

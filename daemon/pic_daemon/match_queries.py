@@ -42,7 +42,7 @@ def read_matches(
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """The last heartbeat with its age in seconds as `age_s`, and rows by status.
+    """The last heartbeat with its age in seconds as `age_s`, rows by status, deliveries.
 
     Raises InputError where `path` is not a match log or no service has used it yet.
     """
@@ -53,6 +53,11 @@ def read_status(path: Path) -> dict[str, Any]:
         db = open_read_only(path)
         beat = db.execute("SELECT at, figures FROM heartbeat").fetchone()
         rows = db.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
+        told = {"pending": 0, "given up": 0}
+        if db["deliveries"].exists():  # else the service of this version has not run yet
+            told["pending"], told["given up"] = db.execute(
+                "SELECT count(due_at), count(*) - count(due_at) FROM deliveries"
+            ).fetchone()
         db.close()
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path} cannot be read as a match log: {error}.") from error
@@ -64,4 +69,5 @@ def read_status(path: Path) -> dict[str, Any]:
         "age_s": round(age.total_seconds(), 1),
         **json.loads(beat[1]),
         "rows": dict(rows),
+        "deliveries": told,
     }

@@ -25,6 +25,7 @@ from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict
 from pic_daemon.model_file import ModelFile, NewModel
 from pic_daemon.reading import Reading
+from pic_daemon.retention import Retention
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
 from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
@@ -93,11 +94,13 @@ class Service:
     _model_file: ModelFile = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
+    _retention: Retention = field(init=False)
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
+        self._retention = Retention(self.config.keep_no_match_days)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._model_file = ModelFile(
             self.config.model, self.config.provider, self.inbox.put
@@ -195,6 +198,13 @@ class Service:
             if now >= due:
                 self._next_poll[folder] = now + folder.poll_seconds
                 self._scan(folder)
+        if now >= self._retention.next_due and self._idle():
+            online = [f for f in self.config.folders if self._watches.online(f)]
+            self._recorded(lambda: self._retention.step(self.log, online, now))
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to classify just now."""
+        return not (self._ready or self._scans or self._reading or self._batch)
 
     def _beat(self) -> None:
         figures = self._figures()
@@ -378,7 +388,7 @@ class Service:
             for reading in readings
         ]
         with self.health.timed("commit"):
-            self._recorded(lambda: self.log.record(outcomes, self.model))
+            self._recorded(lambda: self.log.record(outcomes, self.model, self.config.hooks))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
@@ -453,6 +463,8 @@ class Service:
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
         moments += self._next_poll.values()
+        if self._idle():
+            moments.append(self._retention.next_due)
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         wait = min(moments) - now

@@ -57,7 +57,7 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
         "threshold": 0.5, "model": model.sha256, "seen_at": "1970-01-01T00:01:39.750Z",
         "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
         "catalog_item": None, "similarity": None, "runner_up": None,
-        "runner_up_similarity": None, "catalog_index": None,
+        "runner_up_similarity": None, "catalog_index": None, "revision": 1,
     }  # fmt: skip
     (used,) = query(log, "SELECT * FROM models")
     assert used["sha256"] == model.sha256

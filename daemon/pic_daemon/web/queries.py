@@ -12,8 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 
-from pic_daemon.match_log import Status
-from pic_daemon.schema import iso_time
+from pic_daemon.schema import Status, iso_time
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 PAGE = 30
