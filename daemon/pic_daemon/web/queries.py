@@ -151,16 +151,16 @@ def statement(
     A folder with few rows is found by path and sorted instead.
     """
     by_path = bool(filters.folder) and not filters.product and _is_small(db, filters.folder)
-    conditions, values = _conditions(filters, by_path)
+    terms, values = conditions(filters, by_path)
     forwards = cursor is not None and cursor.newer
     if cursor:
-        conditions.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
+        terms.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
         values += [cursor.at, cursor.id]
     statuses = STATUSES if filters.status == "all" else (filters.status,)
     # A literal, as the partial index asks for; "+" keeps the index by status out.
     parts = [
         "SELECT * FROM images WHERE "
-        + " AND ".join([f"{'+' if by_path else ''}status = '{status}'", *conditions])
+        + " AND ".join([f"{'+' if by_path else ''}status = '{status}'", *terms])
         for status in statuses
     ]
     way = "ASC" if forwards else "DESC"
@@ -168,7 +168,8 @@ def statement(
     return " UNION ALL ".join(parts) + order, [*values * len(parts), limit]
 
 
-def _conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
+def conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
+    """SQL that narrows to all of `filters` but the status, and the values in it."""
     found: list[tuple[str, Any]] = []
     if filters.since:
         found.append(("classified_at >= ?", iso_time(filters.since.timestamp())))
