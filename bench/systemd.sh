@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The unit under a real systemd: install, READY, status, watchdog, reload, stop.
+# The unit under a real systemd: install, READY, reload, watchdog, hooks, stop.
 #
 #     sudo bench/systemd.sh [WORK_DIR] > transcript
 #
@@ -60,7 +60,7 @@ sys.path.insert(0, f"{sys.argv[1]}/tests")
 from conftest import write_image, write_model
 
 write_model(Path(sys.argv[2]) / "model.onnx")
-for level in (60, 200, 210, 220):
+for level in (60, 200, 205, 210, 220):
     write_image(Path(sys.argv[2]) / f"{level}.png", level)
 PYTHON
 
@@ -125,9 +125,12 @@ show 'systemctl show pic-daemon -p StatusText'
 show "/opt/pic/bin/pic-daemon status --database /var/lib/pic-daemon/matches.db"
 
 say "Reload"
-show 'systemctl reload pic-daemon'
-holds "SIGHUP loaded the model file anew and the service went on" \
-    "[ \$(systemctl show pic-daemon -p NRestarts --value) = 0 ] && systemctl is-active pic-daemon"
+inside bash -c 'echo "no picture" > /srv/drop/bad.png'
+holds "a file that is no picture has failed" "[ \$($log | grep -c 'failed path=') = 1 ]"
+show '/opt/pic/bin/pic-daemon retry --database /var/lib/pic-daemon/matches.db && systemctl reload pic-daemon'
+holds "it was tried again at once, by the same process" \
+    "[ \$($log | grep -c 'failed path=') = 2 ] && [ \$(systemctl show pic-daemon -p NRestarts --value) = 0 ]"
+inside rm /srv/drop/bad.png
 
 say "Watchdog: a service that stands still is killed and started again"
 show 'systemctl show pic-daemon -p WatchdogUSec'
@@ -150,8 +153,34 @@ inside cp /mnt/220.png /srv/drop
 holds "started again, and the row is there" \
     "/opt/pic/bin/pic-matches --database /var/lib/pic-daemon/matches.db | grep 220.png"
 
+say "Hooks, inside what the unit allows"
+inside bash -c 'ip link add dummy0 type dummy && ip addr add 192.0.2.10/24 dev dummy0 && ip link set dummy0 up
+cat > /mnt/receiver.py <<PYTHON
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Receiver(BaseHTTPRequestHandler):
+    def do_POST(self):
+        print(self.rfile.read(int(self.headers["Content-Length"])).decode(), flush=True)
+        self.send_response(204)
+        self.end_headers()
+
+HTTPServer(("192.0.2.10", 80), Receiver).serve_forever()
+PYTHON
+systemd-run --quiet --unit receiver /usr/bin/python3 /mnt/receiver.py
+sed -i "/^model/i webhook = \"http://192.0.2.10/\"\ncommand = [\"/usr/bin/tee\", \"-a\", \"/var/lib/pic-daemon/told.jsonl\"]" /etc/pic-daemon.toml'
+show 'grep -E "^(webhook|command)" /etc/pic-daemon.toml'
+show 'systemctl restart pic-daemon'
+inside cp /mnt/205.png /srv/drop
+holds "the program was told" "grep 205.png /var/lib/pic-daemon/told.jsonl"
+holds "the address was not: the unit lets the service reach loopback alone" "$log | grep 'webhook: delivery .* failed'"
+show "$log | grep 'webhook: delivery' | head -1"
+show 'install -D -m 644 /mnt/repo/systemd/pic-daemon-hooks.conf /etc/systemd/system/pic-daemon.service.d/hooks.conf && systemctl daemon-reload && systemctl restart pic-daemon'
+holds "with the drop-in, the address was told what had waited" \
+    "journalctl -u receiver -o cat --no-pager | grep 205.png"
+show "/opt/pic/bin/pic-daemon status --database /var/lib/pic-daemon/matches.db"
+
 say "A wrong setting is not tried for ever"
-show "sed -i 's/^model =.*/modle = 1/' /etc/pic-daemon.toml; systemctl restart pic-daemon"
+show "sed -i 's/^model =.*/modle = 1/' /etc/pic-daemon.toml; systemctl restart pic-daemon || true"
 holds "exit code 2 ends it for good" \
     "systemctl show pic-daemon -p ActiveState --value | grep failed && [ \$(systemctl show pic-daemon -p ExecMainStatus --value) = 2 ]"
 show 'journalctl -u pic-daemon -o cat --no-pager | grep "unknown key"'
@@ -163,5 +192,5 @@ show 'systemctl stop pic-daemon'
 show 'systemctl show pic-daemon -p ActiveState -p Result -p ExecMainStatus'
 holds "it ended by itself, with exit code 0" \
     "[ \$(systemctl show pic-daemon -p Result --value) = success ] && [ \$(systemctl show pic-daemon -p ExecMainStatus --value) = 0 ]"
-holds "the log is sound" "sudo -u pic-daemon true; /opt/pic/bin/python -c 'import sqlite3; assert sqlite3.connect(\"/var/lib/pic-daemon/matches.db\").execute(\"PRAGMA integrity_check\").fetchone() == (\"ok\",)'"
+holds "the log is sound" "/opt/pic/bin/python -c 'import sqlite3; assert sqlite3.connect(\"/var/lib/pic-daemon/matches.db\").execute(\"PRAGMA integrity_check\").fetchone() == (\"ok\",)'"
 show 'systemd-analyze security pic-daemon --no-pager | tail -1'
