@@ -154,7 +154,7 @@ holds "started again, and the row is there" \
     "/opt/pic/bin/pic-matches --database /var/lib/pic-daemon/matches.db | grep 220.png"
 
 say "Hooks, inside what the unit allows"
-inside bash -c 'ip link add dummy0 type dummy && ip addr add 192.0.2.10/24 dev dummy0 && ip link set dummy0 up
+inside bash -c 'ip addr add 192.0.2.10/32 dev lo
 cat > /mnt/receiver.py <<PYTHON
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
