@@ -52,6 +52,7 @@ SETS = {  # longest side in pixels, format, files for the service
 }
 PEERS_S = 12.0  # how long a peer is given, at most
 STAGES = ("decode", "inference", "commit", "choose", "wait")
+CPU = ("workers CPU", "main CPU")
 
 
 @click.command()
@@ -164,13 +165,15 @@ def service(folder: Path, count: int, model: Path, work: Path) -> dict[str, floa
     while "ready" not in log.read_text():
         time.sleep(0.01)
     ready = time.time()
+    _, main_before, workers_before = usage(process.pid)
     rss = 0
     done: tuple[int, str | None] = (0, None)
     while done[0] < count:
         time.sleep(0.25)
         assert process.poll() is None, "the service ended"
         done = ask(database)
-        rss = max(rss, memory(process.pid))
+        resident, main_s, workers_s = usage(process.pid)
+        rss = max(rss, resident)
     stages = scrape()
     process.terminate()
     process.wait()
@@ -181,6 +184,8 @@ def service(folder: Path, count: int, model: Path, work: Path) -> dict[str, floa
         "service from start": count / (took + ready - begun),
         "start-up s": ready - begun,
         "RSS MiB": rss / 2**20,
+        "main CPU ms": 1000 * (main_s - main_before) / count,
+        "workers CPU ms": 1000 * (workers_s - workers_before) / count,
         **{f"{stage} ms": 1000 * stages.get(stage, 0.0) / count for stage in STAGES},
     }
 
@@ -192,15 +197,18 @@ def ask(database: Path) -> tuple[int, str | None]:
     return row  # type: ignore[no-any-return]
 
 
-def memory(session: int) -> int:
-    """Resident bytes of all processes of a session, what they share counted each time."""
-    pages = 0
+def usage(service: int) -> tuple[int, float, float]:
+    """Resident bytes of all processes of a session, what they share counted each time;
+    CPU seconds of the one that leads it, and of the others."""
+    pages, seconds = 0, {True: 0.0, False: 0.0}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(fields[3]) == session:
+            if int(fields[3]) == service:
                 pages += int(fields[21])
-    return pages * os.sysconf("SC_PAGESIZE")
+                ticks = int(fields[11]) + int(fields[12])
+                seconds[int(process.name) == service] += ticks / os.sysconf("SC_CLK_TCK")
+    return pages * os.sysconf("SC_PAGESIZE"), seconds[True], seconds[False]
 
 
 def scrape() -> dict[str, float]:
@@ -273,10 +281,10 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
     for name, rounds in results.items():
         ratios = [{key: r["service"] / r[key] for key in peers} for r in rounds]
         print(f"| {name} | " + " | ".join(spread(ratios, key, 2) for key in peers) + " |")
-    print("\n| ms an image | " + " | ".join(STAGES) + " |")
-    print("|---" * (len(STAGES) + 1) + "|")
+    print("\n| ms an image | " + " | ".join(STAGES + CPU) + " |")
+    print("|---" * (len(STAGES + CPU) + 1) + "|")
     for name, rounds in results.items():
-        cells = [spread(rounds, f"{stage} ms", 3) for stage in STAGES]
+        cells = [spread(rounds, f"{stage} ms", 3) for stage in STAGES + CPU]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -165,3 +165,74 @@ def daemon(tmp_path: Path, model_file: Path) -> Iterator[DaemonProcess]:
     process = DaemonProcess(tmp_path, model_file)
     yield process
     process.kill_if_running()
+
+
+SEEN = 64
+CELLS = 16
+
+
+def write_descriptor(path: Path, sign: float = 1.0) -> Path:
+    """A real ONNX descriptor: the picture in 16 x 16 cells, its mean taken off.
+
+    Another `sign` gives another file that tells pictures apart as well.
+    """
+    images = helper.make_tensor_value_info(
+        "images", TensorProto.UINT8, ["N", SEEN, SEEN, 3]
+    )
+    embedding = helper.make_tensor_value_info(
+        "embedding", TensorProto.FLOAT, ["N", 3 * CELLS**2]
+    )
+    constants = [
+        helper.make_tensor("sign", TensorProto.FLOAT, [], [sign]),
+        helper.make_tensor("rows", TensorProto.INT64, [2], [0, -1]),
+        helper.make_tensor("last", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("least", TensorProto.FLOAT, [], [1e-6]),
+        # A flat picture has no direction: it gets one.
+        helper.make_tensor(
+            "nudge", TensorProto.FLOAT, [3 * CELLS**2], [1e-3] + [0.0] * (3 * CELLS**2 - 1)
+        ),
+    ]
+    cell = SEEN // CELLS
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node(
+            "AveragePool",
+            ["planes"],
+            ["cells"],
+            kernel_shape=[cell] * 2,
+            strides=[cell] * 2,
+        ),
+        helper.make_node("Reshape", ["cells", "rows"], ["flat"]),
+        helper.make_node("ReduceMean", ["flat", "last"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["flat", "mean"], ["centred"]),
+        helper.make_node("Add", ["centred", "nudge"], ["nudged"]),
+        helper.make_node("ReduceL2", ["nudged", "last"], ["length"], keepdims=1),
+        helper.make_node("Max", ["length", "least"], ["divisor"]),
+        helper.make_node("Div", ["nudged", "divisor"], ["unit"]),
+        helper.make_node("Mul", ["unit", "sign"], ["embedding"]),
+    ]
+    graph = helper.make_graph(nodes, "cells", [images], [embedding], constants)
+    model = helper.make_model(graph, opset_imports=[OPSET], ir_version=10)
+    metadata = {
+        "format": "product-image-descriptor",
+        "format_version": "1",
+        "architecture": "cells",
+        "input_size": str(SEEN),
+        "dimensions": str(3 * CELLS**2),
+        "resize_filter": "bilinear",
+        "color": "sRGB",
+        "catalog_digest": "0" * 64,
+        "catalog_size": "1",
+        "training_run": "none",
+        "created_at": "2026-01-01T00:00:00Z",
+        "versions": "{}",
+    }
+    helper.set_model_props(model, metadata)
+    onnx.save_model(model, path)
+    return path
+
+
+@pytest.fixture
+def descriptor_file(tmp_path: Path) -> Path:
+    return write_descriptor(tmp_path / "describe.onnx")

@@ -14,16 +14,21 @@ from typing import Any
 
 import click
 
+from pic_daemon.bulk import classify_folder
+from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.hooks import check_hooks, describe_hooks
+from pic_daemon.identification import CloserReading, look_closer
+from pic_daemon.images import MAX_PIXELS
+from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
 from pic_daemon.match_queries import read_status
-from pic_daemon.model import Model, load_model
-from pic_daemon.reading import read_image
+from pic_daemon.model import Model, Verdict, load_model
+from pic_daemon.reading import Reading, read_image
 from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
 
@@ -48,6 +53,11 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--watch", multiple=True, type=_PATH, metavar="DIR",
                      help="Drop folder, with all below it; may be repeated."),
         click.option("--model", type=_PATH, help="ONNX file made by pic-export."),
+        click.option("--describe", type=_PATH,
+                     help="Descriptor: names products together with --index [off]."),
+        click.option("--index", type=_PATH, help="Catalog index made by pic-index."),
+        click.option("--gate-threshold", type=float,
+                     help="Score from which on they decide [as the model says]."),
         click.option("--database", type=_PATH, help="SQLite match log; made if missing."),
         click.option("--provider", type=_PROVIDERS, help="Execution provider [auto]."),
         click.option("--batch-size", type=int, help="Images scored at a time [32]."),
@@ -111,9 +121,13 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     settings = load_config(config, overrides)
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
+    identifier = _identifier(settings)
     log = _opened(settings.database)
     logging.getLogger("pic_daemon").info(_about_model(model))
-    service = Service(settings, model, log)
+    if identifier:
+        logging.getLogger("pic_daemon").info(_about_identifier(identifier))
+    cascade = Cascade(identifier, settings) if identifier else None
+    service = Service(settings, model, log, cascade)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
@@ -129,7 +143,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 @daemon.command()
 @_service_options
 def check(config: Path | None, **overrides: Any) -> None:
-    """Try config, folders, model, database and hooks without starting.
+    """Try config, folders, models, index, database and hooks without starting.
 
     Exit code 2 if one fails. Hooks are not told anything.
 
@@ -138,8 +152,14 @@ def check(config: Path | None, **overrides: Any) -> None:
     settings = load_config(config, overrides)
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
+    identifier = _identifier(settings)
     check_log(settings.database)
     click.echo(_about_model(model))
+    if identifier:
+        click.echo(_about_identifier(identifier))
+        changes = identifier.index.changes()
+        state = "cannot be reached from here" if changes is None else "as indexed"
+        click.echo(f"catalog {identifier.index.about.catalog}: {changes or state}")
     click.echo(f"database {settings.database}: ok")
     for folder in settings.folders:
         kind = mount_of(folder.path).type or "unknown"
@@ -247,6 +267,21 @@ def _about_model(model: Model) -> str:
     )
 
 
+def _identifier(settings: Config) -> Identifier | None:
+    if not settings.describe or not settings.index:
+        return None
+    return load_identifier(settings.describe, settings.index, settings.provider)
+
+
+def _about_identifier(identifier: Identifier) -> str:
+    index, info = identifier.index, identifier.descriptor.info
+    return (
+        f"index {index.path}: {len(index.items)} items by {info.architecture}, "
+        f"{info.dimensions} numbers from {info.input_size} x {info.input_size}; "
+        f"{about_promise(index)}"
+    )
+
+
 def _check_watches(settings: Config) -> None:
     left = watches_left()
     if left is None:
@@ -264,43 +299,101 @@ def _check_watches(settings: Config) -> None:
 @click.command()
 @click.version_option(package_name="product-image-classifier")
 @click.option("--model", required=True, type=_PATH, help="ONNX file made by pic-export.")
+@click.option(
+    "--describe", type=_PATH, help="Descriptor: names products together with --index."
+)
+@click.option("--index", type=_PATH, help="Catalog index made by pic-index.")
 @click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE...")
-def classify(model: Path, provider: Any, as_json: bool, images: tuple[Path, ...]) -> None:
+@click.option(
+    "--recursive",
+    type=_PATH,
+    metavar="DIR",
+    help="All images below DIR, into --database; stopped, it can go on.",
+)
+@click.option("--database", type=_PATH, help="The match log for --recursive.")
+@click.argument("images", nargs=-1, type=_PATH, metavar="IMAGE...")
+def classify(model: Path, describe: Path | None, index: Path | None, provider: Any,
+             as_json: bool, recursive: Path | None, database: Path | None,
+             images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
     Example: pic-classify --model model.onnx --json photo.jpg
+
+    Example: pic-classify --model model.onnx --recursive archive --database archive.db
     """
+    if bool(recursive) != bool(database) or bool(recursive) == bool(images):
+        raise click.UsageError("Name images, or --recursive DIR with --database FILE.")
     loaded = load_model(model, provider)
+    if bool(describe) != bool(index):
+        raise InputError("descriptor and index go together: give --describe and --index.")
+    identifier = load_identifier(describe, index, provider) if describe and index else None
+    if recursive and database:
+        log = _opened(database)
+        try:
+            counts = classify_folder(recursive, loaded, log, identifier)
+        finally:
+            log.close()
+        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
+        return
     failures = 0
     for start in range(0, len(images), _BATCH):
-        for row in _classify_batch(loaded, images[start : start + _BATCH]):
+        for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
             failures += row["status"] == "failed"
             if as_json:
                 click.echo(json.dumps(row))
             else:
                 score = "" if row["score"] is None else f"{row['score']:.6f}"
                 tail = f"  ({row['error']})" if row["error"] else ""
+                if item := row.get("catalog_item"):
+                    tail += f"  {item!r} ({row['joint_score']:.3f})"
                 click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
 
 
-def _classify_batch(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _classify_batch(
+    model: Model, identifier: Identifier | None, paths: Sequence[Path]
+) -> list[dict[str, Any]]:
     readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
     verdicts = iter(model.judge([r.image for r in readings if r.image]))
     rows = []
     for path, reading in zip(paths, readings, strict=True):
         verdict = next(verdicts) if reading.image else None
         gone = "no such file" if reading.stamp is None else "changed while being read"
-        rows.append(
-            {
-                "path": text_of(str(path)),
-                "status": verdict.status if verdict else "failed",
-                "score": verdict.score if verdict else None,
-                "threshold": model.info.threshold,
-                "error": verdict.reason if verdict else reading.error or gone,
-            }
-        )
+        row = {
+            "path": text_of(str(path)),
+            "status": verdict.status if verdict else "failed",
+            "score": verdict.score if verdict else None,
+            "threshold": model.info.threshold,
+            "error": verdict.reason if verdict else reading.error or gone,
+        }
+        if identifier and verdict:
+            row |= _second_look(model, identifier, reading, verdict)
+        rows.append(row)
     return rows
+
+
+def _second_look(
+    model: Model, identifier: Identifier, reading: Reading, verdict: Verdict
+) -> dict[str, Any]:
+    """What descriptor and index change of a row."""
+    row: dict[str, Any] = {"status": "no-match", "threshold": model.info.gate_threshold}
+    if verdict.reason or verdict.score < model.info.gate_threshold:
+        return row
+    size = identifier.descriptor.info.input_size
+    (seen,) = look_closer(reading.path, reading.sha256, size, MAX_PIXELS)
+    if not isinstance(seen, CloserReading):
+        problem = seen.error or "changed while being read"
+        return {"status": "failed", "score": None, "error": problem}
+    (found,) = identifier.identify([seen.closeup])
+    if not found:
+        return row
+    return row | {
+        "status": "match" if found.matched else "no-match",
+        "catalog_item": text_of(found.item),
+        "similarity": found.similarity,
+        "joint_score": found.score,
+        "joint_threshold": found.threshold,
+    }

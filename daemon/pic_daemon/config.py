@@ -13,7 +13,7 @@ from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import EXCLUDED, Folder
 from pic_daemon.images import MAX_PIXELS, PATTERNS
-from pic_daemon.model import Provider
+from pic_daemon.onnx_session import Provider
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Config:
     stood still this long. `rescan_seconds`: how often the folders are compared with
     the match log. `workers` = 0: one reader per core. `decode_seconds`: the longest
     that reading one file may take. `metrics`: host:port where Prometheus may ask, or ''.
+    `describe` and `index`: descriptor and catalog index, both or neither.
+    `gate_threshold`: the score, in [0, 1], from which on these two decide, None for what
+    the model's file says.
     `failed_folder`: where files that failed are moved, None to leave them.
     `webhook` and `command` are told of every match: an http(s) address with, in
     `webhook_header_file`, a header of one's own; a program with its arguments. One
@@ -43,6 +46,9 @@ class Config:
     decode_seconds: float = 30.0
     metrics: str = ""
     failed_folder: Path | None = None
+    describe: Path | None = None
+    index: Path | None = None
+    gate_threshold: float | None = None
     webhook: str = ""
     webhook_header_file: Path | None = None
     command: tuple[str, ...] = ()
@@ -64,6 +70,9 @@ class Config:
 
 _KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
 _FOLDER_KEYS = {"path", "recursive", "include", "exclude", "mode", "poll_seconds"}
+_PATHS = (
+    "model", "database", "failed_folder", "describe", "index", "webhook_header_file",
+)  # fmt: skip
 _MINIMUM: dict[str, float] = {
     "batch_size": 1,
     "workers": 0,
@@ -74,8 +83,8 @@ _MINIMUM: dict[str, float] = {
     "hook_seconds": 0.1,
     "hook_hours": 0,
     "keep_no_match_days": 1,
+    "gate_threshold": 0,
 }
-_PATHS = ("model", "database", "failed_folder", "webhook_header_file")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -110,6 +119,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     config = Config(tuple(folders), **settings)
+    _check_second_stage(config)
     _keep_apart("database", config.database.resolve().parent, config)
     _check_webhook(config)
     if config.failed_folder:
@@ -223,6 +233,15 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     return Folder(
         path.resolve(), recursive, **patterns, mode=mode, poll_seconds=poll_seconds
     )
+
+
+def _check_second_stage(config: Config) -> None:
+    if bool(config.describe) != bool(config.index):
+        raise InputError("descriptor and index go together: give --describe and --index.")
+    if config.gate_threshold is not None and not config.index:
+        raise InputError("gate_threshold is for use with a descriptor and an index.")
+    if (config.gate_threshold or 0) > 1:
+        raise InputError("gate_threshold must be at most 1.")
 
 
 def _check_failed_folder(config: Config, failed: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -24,6 +24,8 @@ from pic_daemon.reading import Reading, read_images
 MEMORY_LIMIT = 4 << 30
 """Address space of a worker in bytes: several times the largest picture allowed."""
 
+
+Task = Callable[..., list[Any]]
 
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
 
@@ -35,7 +37,7 @@ class Decoders:
     """
 
     def __init__(
-        self, workers: int, timeout: float, done: Callable[[list[Reading]], None]
+        self, workers: int, timeout: float, done: Callable[[list[Any]], None]
     ) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pic_daemon.reading"])
@@ -43,7 +45,7 @@ class Decoders:
         self._pool = self._new_pool()
         self._timeout = timeout
         self._done = done
-        self._pending: dict[Future[list[Reading]], Sequence[str]] = {}
+        self._pending: dict[Future[list[Any]], Sequence[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -57,27 +59,31 @@ class Decoders:
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
+    def run(self, task: Task, path: str, *arguments: object) -> None:
+        """Begin `task(path, *arguments)`; `done` gets its list, or a Reading if it failed.
+
+        `task` and `arguments` can be pickled.
+        """
+        self._begin([path], task, path, *arguments)
+
     def read(self, paths: Sequence[str], size: int, max_pixels: int) -> None:
         """Begin to read files to size x size pixels; their Readings come to `done`."""
         share = min(_GROUP, math.ceil(len(paths) / self._workers))
         for start in range(0, len(paths), share or 1):
-            self._begin(paths[start : start + share], size, max_pixels)
+            group = paths[start : start + share]
+            self._begin(group, read_images, group, size, max_pixels)
 
-    def _begin(self, group: Sequence[str], size: int, max_pixels: int) -> None:
+    def _begin(self, group: Sequence[str], task: Task, *arguments: object) -> None:
         try:
-            future = self._schedule(group, size, max_pixels)
+            future = self._schedule(task, arguments)
         except RuntimeError:  # a worker was killed while idle, which ends the pool
             self._replace_pool()
-            future = self._schedule(group, size, max_pixels)
+            future = self._schedule(task, arguments)
         self._pending[future] = group
         future.add_done_callback(self._end)
 
-    def _schedule(
-        self, group: Sequence[str], size: int, max_pixels: int
-    ) -> "Future[list[Reading]]":
-        return self._pool.schedule(
-            read_images, args=[group, size, max_pixels], timeout=self._timeout
-        )
+    def _schedule(self, task: Task, arguments: Sequence[object]) -> "Future[list[Any]]":
+        return self._pool.schedule(task, args=arguments, timeout=self._timeout)
 
     def _replace_pool(self) -> None:
         self._pool.stop()  # type: ignore[no-untyped-call]
@@ -86,7 +92,7 @@ class Decoders:
             future.cancel()
         self._pool = self._new_pool()
 
-    def _end(self, ended: "Future[list[Reading]]") -> None:
+    def _end(self, ended: "Future[list[Any]]") -> None:
         group = self._pending.pop(ended, None)
         if group is not None:
             self._done(self._readings(group, ended))
@@ -94,9 +100,7 @@ class Decoders:
     def _new_pool(self) -> ProcessPool:
         return ProcessPool(self._workers, initializer=_start_worker, context=self._context)
 
-    def _readings(
-        self, group: Sequence[str], ended: "Future[list[Reading]]"
-    ) -> list[Reading]:
+    def _readings(self, group: Sequence[str], ended: "Future[list[Any]]") -> list[Any]:
         try:
             return ended.result()
         except TimeoutError:

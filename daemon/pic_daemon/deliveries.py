@@ -84,6 +84,8 @@ def _message(outcome: "Outcome", model: str) -> str:
             "similarity": outcome.similarity,
             "runner_up": outcome.runner_up,
             "runner_up_similarity": outcome.runner_up_similarity,
+            "joint_score": outcome.joint_score,
+            "joint_threshold": outcome.joint_threshold,
         }
     )
 

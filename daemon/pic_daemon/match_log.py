@@ -37,7 +37,8 @@ class Outcome:
     `threshold` are in [0, 1], None with status ``failed``. `error` says why an image
     failed, or why it was not judged by its score. `catalog_item` is the nearest product's
     path within the catalog, `similarity` its cosine, `runner_up` the nearest other
-    product; all None where no index was asked, else `catalog_index` is its SHA-256.
+    product; all None where no index was asked, else `catalog_index` is its SHA-256 and
+    `joint_score`, in [0, 1], decided by `joint_threshold`.
     """
 
     path: str
@@ -57,6 +58,8 @@ class Outcome:
     runner_up: str | None = None
     runner_up_similarity: float | None = None
     catalog_index: str | None = None
+    joint_score: float | None = None
+    joint_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,9 @@ class MatchLog:
                 o.status, o.score, o.threshold, model.sha256, iso_time(o.seen_at),
                 iso_time(o.classified_at),
                 round(max(0.0, o.classified_at - o.seen_at) * 1000, 3),
-                o.error, o.stamp.mtime_ns, o.stamp.inode, o.catalog_item, o.similarity,
-                o.runner_up, o.runner_up_similarity, o.catalog_index,
+                o.error, o.stamp.mtime_ns, o.stamp.inode, _name(o.catalog_item),
+                o.similarity, _name(o.runner_up), o.runner_up_similarity, o.catalog_index,
+                o.joint_score, o.joint_threshold,
             ]
             for o in outcomes
         ]  # fmt: skip
@@ -237,8 +241,11 @@ class MatchLog:
                     path, sha256, bytes, width, height, format, status, score,
                     threshold, model, seen_at, classified_at, latency_ms, error,
                     mtime_ns, inode, catalog_item, similarity, runner_up,
-                    runner_up_similarity, catalog_index, revision
-                ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    runner_up_similarity, catalog_index, joint_score, joint_threshold,
+                    revision
+                ) VALUES (
+                    ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
+                )
                 ON CONFLICT (path, sha256) DO UPDATE
                 SET bytes = excluded.bytes, width = excluded.width,
                     height = excluded.height, format = excluded.format,
@@ -250,6 +257,8 @@ class MatchLog:
                     similarity = excluded.similarity, runner_up = excluded.runner_up,
                     runner_up_similarity = excluded.runner_up_similarity,
                     catalog_index = excluded.catalog_index,
+                    joint_score = excluded.joint_score,
+                    joint_threshold = excluded.joint_threshold,
                     revision = excluded.revision
                 """,
                 [[*row, first + n] for n, row in enumerate(rows)],
@@ -267,7 +276,7 @@ class MatchLog:
         ).fetchone()
         return int(last) - rows + 1
 
-    def beat(self, figures: Mapping[str, float | int]) -> None:
+    def beat(self, figures: Mapping[str, float | int | str]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():
@@ -294,9 +303,21 @@ class MatchLog:
             return deliveries.try_again(self._db.conn)
 
     def mark_outdated(self) -> int:
-        """Have images scored by another than the latest model scored again; how many."""
+        """Have images decided by another than the latest model or index done again.
+
+        Returns how many. Which index that is, and from which score on it is asked, the
+        heartbeat says.
+        """
         latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        return self._mark(f"model <> ({latest}) AND status <> 'failed'")
+        index, gate = (
+            f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
+            for name in ("catalog_index", "gate_threshold")
+        )
+        asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
+        return self._mark(
+            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
+            "AND status <> 'failed'"
+        )
 
     def no_matches_before(
         self, moment: float, after: tuple[str, int], limit: int
@@ -337,3 +358,7 @@ class MatchLog:
             self._db.conn.rollback()
             raise
         self._db.conn.commit()
+
+
+def _name(item: str | None) -> str | None:
+    return None if item is None else text_of(item)

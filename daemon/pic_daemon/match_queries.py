@@ -15,7 +15,8 @@ from pic_daemon.web.queries import STATUSES, Filters, conditions, statement
 
 COLUMNS = (
     "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
-    "similarity", "runner_up", "runner_up_similarity", "status", "error",
+    "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
+    "status", "error",
 )  # fmt: skip
 """What is told of an image; `revision` is its place in the order of recording."""
 
@@ -60,7 +61,7 @@ def follow_images(
     PRAGMA. Raises InputError where `path` is not a match log.
     """
     statuses = STATUSES if filters.status == "all" else (filters.status,)
-    terms, values = conditions(filters, by_path=False)
+    terms, values = conditions(filters)
     narrowed = " AND ".join(
         ["revision > ?", f"status IN ({', '.join('?' * len(statuses))})", *terms]
     )

@@ -49,6 +49,17 @@ def read_images(paths: Sequence[str], size: int, max_pixels: int) -> list[Readin
 
 def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
     """Read, hash and decode one file to size x size pixels; never raises OSError."""
+    reading, data = read_bytes(path)
+    if not reading.sha256:
+        return reading
+    try:
+        return replace(reading, image=decode(data, size, max_pixels))
+    except ImageError as error:
+        return replace(reading, error=str(error))
+
+
+def read_bytes(path: str) -> tuple[Reading, bytes]:
+    """Read and hash one file; without a sha256 in the Reading there are no bytes."""
     stamp = None
     try:
         # O_NONBLOCK: opening a FIFO that was swapped in must not hang the reader.
@@ -56,25 +67,22 @@ def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
         with open(os.open(path, flags), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                return Reading(path, None)
+                return Reading(path, None), b""
             stamp = FileStamp.of(status)
             if stamp.bytes > MAX_BYTES:
-                return Reading(path, stamp, error=f"larger than {MAX_BYTES:,} bytes")
+                problem = f"larger than {MAX_BYTES:,} bytes"
+                return Reading(path, stamp, error=problem), b""
             data = file.read(stamp.bytes + 1)
             after = FileStamp.of(os.fstat(file.fileno()))
     except FileNotFoundError:
-        return Reading(path, None)
+        return Reading(path, None), b""
     except OSError as error:
         stamp = stamp or _stamp_unread(path)
         problem = f"cannot be read: {error.strerror}"
-        return Reading(path, stamp, error=problem, transient=True)
+        return Reading(path, stamp, error=problem, transient=True), b""
     if after != stamp or len(data) != stamp.bytes:
-        return Reading(path, after, changed=True)
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        return Reading(path, stamp, digest, decode(data, size, max_pixels))
-    except ImageError as error:
-        return Reading(path, stamp, digest, error=str(error))
+        return Reading(path, after, changed=True), b""
+    return Reading(path, stamp, hashlib.sha256(data).hexdigest()), data
 
 
 def _stamp_unread(path: str) -> FileStamp | None:

@@ -1,5 +1,7 @@
 """The loop: hint or scan -> settled? -> read -> batch -> score -> one transaction.
 
+With a descriptor and an index, what the score lets through goes through `cascade` first.
+
 One thread owns all state and the database. Decoders and watchdog only put messages
 into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
 the scan at the next start: what has no row yet is done then.
@@ -14,18 +16,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
 from pic_daemon.health import Health
+from pic_daemon.identification import CloserReading, Confirmation
 from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.model import Model, Verdict
-from pic_daemon.model_file import ModelFile, NewModel
+from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
 from pic_daemon.retention import Retention
+from pic_daemon.schema import Status
+from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
 from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
@@ -54,7 +60,9 @@ class Reload:
     """Load the model file anew and compare folders and log."""
 
 
-Message = Hint | list[Reading] | Stop | Reload | NewModel
+_Read = Reading | CloserReading | Confirmation
+
+Message = Hint | list[_Read] | Stop | Reload | Loaded
 
 T = TypeVar("T")
 
@@ -71,11 +79,18 @@ class _InHand:
 
 @dataclass
 class Service:
-    """The running service: `run` returns after a Stop message."""
+    """The running service: `run` returns after a Stop message.
+
+    With `until_done` it also returns once every file of its folders has been dealt
+    with. `passed` is called with the number of files that were, as they are.
+    """
 
     config: Config
     model: Model
     log: MatchLog
+    cascade: Cascade | None = None
+    until_done: bool = False
+    passed: Callable[[int], None] = lambda _: None
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _settling: SettleTracker = field(init=False)
@@ -91,7 +106,7 @@ class Service:
     _watches: Watches = field(init=False)
     _next_rescan: float = 0.0
     _next_poll: dict[Folder, float] = field(default_factory=dict)
-    _model_file: ModelFile = field(init=False)
+    _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
     _retention: Retention = field(init=False)
@@ -102,14 +117,21 @@ class Service:
         self._settling = SettleTracker(self.config.settle_seconds)
         self._retention = Retention(self.config.keep_no_match_days)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
-        self._model_file = ModelFile(
-            self.config.model, self.config.provider, self.inbox.put
-        )
+        config, send = self.config, self.inbox.put
+        load = partial(load_model, config.model, config.provider)
+        self._files = [ServedFiles("model", [config.model], load, self._swap, send)]
+        if self.cascade:
+            self._files.append(self.cascade.files(send))
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
         self._stop_asked.set()
         self.inbox.put(Stop())
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_asked.is_set()
 
     def reload(self) -> None:
         """Ask the loop to load the model file anew; as safe as `stop`."""
@@ -133,18 +155,30 @@ class Service:
             # rather than never.
             self._look_at_folders(time.monotonic())
             self._scan_all()
+            if self.cascade:
+                self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
             logger.info("ready, watching %d folders", len(self.config.folders))
-            while not (self._stopping and not self._reading and not self._batch):
+            while self._busy() or not self._stopping:
                 with self.health.timed("choose"):
                     more = not self._stopping and self._choose(decoders)
+                waiting = more or self._in_hand or len(self._settling)
+                if self.until_done and not waiting:
+                    break
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
                     self._finish_batch()
-                self.health.feed_watchdog(busy=bool(self._reading or self._batch))
+                if self.cascade:
+                    self._go_on(self.cascade)
+                self.health.feed_watchdog(self._busy())
             notify("STOPPING=1")
             with suppress(sqlite3.OperationalError):  # every row is recorded already
                 self.log.beat({**self._figures(), "stopped": 1})
+
+    def _busy(self) -> bool:
+        """Whether files are with the worker processes, or wait for what comes after."""
+        waiting = self.cascade.waiting if self.cascade else 0
+        return bool(self._reading or self._batch or waiting)
 
     # What to read next
 
@@ -152,6 +186,7 @@ class Service:
         """Hand files to the decoders; returns whether there is more to look at now."""
         self._look_around(time.monotonic())
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
+        room -= self.cascade.waiting if self.cascade else 0
         steps = _SCAN_STEP
         chosen: list[str] = []
         more = False
@@ -181,6 +216,10 @@ class Service:
         for group in (*([path] for path in alone), others):
             decoders.read(group, self.model.info.input_size, self.config.max_pixels)
 
+    def _run(self, decoders: Decoders, *task: Any) -> None:
+        self._reading += 1
+        decoders.run(*task)
+
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
         for path, stamp in self._settling.due(now):
@@ -189,7 +228,8 @@ class Service:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            self._model_file.look()
+            for files in self._files:
+                files.look()
             self._look_at_folders(now)
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
@@ -204,21 +244,28 @@ class Service:
 
     def _idle(self) -> bool:
         """Whether there is nothing to classify just now."""
-        return not (self._ready or self._scans or self._reading or self._batch)
+        return not (self._in_hand or self._scans)
 
     def _beat(self) -> None:
         figures = self._figures()
         self._recorded(lambda: self.log.beat(figures))
 
-    def _figures(self) -> dict[str, float | int]:
+    def _figures(self) -> dict[str, float | int | str]:
         times = [file.seen_at for file in self._in_hand.values()]
         if (settling := self._settling.oldest()) is not None:
             times.append(settling)
         oldest = max(0.0, time.time() - min(times)) if times else 0.0
-        return self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        waiting = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        if not self.cascade:
+            return {**waiting}
+        index = self.cascade.identifier.index.sha256
+        return {**waiting, "catalog_index": index, "gate_threshold": self._threshold()}
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
-        if path in self._in_hand or self.log.knows(path, stamp):
+        if path in self._in_hand:
+            return
+        if self.log.knows(path, stamp):
+            self.passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9
         still = age >= self.config.settle_seconds
@@ -281,9 +328,10 @@ class Service:
             case list():
                 self._reading -= len(message)
                 self.health.moved()
-                for reading in message:
-                    self.health.spent("decode", reading.seconds)
-                    self._sort(reading)
+                for read in message:
+                    self._take_in(read)
+            case Loaded():
+                message.hand_over()
             case FileHint(path, complete):
                 self._follow(path, complete)
             case FolderHint(path):
@@ -294,15 +342,21 @@ class Service:
                 self._scans.clear()
                 self._scan_all()
             case Reload():
-                self._model_file.load()
+                for files in self._files:
+                    files.load()
                 self._scans.clear()
                 self._scan_all()
-            case NewModel(model):
-                self._model_file.loaded()
-                if model:
-                    self._swap(model)
             case Stop():
                 self._stopping = True
+
+    def _take_in(self, read: _Read) -> None:
+        if isinstance(read, Reading):
+            self.health.spent("decode", read.seconds)
+            if self.cascade:
+                self.cascade.forget(read.path)
+            self._sort(read)
+        elif self.cascade:
+            self.cascade.handle(read)
 
     def _scan_below(self, path: str) -> None:
         for folder in self.config.folders:
@@ -353,6 +407,7 @@ class Service:
         self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
 
     def _let_go(self, path: str) -> None:
+        self.passed(1)
         if self._in_hand.pop(path).hinted_again:
             self._follow(path, complete=True)
 
@@ -383,12 +438,36 @@ class Service:
         with self.health.timed("inference"):
             verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
         now = time.time()
-        outcomes = [
-            self._outcome(reading, next(verdicts) if reading.image else None, now)
-            for reading in readings
-        ]
+        outcomes = []
+        for reading in readings:
+            verdict = next(verdicts) if reading.image else None
+            outcome = self._outcome(reading, verdict, now)
+            score = verdict.score if verdict and not verdict.reason else -1.0
+            if self.cascade and score >= self._threshold():
+                self.cascade.take(Passed(outcome, self.model))
+            else:
+                outcomes.append(outcome)
+        if outcomes:
+            self._record(outcomes, self.model)
+
+    def _threshold(self) -> float:
+        """What the model's score must reach, to match or to be looked at again."""
+        gate = self.cascade.gate(self.model) if self.cascade else None
+        return self.model.info.threshold if gate is None else gate
+
+    def _go_on(self, cascade: Cascade) -> None:
+        """Describe what waits, if it is due, and record what is decided."""
+        due = cascade.due()
+        if due is not None and due <= time.monotonic():
+            with self.health.timed("describe"):
+                cascade.describe()
+        decided = cascade.take_decided()
+        for model in {id(one.model): one.model for one in decided}.values():
+            self._record([one.outcome for one in decided if one.model is model], model)
+
+    def _record(self, outcomes: list[Outcome], model: Model) -> None:
         with self.health.timed("commit"):
-            self._recorded(lambda: self.log.record(outcomes, self.model, self.config.hooks))
+            self._recorded(lambda: self.log.record(outcomes, model, self.config.hooks))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
@@ -439,18 +518,19 @@ class Service:
     def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
         assert reading.stamp
         image = reading.image
+        status: Status = verdict.status if verdict else "failed"
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
             stamp=reading.stamp,
-            status=verdict.status if verdict else "failed",
+            status="no-match" if verdict and self.cascade else status,
             seen_at=self._in_hand[reading.path].seen_at,
             classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
             format=image.format if image else None,
             score=verdict.score if verdict else None,
-            threshold=self.model.info.threshold if image else None,
+            threshold=self._threshold() if image else None,
             error=verdict.reason if verdict else reading.error,
         )
 
@@ -458,7 +538,8 @@ class Service:
         """Seconds the loop may sleep if no message comes."""
         now = time.monotonic()
         if self._stopping:
-            return _LONGEST_WAIT_S if not self._batch else _BATCH_WAIT_S
+            waits = self._batch or (self.cascade and self.cascade.waiting)
+            return _BATCH_WAIT_S if waits else _LONGEST_WAIT_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
@@ -467,6 +548,8 @@ class Service:
             moments.append(self._retention.next_due)
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
+        if self.cascade and (due := self.cascade.due()) is not None:
+            moments.append(due)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
 
@@ -477,4 +560,7 @@ def _report(outcome: Outcome) -> None:
         logger.warning("failed path=%r reason=%r", path, outcome.error)
     else:
         level = logging.INFO if outcome.status == "match" else logging.DEBUG
-        logger.log(level, "%s path=%r score=%.6f", outcome.status, path, outcome.score)
+        item = outcome.catalog_item and text_of(outcome.catalog_item)
+        named = f" item={item!r} joint={outcome.joint_score:.3f}" if item else ""
+        message = "%s path=%r score=%.6f%s"
+        logger.log(level, message, outcome.status, path, outcome.score, named)

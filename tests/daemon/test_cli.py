@@ -1,10 +1,13 @@
 import csv
 import json
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import DaemonProcess, write_image
+from conftest import BIN, DaemonProcess, write_image
 from sqlite_utils import Database
 
 from pic_daemon.match_log import MatchLog
@@ -124,6 +127,40 @@ def test_matches_refuses_what_is_no_match_log(run_tool: Run, tmp_path: Path) -> 
         assert result.returncode == 2 and "neither a span like 2h" in result.stderr
 
 
+def test_an_archive_is_classified_once_and_what_is_new_later(
+    run_tool: Run, model_file: Path, tmp_path: Path
+) -> None:
+    for number in range(20):
+        write_image(tmp_path / "archive" / "deep" / f"{number}.png", 100 + 5 * number)
+    (tmp_path / "archive" / "bad.jpg").write_bytes(b"no picture")
+    options = ["--model", model_file, "--recursive", tmp_path / "archive"]
+    options += ["--database", tmp_path / "log.db"]
+    first = run_tool("pic-classify", *options)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("1 failed, 14 match, 6 no-match;")
+    write_image(tmp_path / "archive" / "late.png", 200)
+    second = run_tool("pic-classify", *options)
+    assert second.stdout.startswith("1 match;")
+    assert len(list(Database(tmp_path / "log.db").query("SELECT * FROM images"))) == 22
+
+
+def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -> None:
+    for number in range(300):
+        write_image(tmp_path / "archive" / f"{number}.png", 200, side=400)
+    command = [BIN / "pic-classify", "--model", model_file]
+    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
+    while not (tmp_path / "log.db-wal").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"Aborted" in told
+    assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
+    rows = list(Database(tmp_path / "log.db").query("SELECT path FROM images"))
+    assert len({row["path"] for row in rows}) == len(rows) == 300
+
+
 def test_matches_without_a_commands_name_are_the_list(
     run_tool: Run, tmp_path: Path
 ) -> None:
@@ -136,3 +173,15 @@ def test_matches_without_a_commands_name_are_the_list(
     assert "\n  list " in run_tool("pic-matches", "--help").stdout
     assert run_tool("pic-matches", "--version").returncode == 0
     assert "Missing option '--database'" in run_tool("pic-matches").stderr
+
+
+def test_without_the_web_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name: None if name == 'datasette' else find(name)\n"
+        "from pic_daemon.matches_cli import matches; matches()"
+    )
+    command = [sys.executable, "-c", code, "serve", "--database", str(tmp_path / "log.db")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "product-image-classifier[web]" in result.stderr

@@ -13,7 +13,7 @@ from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.match_queries import read_images
 from pic_daemon.model import Model, load_model
-from pic_daemon.schema import iso_time
+from pic_daemon.schema import iso_time, migrations
 from pic_daemon.web.queries import Filters
 
 STAMP = FileStamp(1000, 5, 7)
@@ -59,7 +59,8 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
         "threshold": 0.5, "model": model.sha256, "seen_at": "1970-01-01T00:01:39.750Z",
         "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
         "catalog_item": None, "similarity": None, "runner_up": None,
-        "runner_up_similarity": None, "catalog_index": None, "revision": 1,
+        "runner_up_similarity": None, "catalog_index": None,
+        "joint_score": None, "joint_threshold": None, "revision": 1,
     }  # fmt: skip
     (used,) = query(log, "SELECT * FROM models")
     assert used["sha256"] == model.sha256
@@ -71,7 +72,7 @@ def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
     (row,) = query(log, "SELECT * FROM matches")
     assert list(row) == [
         "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
-        "similarity", "runner_up", "runner_up_similarity",
+        "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
     ]  # fmt: skip
 
 
@@ -232,3 +233,13 @@ def test_no_revision_is_used_twice_though_rows_are_deleted(
     log.record([match("/drop/a.png", score=0.8)], model)  # the same row, written again
     rows = query(log, "SELECT path, revision FROM images ORDER BY revision")
     assert [tuple(row.values()) for row in rows] == [("/drop/b.png", 3), ("/drop/a.png", 4)]
+
+
+def test_a_log_whose_making_was_cut_short_is_finished(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
+    begun = Database(path)
+    migrations.ensure_migrations_table(begun)
+    begun.close()
+    log = MatchLog.open(path)
+    assert query(log, "SELECT * FROM images") == []
+    log.close()

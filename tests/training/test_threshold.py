@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 from pic_daemon.errors import InputError
+from pic_daemon.promise import check_support, rate, threshold_for
 from pic_training.threshold import (
     calibration_error,
-    check_support,
     confusion,
     fit_temperature,
+    gate_for,
     log_loss,
     sigmoid,
-    threshold_for,
 )
 
 
@@ -90,3 +90,23 @@ def test_none_of_n_still_leaves_three_of_n_possible() -> None:
     assert few.false_positive_rate.high == pytest.approx(3 / 10)  # of ten pictures
     nothing = confusion(np.zeros(4), np.zeros(4, bool), np.arange(4), 0.5)
     assert nothing.recall.value is None
+
+
+def test_the_gate_lets_all_but_a_hundredth_of_the_copies_through() -> None:
+    draw = np.random.default_rng(3)
+    labels = np.arange(4000) % 2 == 1
+    scores = draw.normal(labels * 2.0, 1)
+    threshold = threshold_for(scores, labels, 0.001)
+    gate = gate_for(scores, labels, threshold)
+    assert (scores[labels] >= gate).mean() == pytest.approx(0.99)
+    assert gate < threshold
+    assert gate_for(scores, labels, -5.0) == -5.0
+
+
+def test_a_rate_of_few_pictures_in_many_samples_has_a_wide_interval() -> None:
+    hits = np.arange(3000) % 100 == 0
+    alone = rate(hits, np.arange(3000))
+    grouped = rate(hits, np.arange(3000) // 300)
+    assert alone.value == grouped.value == pytest.approx(0.01)
+    nothing = rate(np.zeros(3000, bool), np.arange(3000) // 300)
+    assert (nothing.value, nothing.high) == (0.0, pytest.approx(0.3))

@@ -20,11 +20,12 @@ from PIL import Image
 
 from pic_daemon.images import decode, open_rgb
 from pic_daemon.model import Model
+from pic_daemon.promise import threshold_for
 from pic_training.augmentation import Augmentation, augment
 from pic_training.edits import EDITS
 from pic_training.peers import Bits, peers, similarity
 from pic_training.sources import Source, Sources
-from pic_training.threshold import Confusion, confusion, threshold_for
+from pic_training.threshold import Confusion, confusion
 
 OURS = "model"
 _AUGMENTED = -1  # in place of an edit's number: the training augmentation

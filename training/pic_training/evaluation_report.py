@@ -13,9 +13,9 @@ from PIL import Image
 
 from pic_daemon.images import open_rgb
 from pic_daemon.model import Model
+from pic_daemon.promise import Interval
 from pic_training.edits import EDITS
 from pic_training.evaluation import OURS, Evaluation, Plan, Sample, sample_file
-from pic_training.threshold import Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

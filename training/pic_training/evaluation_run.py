@@ -12,11 +12,11 @@ import click
 
 from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
+from pic_daemon.promise import check_support
 from pic_training.edits import EDITS
 from pic_training.evaluation import Plan, evaluate
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.sources import Source, Sources, gather
-from pic_training.threshold import check_support
 
 
 def run_evaluation(

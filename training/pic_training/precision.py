@@ -21,11 +21,11 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
-from pic_training.networks import ARCHITECTURES
+from pic_daemon.promise import threshold_for
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig, read_json
 from pic_training.sources import gather
-from pic_training.threshold import Confusion, confusion, sigmoid, threshold_for
+from pic_training.threshold import Confusion, confusion, gate_for, sigmoid
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -107,7 +107,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
             Path(config.others),
             Path(config.others_val) if config.others_val else None,
             Path(cache) / "sources.rgb",
-            max(256, 2 * ARCHITECTURES[config.arch].size),
+            max(256, 2 * config.architecture.size),
         )
         if read_json(folder / "digest.json")["sources"] != sources.digest:
             raise InputError(
@@ -130,6 +130,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     info = replace(
         model.info,
         threshold=threshold,
+        gate_threshold=gate_for(after[~test], labels[~test], threshold),
         fpr=rate.value or 0.0,
         fpr_low=rate.low,
         fpr_high=rate.high,

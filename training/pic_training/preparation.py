@@ -6,13 +6,13 @@ from pathlib import Path
 import click
 import numpy as np
 
+from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_training.networks import ARCHITECTURES
+from pic_daemon.promise import check_support
 from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
-from pic_training.threshold import check_support
 
 
 def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
@@ -21,7 +21,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
     Raises InputError; a folder that this made is gone again then.
     """
     is_new = claim_folder(config, folder, resume)
-    architecture = ARCHITECTURES[config.arch]
+    architecture = config.architecture
     try:
         sources = gather(
             Path(config.catalog),
@@ -29,6 +29,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
             Path(config.others_val) if config.others_val else None,
             folder / "sources.rgb",
             max(256, 2 * architecture.size),
+            _corrections(config, folder, is_new),
         )
         _say_left_out(sources)
         _check_halves(config, sources)
@@ -40,6 +41,19 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
             abandon(folder)
         raise
     return sources
+
+
+def _corrections(config: RunConfig, folder: Path, is_new: bool) -> list[Correction]:
+    """As they stood when the run began: a resumed run is made of the same pictures."""
+    if config.corrections is None:
+        return []
+    stored = folder / "corrections.json"
+    if is_new:
+        given = read_corrections(Path(config.corrections))
+        if not given:
+            raise InputError(f"nobody corrected a verdict in {config.corrections} yet.")
+        write_json(stored, [asdict(correction) for correction in given])
+    return [Correction(**fields) for fields in read_json(stored)]
 
 
 def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
@@ -57,8 +71,16 @@ def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -
 def samples_of(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
     """The samples that a run draws from one split."""
     count = config.train_images if split == "train" else config.val_images
-    size = ARCHITECTURES[config.arch].size
-    return SampleSet(sources, split, count, size, config.seed, config.augmentation)
+    copies = 2 if config.task == "describe" and split == "train" else 1
+    return SampleSet(
+        sources,
+        split,
+        count,
+        config.architecture.size,
+        config.seed,
+        config.augmentation,
+        copies,
+    )
 
 
 def _check_halves(config: RunConfig, sources: Sources) -> None:

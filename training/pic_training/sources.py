@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
 from pic_daemon.images import ImageError, open_rgb
@@ -139,10 +140,31 @@ class _Found:
         return self.decoded.path
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Files of one kind: all below `folder`, or those that were corrected."""
+
+    kind: Kind
+    split: Split | None
+    folder: Path | None = None
+    corrected: tuple[Correction, ...] = ()
+
+    def paths(self) -> list[str]:
+        return _files(self.folder) if self.folder else [c.path for c in self.corrected]
+
+
 def gather(
-    catalog: Path, others: Path, others_val: Path | None, file: Path, side: int
+    catalog: Path,
+    others: Path,
+    others_val: Path | None,
+    file: Path,
+    side: int,
+    corrections: Sequence[Correction] = (),
 ) -> Sources:
     """Decode every picture below the folders into `file`, its longer side at most `side`.
+
+    Pictures that somebody called ours join the catalog's, those called not ours join the
+    others, where their files still are what was judged.
 
     Leaves out what cannot be decoded, what repeats another picture byte for byte,
     other images that are copies of a catalog image, and images for validation with a
@@ -151,11 +173,18 @@ def gather(
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
-    folders: list[tuple[Path, Kind, Split | None]] = [(catalog, "catalog", "train")]
-    folders.append((others, "other", "train" if others_val else None))
+    ours = tuple(c for c in corrections if c.label == "ours")
+    not_ours = tuple(c for c in corrections if c.label == "not-ours")
+    of_others: Split | None = "train" if others_val else None
+    origins = [
+        _Origin("catalog", "train", catalog),
+        _Origin("catalog", "train", corrected=ours),
+        _Origin("other", of_others, others),
+        _Origin("other", of_others, corrected=not_ours),
+    ]
     if others_val:
-        folders.append((others_val, "other", "val"))
-    found, left_out = _decode_into(file, folders, side)
+        origins.append(_Origin("other", "val", others_val))
+    found, left_out = _decode_into(file, origins, side)
     found = _without(found, _copies_among_others(found), left_out)
     groups = _near_duplicates([f.decoded for f in found if f.kind == "other"])
     found = _without(found, _leaking(found, groups), left_out)
@@ -184,7 +213,7 @@ def gather(
 
 
 def _decode_into(
-    file: Path, folders: Sequence[tuple[Path, Kind, Split | None]], side: int
+    file: Path, origins: Sequence[_Origin], side: int
 ) -> tuple[list[_Found], list[LeftOut]]:
     found: list[_Found] = []
     left_out: list[LeftOut] = []
@@ -192,20 +221,26 @@ def _decode_into(
     temporary = file.with_suffix(".tmp")
     try:
         with temporary.open("wb") as out:
-            for folder, kind, split in folders:
+            for origin in origins:
                 before = len(found)
-                for item in _decode_all(_files(folder), side):
+                judged = {c.path: c.sha256 for c in origin.corrected}
+                for item in _decode_all(origin.paths(), side):
                     if isinstance(item, LeftOut):
                         left_out.append(item)
+                    elif judged.get(item.path, item.sha256) != item.sha256:
+                        left_out.append(
+                            LeftOut(item.path, "changed since it was corrected")
+                        )
                     elif item.sha256 in seen:
                         twin = seen[item.sha256]
                         left_out.append(LeftOut(item.path, f"same bytes as {twin}"))
                     else:
                         seen[item.sha256] = item.path
-                        found.append(_Found(_without_pixels(item), kind, split, out.tell()))
+                        kept = _without_pixels(item)
+                        found.append(_Found(kept, origin.kind, origin.split, out.tell()))
                         out.write(item.pixels.tobytes())
-                if len(found) == before:
-                    raise InputError(_nothing_in(folder, left_out))
+                if origin.folder and len(found) == before:
+                    raise InputError(_nothing_in(origin.folder, left_out))
         temporary.replace(file)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}.") from error

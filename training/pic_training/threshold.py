@@ -12,23 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pic_daemon.errors import InputError
+from pic_daemon.promise import Floats, Interval, Labels, interval, resample
 
-Floats = NDArray[np.float64]
-Labels = NDArray[np.bool_]
+GATE_LOSS = 0.01
+"""Share of the copies that the classifier, as a gate, may keep from the second stage."""
 
-_RESAMPLES = 1000
 _BINS = 15
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A share in [0, 1] of `of` samples with its 95% interval; None where `of` is 0."""
-
-    value: float | None
-    low: float
-    high: float
-    of: int
 
 
 @dataclass(frozen=True)
@@ -43,25 +32,6 @@ class Confusion:
     precision: Interval
     recall: Interval
     false_positive_rate: Interval
-
-
-def supported_rate(decoys: int) -> float:
-    """The lowest false positive rate that `decoys` samples can promise: 3 / n.
-
-    The rule of three: none among n leaves up to 3 / n possible at 95% confidence
-    (Hanley and Lippman-Hand 1983).
-    """
-    return 3 / max(1, decoys)
-
-
-def check_support(decoys: int, target: float, remedy: str) -> None:
-    """Raise InputError where `decoys` samples cannot promise `target`."""
-    best = supported_rate(decoys)
-    if target < best:
-        raise InputError(
-            f"{decoys} decoy samples can promise a false positive rate of {best:.2g} at "
-            f"best (3 / n), not {target:.2g}: {remedy}."
-        )
 
 
 def sigmoid(logits: Floats) -> Floats:
@@ -98,20 +68,12 @@ def calibration_error(probabilities: Floats, labels: Labels) -> float:
     return float(np.abs(predicted - actual).sum() / max(1, counts.sum()))
 
 
-def threshold_for(scores: Floats, labels: Labels, target: float) -> float:
-    """The lowest threshold at which at most the share `target` of decoys match.
+def gate_for(scores: Floats, labels: Labels, threshold: float) -> float:
+    """The score that all but GATE_LOSS of the copies reach, and at most `threshold`.
 
-    `scores` of shape (N,), on any scale; a score at or above the threshold matches.
-    The threshold lies midway between the last decoy let in and the next score below
-    it that is shut out, so that nothing hangs on a rounding.
+    From there on a second stage, which names the product, is to decide.
     """
-    decoys = np.sort(scores[~labels])[::-1]
-    allowed = int(np.floor(target * len(decoys)))
-    if allowed >= len(decoys):
-        return float(scores.min())
-    shut_out = float(decoys[allowed])
-    above = scores[scores > shut_out]
-    return (shut_out + float(above.min())) / 2 if len(above) else shut_out + 1e-6
+    return min(threshold, float(np.quantile(scores[labels], GATE_LOSS)))
 
 
 def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[np.int64],
@@ -127,12 +89,12 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
     np.add.at(counts, (number, outcome), 1)
     is_catalog = counts[:, [0, 2]].sum(axis=1) > 0
     draw = np.random.default_rng(seed)
-    resampled = _resample(counts[is_catalog], draw) + _resample(counts[~is_catalog], draw)
+    resampled = resample(counts[is_catalog], draw) + resample(counts[~is_catalog], draw)
     tp, fp, fn, tn = (int(n) for n in counts.sum(axis=0))
 
     def share(good: list[int], of: list[int]) -> Interval:
         total = counts.sum(axis=0)
-        return _interval(
+        return interval(
             int(total[good].sum()),
             int(total[of].sum()),
             int((counts[:, of].sum(axis=1) > 0).sum()),
@@ -146,25 +108,3 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
         recall=share([0], [0, 2]),
         false_positive_rate=share([1], [1, 3]),
     )  # fmt: skip
-
-
-def _resample(counts: Floats, draw: np.random.Generator) -> Floats:
-    """Sums over pictures drawn with replacement: shape (resamples, outcomes)."""
-    pictures = len(counts)
-    if pictures == 0:
-        return np.zeros((_RESAMPLES, counts.shape[1]))
-    weights = draw.multinomial(pictures, np.full(pictures, 1 / pictures), _RESAMPLES)
-    return np.asarray(weights @ counts)
-
-
-def _interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
-    if of == 0:
-        return Interval(None, 0.0, 1.0, 0)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    # A share of exactly 0 or 1 resamples to itself: the rule of three, over pictures
-    # rather than their samples, keeps it honest.
-    if good == 0:
-        high = max(high, supported_rate(pictures))
-    if good == of:
-        low = min(low, 1 - supported_rate(pictures))
-    return Interval(good / of, max(0.0, float(low)), min(1.0, float(high)), of)

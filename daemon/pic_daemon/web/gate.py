@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/login", "/pic-static/style.css")
+OPEN_PATHS = ("/login", "/pic-static/style.css", "/favicon.ico")
 """What is answered without a token: the way in, and how it looks."""
 
 SHORTEST_TOKEN = 16

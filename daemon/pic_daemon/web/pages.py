@@ -107,7 +107,11 @@ async def _list(
     request: Request, datasette: Datasette, page: str, **fixed: str
 ) -> Response:
     given = {name: request.args.get(name) or "" for name in request.args}
-    context: dict[str, Any] = {"page": page, "given": given, "statuses": queries.STATUSES}
+    context: dict[str, Any] = {
+        "page": page,
+        "given": given,
+        "statuses": (*queries.STATUSES, "all"),
+    }
     status = 200
     try:
         filters = Filters.of({**given, **fixed})
@@ -132,7 +136,7 @@ async def _list(
             "older": found["older"] and own + urlencode({**query, "after": found["older"]}),
             "top": own + urlencode(query),
             "paged": cursor is not None,
-            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1",
+            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1&_dl=1",
             "json": f"/{LOG}/images.json?{filters.for_datasette()}&_shape=objects",
         }
     return await _html(datasette, request, f"{page}.html", context, status)
@@ -205,7 +209,7 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
     return {
         "page": "dashboard",
         "days": days,
-        "most": {k: max(1, *(d[k] for d in days)) for k in ("matches", "failures")},
+        "most": max(1, *(day[k] for day in days for k in ("matches", "failures"))),
         "latency": queries.latency(db),
         "beat": beat,
         "state": state,

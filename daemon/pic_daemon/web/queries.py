@@ -151,7 +151,7 @@ def statement(
     A folder with few rows is found by path and sorted instead.
     """
     by_path = bool(filters.folder) and not filters.product and _is_small(db, filters.folder)
-    terms, values = conditions(filters, by_path)
+    terms, values = conditions(filters)
     forwards = cursor is not None and cursor.newer
     if cursor:
         terms.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
@@ -168,7 +168,7 @@ def statement(
     return " UNION ALL ".join(parts) + order, [*values * len(parts), limit]
 
 
-def conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
+def conditions(filters: Filters) -> tuple[list[str], list[Any]]:
     """SQL that narrows to all of `filters` but the status, and the values in it."""
     found: list[tuple[str, Any]] = []
     if filters.since:
@@ -183,8 +183,7 @@ def conditions(filters: Filters, by_path: bool) -> tuple[list[str], list[Any]]:
         found.append(("catalog_item = ?", filters.product))
     if filters.folder:
         first, behind = _range(filters.folder)
-        column = "path" if by_path else "+path"
-        found += [(f"{column} >= ?", first), (f"{column} < ?", behind)]
+        found += [("path >= ?", first), ("path < ?", behind)]
     return [condition for condition, _ in found], [value for _, value in found]
 
 
@@ -235,10 +234,10 @@ def products(db: sqlite3.Connection) -> list[str]:
     rows = db.execute(
         """
         WITH RECURSIVE item (name) AS (
-            SELECT min(catalog_item) FROM images
-            WHERE status = 'match' AND catalog_item IS NOT NULL
+            SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
+            WHERE status = 'match' AND catalog_item > ''
             UNION ALL
-            SELECT (SELECT min(catalog_item) FROM images
+            SELECT (SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
                     WHERE status = 'match' AND catalog_item > item.name)
             FROM item WHERE item.name IS NOT NULL
         )

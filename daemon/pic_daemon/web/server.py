@@ -78,7 +78,10 @@ def make_app(
     database: Path, catalog: Path | None, token: str | None, host: str = "127.0.0.1"
 ) -> App:
     """The ASGI application: the gate, Datasette behind it, our pages in that."""
-    writable = _prepare(database)
+    writable = prepare(database)
+    # Where rich happens to be installed, Datasette prints every local variable of an
+    # error with it, the token too, and then fails over a page that is not there.
+    pm.get_plugin("datasette.handle_exception").rich = None
     if not pm.is_registered(pages):
         pm.register(pages, "pic-pages")
     datasette = Datasette(
@@ -103,7 +106,7 @@ def make_app(
     return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
 
 
-def _prepare(database: Path) -> bool:
+def prepare(database: Path) -> bool:
     """Bring the log's tables up to date where this account may; returns whether it may."""
     if not os.path.exists(database):
         raise InputError(f"database {database} does not exist, or this user may not look.")
@@ -133,6 +136,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # from here on who comes too early waits
     except OSError as error:
         raise InputError(f"cannot listen at {host}:{port}: {error.strerror}.") from error
     return listening

@@ -1,0 +1,47 @@
+"""A whole archive through the service's own engine, once, with a progress bar."""
+
+import math
+import signal
+import sqlite3
+import sys
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from pic_daemon.cascade import Cascade, Identifier
+from pic_daemon.config import Config
+from pic_daemon.errors import InputError
+from pic_daemon.folders import Folder
+from pic_daemon.match_log import MatchLog
+from pic_daemon.model import Model
+from pic_daemon.service import Service
+
+
+def classify_folder(
+    folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None
+) -> Counter[str]:
+    """Record every image below `folder` that the log does not hold yet.
+
+    Returns how many got which status. Ctrl-C or SIGTERM finishes what is in hand and
+    raises click.Abort; the same call goes on from there. Raises InputError where there is
+    no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder.")
+    # Nobody announces anything here: a poll that never comes again is one scan.
+    place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
+    config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
+    total = sum(1 for _ in place.scan())
+    with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
+        cascade = Cascade(identifier, config) if identifier else None
+        service = Service(config, model, log, cascade, until_done=True, passed=bar.update)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        try:
+            service.run()
+        except sqlite3.Error as error:
+            raise click.ClickException(f"database {log.path}: {error}") from error
+    if service.stop_asked:
+        raise click.Abort
+    return Counter(service.health.outcomes)

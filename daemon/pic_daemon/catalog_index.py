@@ -1,0 +1,335 @@
+"""The catalog index: one file that says which pictures the catalog holds.
+
+It keeps, of every item, its vectors for the nearest-neighbour search and the landmarks by
+which a match is confirmed, and the threshold of the joint decision with its promise. It
+belongs to one descriptor, by hash. The file is an uncompressed zip archive, so that every
+part has its checksum and the landmarks of one item can be read without the others.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+from pic_daemon.descriptor import Descriptor
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp, Folder
+from pic_daemon.identification import CANDIDATES, Candidate
+from pic_daemon.neighbours import Neighbours, Vectors
+from pic_daemon.promise import Interval
+
+FORMAT = "product-image-index"
+FORMAT_VERSION = 1
+
+_ABOUT, _ITEMS = "about.json", "items.json"
+_VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
+_VIEW_BITS = 3  # a vector's key is its item's number and, in these bits, its view's
+
+
+@dataclass(frozen=True)
+class Item:
+    """A catalog picture: path within the folder, content, where its landmarks lie.
+
+    `bytes` and `mtime_ns` are the file's, as last seen.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    mtime_ns: int
+    offset: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file of the catalog folder that is not in the index, and why."""
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The threshold of the joint score, in [0, 1], and what is promised of it.
+
+    `rule` says how it was chosen. `rate` is the share of decoy samples that matched at
+    it, None where it was not measured; `catalog_size` is the number of items then.
+    """
+
+    threshold: float
+    rule: str
+    measured_at: str
+    catalog_size: int
+    target_fpr: float | None = None
+    rate: Interval | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What the index is of. `descriptor` is the SHA-256 of the descriptor's file."""
+
+    descriptor: str
+    dimensions: int
+    catalog: str
+    created_at: str
+    promise: Promise
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a catalog folder differs from its index, by path within the folder."""
+
+    new: list[str]
+    changed: list[str]
+    removed: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.changed or self.removed)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}"
+            f"{', ...' if len(names) > 3 else ''})"
+            for what in ("new", "changed", "removed")
+            if (names := getattr(self, what))
+        ]
+        return ", ".join(parts)
+
+
+@dataclass
+class CatalogIndex:
+    """An index in memory; `items` are by number. Not shared between threads.
+
+    `sha256` is that of the file, '' for one that was not written yet.
+    """
+
+    path: Path
+    about: About
+    items: dict[int, Item] = field(default_factory=dict)
+    refused: list[Refused] = field(default_factory=list)
+    sha256: str = ""
+    vectors: Neighbours = field(default_factory=lambda: Neighbours(1))
+    _stored: mmap.mmap | None = None
+    _new: dict[int, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, path: Path, about: About) -> Self:
+        """An index of nothing, to be filled."""
+        return cls(path, about, vectors=Neighbours(about.dimensions))
+
+    def add(self, item: Item, vectors: Vectors, landmarks: bytes) -> int:
+        """Add an item by its vectors, float32, shape (views, D); returns its number."""
+        number = max(self.items, default=-1) + 1
+        self.vectors.add(np.arange(len(vectors)) + (number << _VIEW_BITS), vectors)
+        self.items[number] = item
+        self._new[number] = landmarks
+        return number
+
+    def remove(self, number: int) -> None:
+        """Drop an item."""
+        del self.items[number]
+        self._new.pop(number, None)
+        self.vectors.remove(np.arange(1 << _VIEW_BITS) + (number << _VIEW_BITS))
+
+    def landmarks(self, number: int) -> bytes:
+        """The Landmarks of an item, as bytes."""
+        if number in self._new:
+            return self._new[number]
+        item = self.items[number]
+        assert self._stored is not None
+        return self._stored[item.offset : item.offset + item.length]
+
+    def nearest(self, vectors: Vectors, count: int) -> list[list[tuple[int, float]]]:
+        """The `count` nearest items of each vector, float32, shape (N, D), by cosine.
+
+        As (number, cosine in [-1, 1]), nearest first; an item counts by its nearest view.
+        """
+        found = []
+        for near in self.vectors.nearest(vectors, count << _VIEW_BITS):
+            best: dict[int, float] = {}
+            for key, cosine in near:
+                best.setdefault(key >> _VIEW_BITS, cosine)
+            found.append(list(best.items())[:count])
+        return found
+
+    def look_up(self, vectors: Vectors) -> list[list[Candidate]]:
+        """The items that each picture may be a copy of, nearest first."""
+        return [
+            [
+                Candidate(self.items[number].name, similarity, self.landmarks(number))
+                for number, similarity in near
+            ]
+            for near in self.nearest(vectors, CANDIDATES)
+        ]
+
+    def changes(self) -> Changes | None:
+        """How the catalog folder differs by now; None where it cannot be reached."""
+        folder = Path(self.about.catalog)
+        if not os.path.isdir(folder):
+            return None
+        there = dict(files_in(folder))
+        known = {
+            file.name: (file.bytes, file.mtime_ns)
+            for files in (self.items.values(), self.refused)
+            for file in files
+        }
+        differ = [
+            name
+            for name in sorted(there.keys() & known.keys())
+            if (there[name].bytes, there[name].mtime_ns) != known[name]
+        ]
+        by_name = {item.name: item for item in self.items.values()}
+        changed = [n for n in differ if not _same_content(folder / n, by_name.get(n))]
+        return Changes(
+            sorted(there.keys() - known.keys()),
+            changed,
+            sorted(known.keys() - there.keys()),
+        )
+
+    def save(self) -> None:
+        """Write the file: under a temporary name first, then renamed into place.
+
+        Raises InputError where it cannot be written.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                self._write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write(self, file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            start, items = 0, {}
+            with archive.open(_LANDMARKS, "w", force_zip64=True) as out:
+                for number, item in self.items.items():
+                    data = self.landmarks(number)
+                    out.write(data)
+                    items[number] = asdict(replace(item, offset=start, length=len(data)))
+                    start += len(data)
+            with archive.open(_VECTORS, "w", force_zip64=True) as out:
+                out.write(self.vectors.to_bytes())
+            refused = [asdict(r) for r in self.refused]
+            archive.writestr(_ITEMS, json.dumps({"items": items, "refused": refused}))
+            about = {"format": FORMAT, "format_version": FORMAT_VERSION}
+            archive.writestr(_ABOUT, json.dumps({**about, **asdict(self.about)}))
+
+
+def files_in(folder: Path) -> Iterator[tuple[str, FileStamp]]:
+    """Every picture of a catalog folder by its path within, links passed over."""
+    for path, stamp in Folder(folder.resolve()).scan():
+        yield os.path.relpath(path, folder.resolve()), stamp
+
+
+def load_index(path: Path) -> CatalogIndex:
+    """Read and check an index; raises InputError where it is missing, damaged or empty."""
+    try:
+        with path.open("rb") as file:
+            return _load(path, file)
+    except OSError as error:
+        raise InputError(f"index {path}: {error.strerror or error}.") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
+        raise InputError(_damaged(path, error)) from error
+
+
+def check_belongs(index: CatalogIndex, descriptor: Descriptor) -> None:
+    """Raise InputError where the index was made with another descriptor."""
+    if index.about.descriptor != descriptor.sha256:
+        raise InputError(
+            f"index {index.path} was made with another descriptor (sha256 "
+            f"{index.about.descriptor[:12]}) than {descriptor.path} "
+            f"({descriptor.sha256[:12]}): make it again with pic-index."
+        )
+
+
+def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
+    if not zipfile.is_zipfile(file):
+        raise InputError(f"{path} is no catalog index; make one with pic-index.")
+    with zipfile.ZipFile(file) as archive:
+        if {_ABOUT, _ITEMS, _VECTORS, _LANDMARKS} - set(archive.namelist()):
+            raise InputError(f"{path} is no catalog index; make one with pic-index.")
+        about = _about(path, archive.read(_ABOUT))
+        if damaged := archive.testzip():
+            raise InputError(_damaged(path, f"the checksum of {damaged} is wrong"))
+        start = _start_of(archive.getinfo(_LANDMARKS), file)
+        listed = json.loads(archive.read(_ITEMS))
+        try:
+            vectors = Neighbours.from_bytes(archive.read(_VECTORS))
+        except ValueError as error:
+            raise InputError(_damaged(path, error)) from error
+    items = {int(number): Item(**values) for number, values in listed["items"].items()}
+    items = {n: replace(item, offset=item.offset + start) for n, item in items.items()}
+    _check_vectors(path, about, items, vectors)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    stored = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    refused = [Refused(**values) for values in listed["refused"]]
+    return CatalogIndex(path, about, items, refused, digest, vectors, stored)
+
+
+def _about(path: Path, data: bytes) -> About:
+    values: dict[str, Any] = json.loads(data)
+    if values.pop("format", None) != FORMAT:
+        raise InputError(f"{path} is no catalog index; make one with pic-index.")
+    version = values.pop("format_version", 0)
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
+            "Upgrade product-image-classifier or make the index again."
+        )
+    promise = values.pop("promise")
+    rate = promise.pop("rate")
+    return About(
+        **values, promise=Promise(**promise, rate=Interval(**rate) if rate else None)
+    )
+
+
+def _check_vectors(
+    path: Path, about: About, items: Collection[int], vectors: Neighbours
+) -> None:
+    if not items:
+        raise InputError(f"index {path} is of an empty catalog: make it again.")
+    if vectors.dimensions != about.dimensions:
+        raise InputError(_damaged(path, "its vectors have another length than it says"))
+    numbers: set[int] = set()
+    for keys, stored in vectors.stored():
+        if not np.isfinite(stored).all():
+            raise InputError(_damaged(path, "it holds vectors that are not numbers"))
+        numbers.update((keys >> _VIEW_BITS).tolist())
+    if numbers != set(items):
+        raise InputError(_damaged(path, "its vectors and its items do not agree"))
+
+
+def _start_of(member: zipfile.ZipInfo, file: IO[bytes]) -> int:
+    """Where the bytes of an uncompressed member begin (APPNOTE.TXT 4.3.7)."""
+    file.seek(member.header_offset + 26)
+    name = int.from_bytes(file.read(2), "little")
+    extra = int.from_bytes(file.read(2), "little")
+    return member.header_offset + 30 + name + extra
+
+
+def _same_content(path: Path, item: Item | None) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return item is not None and digest == item.sha256
+    return False
+
+
+def _damaged(path: Path, problem: object) -> str:
+    return f"index {path} is damaged ({problem}): make it again with pic-index."

@@ -1,0 +1,181 @@
+"""The promise of an index: the threshold that pictures which are no copies support.
+
+Every decoy is tried as it is, cropped and compressed, and small and compressed. The
+threshold is the lowest with at most the target rate of false positives on one half of
+the decoys; the rate that is reported comes from the other half. What the classifier
+keeps out before is not counted: with it the rate can only be lower.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pic_daemon.catalog_index import CatalogIndex, Promise, files_in
+from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.descriptor import Descriptor
+from pic_daemon.identification import (
+    Candidate,
+    Closeup,
+    closeup_of,
+    joint_score,
+    look_at,
+    side_for,
+)
+from pic_daemon.images import ImageError, open_rgb
+from pic_daemon.indexing import slices
+from pic_daemon.promise import Floats, check_support, rate, threshold_for
+
+VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"
+_COUNT = 3
+
+
+@dataclass(frozen=True)
+class Decoy:
+    """A decoy picture as it is: the item it came nearest to, and their joint score."""
+
+    path: str
+    item: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The promise, what was left out with its reason, and the decoys that came nearest."""
+
+    promise: Promise
+    left_out: dict[str, str]
+    nearest: list[Decoy]
+
+
+def measure(
+    index: CatalogIndex,
+    descriptor: Descriptor,
+    folder: Path,
+    target: float,
+    pool: ProcessPoolExecutor,
+    show: Callable[[int], None],
+) -> Measured:
+    """Choose the threshold of `index` on the pictures of `folder`, for `target`.
+
+    Raises InputError where they cannot support that rate.
+    """
+    paths = [str(folder / name) for name, _ in sorted(files_in(folder))]
+    _check(len(paths), target, folder)
+    catalog = {item.sha256: item.name for item in index.items.values()}
+    left_out: dict[str, str] = {}
+    scores: list[float] = []
+    pictures: list[str] = []
+    as_they_are: list[Decoy] = []
+    for part in slices(paths):
+        sizes = [descriptor.info.input_size] * len(part)
+        seen: list[tuple[str, Closeup]] = []
+        for path, looked in zip(part, pool.map(_versions, part, sizes), strict=True):
+            if isinstance(looked, str):
+                left_out[path] = looked
+            elif looked[0] in catalog:
+                left_out[path] = f"same bytes as the catalog's {catalog[looked[0]]}"
+            else:
+                seen += [(path, closeup) for closeup in looked[1]]
+        if seen:
+            best = _best(index, descriptor, [closeup for _, closeup in seen], pool)
+            pictures += [path for path, _ in seen]
+            scores += [score for _, score in best]
+            as_they_are += [
+                Decoy(path, *best[n]) for n, (path, _) in enumerate(seen) if not n % _COUNT
+            ]
+        show(len(part))
+    _check(len(scores) // _COUNT, target, folder)
+    promise = _promise(np.array(scores), pictures, target, len(index.items))
+    nearest = sorted(as_they_are, key=lambda d: d.score, reverse=True)
+    return Measured(promise, left_out, nearest[:3])
+
+
+def _check(pictures: int, target: float, folder: Path) -> None:
+    remedy = (
+        f"{folder} holds {pictures} usable pictures, of which half choose the threshold, "
+        f"each in {_COUNT} versions; give more of them or a higher --target-fpr"
+    )
+    check_support(pictures // 2 * _COUNT, target, remedy)
+
+
+def _promise(
+    scores: Floats,
+    pictures: Sequence[str],
+    target: float,
+    catalog_size: int,
+) -> Promise:
+    _, number = np.unique(pictures, return_inverse=True)
+    tested = number % 2 == 1
+    nothing = np.zeros(int((~tested).sum()), bool)
+    # At a score of 0 everything would match.
+    threshold = max(1e-6, threshold_for(scores[~tested], nothing, target))
+    measured = rate(scores[tested] >= threshold, number[tested])
+    rule = (
+        f"lowest joint score with a false positive rate of at most {target:g} on "
+        f"{len(nothing)} decoy samples ({VERSIONS})"
+    )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Promise(threshold, rule, now, catalog_size, target, measured)
+
+
+def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
+    """The content's hash and a decoy's versions, or why it is left out."""
+    try:
+        data = Path(path).read_bytes()
+        picture, _ = open_rgb(data, side_for(size))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        return str(error)
+    whole = closeup_of(picture, size)
+    if whole.image.blank:
+        return "nearly uniform picture: it never matches"
+    digest = hashlib.sha256(data).hexdigest()
+    draw = np.random.default_rng(int(digest[:8], 16))
+    width, height = (max(1, round(side * 0.7**0.5)) for side in picture.size)
+    left = int(draw.integers(0, picture.width - width + 1))
+    top = int(draw.integers(0, picture.height - height + 1))
+    cropped = picture.crop((left, top, left + width, top + height))
+    small = picture.copy()
+    small.thumbnail((96, 96), Image.Resampling.BICUBIC)
+    altered = [look_at(_jpeg(cropped, 50), size), look_at(_jpeg(small, 30), size)]
+    return digest, [whole, *altered]
+
+
+def _jpeg(picture: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _best(
+    index: CatalogIndex,
+    descriptor: Descriptor,
+    closeups: Sequence[Closeup],
+    pool: ProcessPoolExecutor,
+) -> list[tuple[str, float]]:
+    """The item with the highest joint score for each closeup, and that score."""
+    found: list[list[Candidate]] = []
+    for start in range(0, len(closeups), 32):
+        pixels = [c.image.pixels for c in closeups[start : start + 32]]
+        found += index.look_up(descriptor.describe(np.stack(pixels)))
+    marks = [closeup.landmarks for closeup in closeups]
+    return list(pool.map(_highest, marks, found, chunksize=4))
+
+
+def _highest(query: Landmarks, candidates: Sequence[Candidate]) -> tuple[str, float]:
+    best = candidates[0].item, 0.0
+    for candidate in candidates:
+        if joint_score(candidate.similarity, 1.0) <= best[1]:
+            break  # they come in falling order: no later one can be higher
+        item = Landmarks.from_bytes(candidate.landmarks)
+        score = joint_score(candidate.similarity, agreement(query, item))
+        best = max(best, (candidate.item, score), key=lambda b: b[1])
+    return best

@@ -1,0 +1,165 @@
+"""Which catalog item a picture is a copy of: what is looked at, and the joint decision.
+
+The descriptor proposes the nearest items; `confirmation` says of each how surely the
+picture is a copy of it. Both numbers make the joint score that the index's threshold
+decides by.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+from PIL import Image
+
+from pic_daemon.confirmation import PICTURE_SIDE, Landmarks, agreement, landmarks
+from pic_daemon.images import (
+    MAX_PIXELS,
+    DecodedImage,
+    ImageError,
+    Pixels,
+    open_rgb,
+    to_pixels,
+)
+from pic_daemon.reading import Reading, read_bytes
+
+cv2.setNumThreads(1)  # as many processes as cores do this at the same time
+
+CANDIDATES = 5
+"""Items that are confirmed or refused per picture, nearest first."""
+
+DEFAULT_THRESHOLD = 0.5
+"""Of the joint score, for an index that no decoys were measured with."""
+
+
+@dataclass(frozen=True)
+class Closeup:
+    """A picture as the second stage sees it.
+
+    `image` has pixels for the descriptor, uint8, shape (size, size, 3).
+    """
+
+    image: DecodedImage
+    landmarks: Landmarks
+
+
+@dataclass(frozen=True)
+class CloserReading:
+    """A file that was read again, larger; it was still the same."""
+
+    path: str
+    closeup: Closeup
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A catalog item near a picture: its name, the cosine, and its Landmarks as bytes."""
+
+    item: str
+    similarity: float
+    landmarks: bytes
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The agreement, in [0, 1], with each candidate of the file at `path`, in order."""
+
+    path: str
+    agreements: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The nearest item and the runner-up with their cosines, and the joint decision.
+
+    `score` is the joint score of `item` in [0, 1]; `matched`: it reaches the threshold.
+    """
+
+    item: str
+    similarity: float
+    runner_up: str | None
+    runner_up_similarity: float | None
+    score: float
+    threshold: float
+
+    @property
+    def matched(self) -> bool:
+        """Whether the picture is taken for a copy of `item`."""
+        return self.score >= self.threshold
+
+
+def joint_score(similarity: float, agreement: float) -> float:
+    """From a cosine in [-1, 1] and an agreement in [0, 1], in [0, 1], rising in both."""
+    return max(0.0, similarity) * agreement
+
+
+def identify(
+    candidates: Sequence[Candidate], agreements: Sequence[float], threshold: float
+) -> Identification:
+    """Join what descriptor and confirmation say of the candidates, of which one at least.
+
+    Candidates without an agreement, at the end, could not reach the threshold.
+    """
+    padded = [*agreements, *[0.0] * (len(candidates) - len(agreements))]
+    scored = [
+        (joint_score(candidate.similarity, value), candidate.similarity, -rank, candidate)
+        for rank, (candidate, value) in enumerate(zip(candidates, padded, strict=True))
+    ]
+    (score, *_, best), *others = sorted(scored, key=lambda s: s[:3], reverse=True)
+    runner_up = others[0][3] if others else None
+    return Identification(
+        best.item,
+        best.similarity,
+        runner_up.item if runner_up else None,
+        runner_up.similarity if runner_up else None,
+        score,
+        threshold,
+    )
+
+
+def worth_confirming(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
+    """Those that a full agreement would take to the threshold; nearest first, as given."""
+    return [c for c in candidates if joint_score(c.similarity, 1.0) >= threshold]
+
+
+def side_for(size: int) -> int:
+    """The `size` to give to `open_rgb` for a descriptor of this input size."""
+    return max(size, PICTURE_SIDE // 2)  # open_rgb keeps twice as much
+
+
+def look_at(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Closeup:
+    """Decode a file's bytes for the second stage; raises ImageError as `decode` does."""
+    picture, stored = open_rgb(data, side_for(size), max_pixels)
+    return closeup_of(picture, size, stored)
+
+
+def closeup_of(
+    picture: Image.Image, size: int, stored: tuple[int, int] | None = None
+) -> Closeup:
+    """From an upright RGB picture."""
+    width, height = stored or picture.size
+    pixels: Pixels = to_pixels(picture, size)
+    return Closeup(DecodedImage(pixels, width, height, "RGB"), landmarks(picture))
+
+
+# Tasks of the worker processes: each gives a list of one, as `read_images` one of many.
+
+
+def look_closer(
+    path: str, sha256: str, size: int, max_pixels: int
+) -> list[CloserReading | Reading]:
+    """Read a file again that had this content; a Reading says why it could not be."""
+    reading, data = read_bytes(path)
+    if reading.sha256 and reading.sha256 != sha256:
+        return [Reading(path, reading.stamp, changed=True)]
+    if not reading.sha256:
+        return [reading]
+    try:
+        return [CloserReading(path, look_at(data, size, max_pixels))]
+    except ImageError as error:
+        return [Reading(path, reading.stamp, sha256, error=str(error))]
+
+
+def confirm(path: str, query: Landmarks, items: Sequence[bytes]) -> list[Confirmation]:
+    """Compare the picture at `path` with items, given as Landmarks in bytes."""
+    values = tuple(agreement(query, Landmarks.from_bytes(item)) for item in items)
+    return [Confirmation(path, values)]

@@ -1,0 +1,193 @@
+"""The command pic-index: make, update, list and edit a catalog index."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pic_daemon.catalog_index import About, CatalogIndex, Promise, load_index
+from pic_daemon.decoys import Measured, measure
+from pic_daemon.descriptor import Descriptor, load_descriptor
+from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
+from pic_daemon.identification import DEFAULT_THRESHOLD
+from pic_daemon.indexing import Update, remove, update, workers
+
+_PATH = click.Path(path_type=Path)
+_NAMED = 20  # files named of each kind; the others are counted
+
+
+@click.command()
+@click.version_option(package_name="product-image-classifier")
+@click.option("--output", required=True, type=_PATH, help="The index file.")
+@click.option("--catalog", type=_PATH, help="Folder of the catalog's pictures.")
+@click.option("--model", type=_PATH, help="Descriptor: ONNX file made by pic-export.")
+@click.option(
+    "--others",
+    type=_PATH,
+    help="Folder of pictures that are no copies, to choose the threshold on.",
+)
+@click.option(
+    "--target-fpr",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.001,
+    show_default=True,
+    help="Largest share of them that may match.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--list", "listed", is_flag=True, help="Print the items of the index.")
+@click.option(
+    "--remove",
+    "names",
+    multiple=True,
+    metavar="ITEM",
+    help="Drop an item, named as --list does; may be repeated.",
+)
+def index(output: Path, catalog: Path | None, model: Path | None, others: Path | None,
+          target_fpr: float, provider: Any, listed: bool,
+          names: tuple[str, ...]) -> None:  # fmt: skip
+    """Make the catalog index that pic-daemon names products by, or bring it up to date.
+
+    Run again, it describes new and changed pictures and drops those that are gone; a
+    running pic-daemon picks the file up. The threshold stays as it was measured until
+    --others measures it anew.
+
+    Example: pic-index --catalog products --model describe.onnx --others photos
+    --output catalog.index
+    """
+    if listed or names:
+        if catalog or model or others or (listed and names):
+            raise click.UsageError("--list and --remove go with --output alone.")
+        found = load_index(output)
+        if listed:
+            for item in sorted(found.items.values(), key=lambda i: i.name):
+                click.echo(f"{item.sha256[:12]}  {_shown(item.name)}")
+            return
+        remove(found, names)
+        found.save()
+        click.echo(
+            f"{output}: {len(names)} removed, {len(found.items)} items left. The next run "
+            f"adds what is still in {found.about.catalog} again."
+        )
+        return
+    if not catalog or not model:
+        raise click.UsageError("give --catalog and --model, or --list or --remove.")
+    _build(output, catalog, load_descriptor(model, provider), others, target_fpr)
+
+
+def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | None,
+           target_fpr: float) -> None:  # fmt: skip
+    for folder in (catalog, *([others] if others else [])):
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder} does not exist or is no folder.")
+    if not os.path.isdir(output.absolute().parent):
+        raise InputError(f"cannot write {output}: its folder does not exist.")
+    made = open_or_empty(output, catalog, descriptor)
+    with workers() as pool:
+        with _progress("items") as show:
+            done = update(made, descriptor, pool, show)
+        measured = None
+        if others:
+            with _progress("decoys") as show:
+                measured = measure(made, descriptor, others, target_fpr, pool, show)
+            made.about = replace(made.about, promise=measured.promise)
+    made.save()
+    _report(made, done, measured)
+
+
+def open_or_empty(output: Path, catalog: Path, descriptor: Descriptor) -> CatalogIndex:
+    """The index to be brought up to date, or an empty one where there is none of these.
+
+    Raises InputError where the file is there and bad.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    default = Promise(DEFAULT_THRESHOLD, "default: no decoys were given", now, 0)
+    about = About(
+        descriptor=descriptor.sha256,
+        dimensions=descriptor.info.dimensions,
+        catalog=str(catalog.resolve()),
+        created_at=now,
+        promise=default,
+    )
+    if not os.path.exists(output):
+        return CatalogIndex.empty(output, about)
+    earlier = load_index(output)
+    if earlier.about.descriptor != descriptor.sha256:
+        click.echo(f"{output} was made with another descriptor: every item is made anew")
+        return CatalogIndex.empty(output, about)
+    earlier.about = replace(about, promise=earlier.about.promise)
+    return earlier
+
+
+def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
+    for refused in done.refused[:_NAMED]:
+        click.echo(f"refused {_shown(refused.name)}: {refused.reason}")
+    for twins in done.twins[:_NAMED]:
+        click.echo(
+            f"near-duplicates {_shown(twins.item)} and {_shown(twins.other)} "
+            f"(joint score {twins.score:.3f}): a copy of one may be named as the other"
+        )
+    if measured:
+        for path, reason in list(measured.left_out.items())[:_NAMED]:
+            click.echo(f"decoy left out {text_of(path)}: {reason}")
+        for decoy in measured.nearest:
+            click.echo(
+                f"nearest decoy {text_of(decoy.path)}: {_shown(decoy.item)} "
+                f"(joint score {decoy.score:.3f})"
+            )
+    left_out = len(measured.left_out) if measured else 0
+    click.echo(
+        f"{made.path}: {len(made.items)} items; {len(done.added)} added, "
+        f"{len(done.removed)} removed, {len(done.renamed)} renamed, "
+        f"{len(done.refused)} refused, {len(done.twins)} pairs of near-duplicates, "
+        f"{left_out} decoys left out"
+    )
+    click.echo(about_promise(made))
+
+
+def about_promise(made: CatalogIndex) -> str:
+    """The threshold of an index and what is promised of it, in a sentence."""
+    promise = made.about.promise
+    text = f"threshold {promise.threshold:.6g}, {promise.rule}"
+    if promise.rate and promise.rate.value is not None:
+        text += (
+            f"; on {promise.rate.of} others {promise.rate.value:.3g} matched "
+            f"(95% interval {promise.rate.low:.2g} to {promise.rate.high:.2g})"
+        )
+    if promise.rate and promise.catalog_size != len(made.items):
+        text += (
+            f"; measured with {promise.catalog_size} items, now {len(made.items)}: "
+            "measure again with --others"
+        )
+    return text
+
+
+def _shown(name: str) -> str:
+    return text_of(name) if name.isprintable() else repr(text_of(name))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], None]]:
+    """Counts on a terminal; silent elsewhere."""
+    count = 0
+
+    def show(more: int) -> None:
+        nonlocal count
+        count += more
+        if sys.stderr.isatty():
+            click.echo(f"\r{count:,} {what}", nl=False, err=True)
+
+    yield show
+    if count and sys.stderr.isatty():
+        click.echo(err=True)

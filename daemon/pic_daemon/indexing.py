@@ -1,0 +1,217 @@
+"""Bring an index in line with its folder: describe what is new, drop what is gone."""
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in
+from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.descriptor import Descriptor
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp
+from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
+from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.neighbours import Vectors
+
+SLICE = 64
+"""Pictures described between two reports, and held in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Two items that would be taken for each other; `score` is their joint score."""
+
+    item: str
+    other: str
+    score: float
+
+
+@dataclass
+class Update:
+    """What was done to an index, by item; `refused` are files seen for the first time."""
+
+    added: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    twins: list[Twins] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One picture, ready to be described: views is uint8, shape (views, H, W, 3)."""
+
+    sha256: str
+    views: Pixels
+    landmarks: bytes
+
+
+@contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """Processes for what the descriptor does not do; one a core."""
+    # Not forked: this process holds onnxruntime's threads.
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        yield pool
+
+
+def update(
+    index: CatalogIndex,
+    descriptor: Descriptor,
+    pool: ProcessPoolExecutor,
+    show: Callable[[int], None],
+) -> Update:
+    """Make `index` say what its catalog folder holds now; unchanged files are not read.
+
+    `show` is told how many files are done. Raises InputError where no picture is left.
+    """
+    folder = Path(index.about.catalog)
+    there = dict(sorted(files_in(folder)))
+    before = {item.name: n for n, item in index.items.items()}
+    kept = {
+        before[name]
+        for name, stamp in there.items()
+        if name in before and _unchanged(index.items[before[name]], stamp)
+    }
+    refused = {r.name: r for r in index.refused}
+    refused = {
+        name: refused[name]
+        for name, stamp in there.items()
+        if name in refused and _unchanged(refused[name], stamp)
+    }
+    known = refused.keys() | {index.items[number].name for number in kept}
+    todo = [name for name in there if name not in known]
+    done, fresh = Update(), {}
+    contents = {item.sha256: n for n, item in index.items.items()}
+    size = descriptor.info.input_size
+    for names in slices(todo):
+        paths = [str(folder / name) for name in names]
+        prepared = list(pool.map(_prepare, paths, [size] * len(paths)))
+        vectors = _described(descriptor, [p for p in prepared if isinstance(p, _Prepared)])
+        for name, one in zip(names, prepared, strict=True):
+            stamp = there[name]
+            if isinstance(one, str):
+                refused[name] = Refused(name, stamp.bytes, stamp.mtime_ns, one)
+                done.refused.append(refused[name])
+                continue
+            own = next(vectors)
+            item = Item(name, one.sha256, stamp.bytes, stamp.mtime_ns)
+            twin = contents.get(one.sha256)
+            if twin in kept:
+                reason = f"same bytes as {index.items[twin].name}"
+                refused[name] = Refused(name, stamp.bytes, stamp.mtime_ns, reason)
+                done.refused.append(refused[name])
+            elif twin is not None:
+                done.renamed += [name] if index.items[twin].name != name else []
+                old = index.items[twin]
+                index.items[twin] = replace(item, offset=old.offset, length=old.length)
+                kept.add(twin)
+            else:
+                number = index.add(item, own, one.landmarks)
+                contents[one.sha256] = number
+                kept.add(number)
+                fresh[number] = own[0]
+                done.added.append(name)
+        show(len(names))
+    for number in index.items.keys() - kept:
+        done.removed.append(index.items[number].name)
+        index.remove(number)
+    index.refused = list(refused.values())
+    if not index.items:
+        raise InputError(
+            f"no picture in {folder} can be indexed"
+            + (f"; the first is {_first(refused)}." if refused else ": it holds none.")
+        )
+    done.twins = list(_twins(index, fresh, pool))
+    return done
+
+
+def remove(index: CatalogIndex, names: Iterable[str]) -> None:
+    """Drop items by name; raises InputError where one is unknown or none would be left."""
+    by_name = {item.name: number for number, item in index.items.items()}
+    for name in names:
+        if name not in by_name:
+            raise InputError(f"{index.path} holds no item {name!r}; see --list.")
+        index.remove(by_name.pop(name))
+    if not by_name:
+        raise InputError(f"{index.path} would be empty then: remove the file instead.")
+
+
+def slices(names: Sequence[str]) -> Iterator[list[str]]:
+    """The names in lists of SLICE."""
+    remaining = iter(names)
+    while part := list(islice(remaining, SLICE)):
+        yield part
+
+
+def _prepare(path: str, size: int) -> _Prepared | str:
+    """Decode one catalog file, or say why it is refused."""
+    try:
+        data = Path(path).read_bytes()
+        picture, _ = open_rgb(data, side_for(size))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        return str(error)
+    seen = closeup_of(picture, size)
+    if seen.image.blank:
+        return "nearly uniform picture: nothing to recognise"
+    views = np.stack([to_pixels(view, size) for view in _views(picture)])
+    return _Prepared(hashlib.sha256(data).hexdigest(), views, seen.landmarks.to_bytes())
+
+
+def _views(picture: Image.Image) -> list[Image.Image]:
+    """What is described of each item: as it is, and as a mirror shows it.
+
+    Descriptors are not trained with mirrors; bench/results/index.md.
+    """
+    return [picture, ImageOps.mirror(picture)]
+
+
+def _described(descriptor: Descriptor, prepared: Sequence[_Prepared]) -> Iterator[Vectors]:
+    for one in prepared:
+        vectors = descriptor.describe(one.views)
+        if not np.isfinite(vectors).all():
+            raise InputError(f"{descriptor.path} gives vectors that are not numbers.")
+        yield vectors
+
+
+def _twins(
+    index: CatalogIndex, fresh: dict[int, Vectors], pool: ProcessPoolExecutor
+) -> Iterator[Twins]:
+    """Pairs with a new item in them that the joint decision would not keep apart."""
+    threshold = index.about.promise.threshold
+    pairs = {
+        (min(number, near), max(number, near)): similarity
+        for number, vector in fresh.items()
+        for near, similarity in index.nearest(vector[None], CANDIDATES)[0]
+        if near != number and joint_score(similarity, 1.0) >= threshold
+    }
+    both = [(index.landmarks(one), index.landmarks(other)) for one, other in pairs]
+    scores = pool.map(_agreement, both, chunksize=8)
+    for ((one, other), similarity), value in zip(pairs.items(), scores, strict=True):
+        if (score := joint_score(similarity, value)) >= threshold:
+            yield Twins(index.items[one].name, index.items[other].name, score)
+
+
+def _agreement(pair: tuple[bytes, bytes]) -> float:
+    one, other = map(Landmarks.from_bytes, pair)
+    return agreement(one, other)
+
+
+def _unchanged(known: Item | Refused, stamp: FileStamp) -> bool:
+    return (known.bytes, known.mtime_ns) == (stamp.bytes, stamp.mtime_ns)
+
+
+def _first(refused: dict[str, Refused]) -> str:
+    first = next(iter(refused.values()))
+    return f"{first.name}: {first.reason}"

@@ -1,0 +1,100 @@
+"""A threshold with a promise: at most this share of decoys match, with its interval.
+
+Intervals are bootstrapped by source picture, because samples of one picture are not
+independent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pic_daemon.errors import InputError
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.bool_]
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share in [0, 1] of `of` samples with its 95% interval; None where `of` is 0."""
+
+    value: float | None
+    low: float
+    high: float
+    of: int
+
+
+def supported_rate(decoys: int) -> float:
+    """The lowest false positive rate that `decoys` samples can promise: 3 / n.
+
+    The rule of three: none among n leaves up to 3 / n possible at 95% confidence
+    (Hanley and Lippman-Hand 1983).
+    """
+    return 3 / max(1, decoys)
+
+
+def check_support(decoys: int, target: float, remedy: str) -> None:
+    """Raise InputError where `decoys` samples cannot promise `target`."""
+    best = supported_rate(decoys)
+    if target < best:
+        raise InputError(
+            f"{decoys} decoy samples can promise a false positive rate of {best:.2g} at "
+            f"best (3 / n), not {target:.2g}: {remedy}."
+        )
+
+
+def threshold_for(scores: Floats, labels: Labels, target: float) -> float:
+    """The lowest threshold at which at most the share `target` of decoys match.
+
+    `scores` of shape (N,), on any scale; a score at or above the threshold matches.
+    The threshold lies midway between the last decoy let in and the next score below
+    it that is shut out, so that nothing hangs on a rounding.
+    """
+    decoys = np.sort(scores[~labels])[::-1]
+    allowed = int(np.floor(target * len(decoys)))
+    if allowed >= len(decoys):
+        return float(scores.min())
+    shut_out = float(decoys[allowed])
+    above = scores[scores > shut_out]
+    return (shut_out + float(above.min())) / 2 if len(above) else shut_out + 1e-6
+
+
+def rate(hits: Labels, sources: Sequence[int] | NDArray[np.int64], seed: int = 0
+         ) -> Interval:  # fmt: skip
+    """The share of samples that hit; `sources` numbers the picture that each is of."""
+    _, number = np.unique(np.asarray(sources), return_inverse=True)
+    counts = np.zeros((number.max(initial=-1) + 1, 2))
+    np.add.at(counts, (number, np.where(hits, 0, 1)), 1)
+    drawn = resample(counts, np.random.default_rng(seed))
+    shares = drawn[:, 0] / np.maximum(1, drawn.sum(axis=1))
+    return interval(int(hits.sum()), len(hits), len(counts), shares)
+
+
+def resample(counts: Floats, draw: np.random.Generator) -> Floats:
+    """Sums over pictures drawn with replacement: shape (resamples, outcomes).
+
+    `counts` of shape (pictures, outcomes) says how the samples of each picture went.
+    """
+    pictures = len(counts)
+    if pictures == 0:
+        return np.zeros((_RESAMPLES, counts.shape[1]))
+    weights = draw.multinomial(pictures, np.full(pictures, 1 / pictures), _RESAMPLES)
+    return np.asarray(weights @ counts)
+
+
+def interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
+    """The share `good` of `of` samples with what `resampled` shares say of it."""
+    if of == 0:
+        return Interval(None, 0.0, 1.0, 0)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    # A share of exactly 0 or 1 resamples to itself: the rule of three, over pictures
+    # rather than their samples, keeps it honest.
+    if good == 0:
+        high = max(high, supported_rate(pictures))
+    if good == of:
+        low = min(low, 1 - supported_rate(pictures))
+    return Interval(good / of, max(0.0, float(low)), min(1.0, float(high)), of)

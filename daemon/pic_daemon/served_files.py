@@ -1,0 +1,86 @@
+"""What is served from files, while the service runs: noticed when they change, loaded
+beside what serves, handed over."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pic_daemon.errors import InputError
+from pic_daemon.folders import stamp_of
+
+logger = logging.getLogger("pic_daemon")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A load has ended: the owner's thread is to call `hand_over`."""
+
+    files: "ServedFiles[Any]"
+    made: Any
+
+    def hand_over(self) -> None:
+        """Use what was made, unless it failed."""
+        self.files.finish(self.made)
+
+
+class ServedFiles(Generic[T]):
+    """Loads one thing from its files: `load` runs in a thread of its own and may raise
+    InputError. `send` gets a Loaded from there; `use` runs when that is handed over.
+    `name` is what the log calls it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        load: Callable[[], T],
+        use: Callable[[T], None],
+        send: Callable[[Loaded], None],
+    ) -> None:
+        self._name = name
+        self._paths = paths
+        self._make = load
+        self._use = use
+        self._send = send
+        self._stamps = [stamp_of(str(path.resolve())) for path in paths]
+        self._loading = False
+        self._again = False
+
+    def look(self) -> None:
+        """Load the files where one changed since they were last looked at."""
+        if self._loading:
+            return
+        stamps = [stamp_of(str(path.resolve())) for path in self._paths]
+        if all(stamps) and stamps != self._stamps:
+            self._stamps = stamps
+            self.load()
+
+    def load(self) -> None:
+        """Load the files; where that is under way already, once more after it."""
+        self._again = self._loading
+        if not self._loading:
+            self._loading = True
+            threading.Thread(target=self._load, name=self._name, daemon=True).start()
+
+    def finish(self, made: T | None) -> None:
+        """End a load; None: it failed."""
+        self._loading = False
+        if self._again:
+            self.load()
+        if made is not None:
+            self._use(made)
+
+    def _load(self) -> None:
+        made = None
+        try:
+            made = self._make()
+        except InputError as error:
+            message = "%s The %s in use goes on serving."
+            logger.warning(message, error.message, self._name)
+        finally:
+            self._send(Loaded(self, made))

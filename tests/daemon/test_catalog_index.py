@@ -1,0 +1,299 @@
+"""pic-index and the file it writes, on drawn products."""
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from conftest import write_descriptor
+from pictures import product, write_products
+from PIL import Image, ImageOps
+
+from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
+from pic_daemon.descriptor import load_descriptor
+from pic_daemon.errors import InputError
+from pic_daemon.identification import look_at
+from pic_daemon.images import to_pixels
+from pic_daemon.index_cli import open_or_empty
+from pic_daemon.indexing import update, workers
+
+Tool = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def make(run_tool: Tool, tmp_path: Path, descriptor_file: Path) -> Tool:
+    """Run pic-index on the folder `catalog`, which must succeed."""
+
+    def run(*options: object) -> CompletedProcess[str]:
+        result = run_tool(
+            "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
+            "--output", tmp_path / "catalog.index", *options,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of products 0 to 3, which tests only read; its catalog is beside it."""
+    home = tmp_path_factory.mktemp("ready")
+    write_products(home / "catalog" / "deep", range(4))
+    descriptor = load_descriptor(write_descriptor(home / "describe.onnx"), "cpu")
+    index = open_or_empty(home / "catalog.index", home / "catalog", descriptor)
+    with workers() as pool:
+        update(index, descriptor, pool, lambda _: None)
+    index.save()
+    return index.path
+
+
+def names(index: Path) -> list[str]:
+    return sorted(item.name for item in load_index(index).items.values())
+
+
+def nearest(
+    index: CatalogIndex, descriptor: Path, picture: Image.Image
+) -> tuple[str, float]:
+    loaded = load_descriptor(descriptor, "cpu")
+    pixels = to_pixels(picture, loaded.info.input_size)
+    found = index.look_up(loaded.describe(pixels[None]))[0][0]
+    return found.item, found.similarity
+
+
+def test_a_picture_finds_itself_and_its_mirror_image_in_the_index(ready: Path) -> None:
+    index = load_index(ready)
+    for seed in range(4):
+        for picture in (product(seed), ImageOps.mirror(product(seed))):
+            item, similarity = nearest(index, ready.with_name("describe.onnx"), picture)
+            assert item == f"deep/product-{seed:05d}.jpg"
+            assert similarity > 0.98
+
+
+def test_landmarks_come_back_from_the_file_as_they_were_made(ready: Path) -> None:
+    index = load_index(ready)
+    for number, item in index.items.items():
+        data = (ready.with_name("catalog") / item.name).read_bytes()
+        assert index.landmarks(number) == look_at(data, 64).landmarks.to_bytes()
+
+
+def test_a_second_run_adds_drops_renames_and_leaves_the_rest(
+    make: Tool, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "catalog"
+    paths = write_products(catalog, range(6))
+    make()
+    paths[0].unlink()
+    paths[1].rename(catalog / "renamed.jpg")
+    product(50).save(paths[2])
+    write_products(catalog, [60])
+    result = make()
+    assert "6 items; 2 added, 2 removed, 1 renamed, 0 refused" in result.stdout
+    assert names(tmp_path / "catalog.index") == [
+        "product-00002.jpg", "product-00003.jpg", "product-00004.jpg",
+        "product-00005.jpg", "product-00060.jpg", "renamed.jpg",
+    ]  # fmt: skip
+    assert "6 items; 0 added, 0 removed, 0 renamed" in make().stdout
+
+
+def test_an_updated_index_answers_as_one_made_at_once(
+    make: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    catalog = tmp_path / "catalog"
+    write_products(catalog, range(5))
+    make()
+    (catalog / "product-00003.jpg").unlink()
+    write_products(catalog, range(5, 9))
+    make()
+    updated = load_index(tmp_path / "catalog.index")
+    (tmp_path / "catalog.index").unlink()
+    make()
+    anew = load_index(tmp_path / "catalog.index")
+    for seed in range(10):
+        expected = nearest(anew, descriptor_file, product(seed))
+        found = nearest(updated, descriptor_file, product(seed))
+        assert found == (expected[0], pytest.approx(expected[1], abs=1e-3))
+
+
+def test_blank_unreadable_and_repeated_files_are_refused_by_name(
+    make: Tool, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "catalog"
+    (first,) = write_products(catalog, [1])
+    Image.new("RGB", (300, 300), (250, 250, 250)).save(catalog / "white.png")
+    (catalog / "broken.jpg").write_bytes(b"no picture")
+    shutil.copy(first, catalog / "twice.jpg")
+    output = make().stdout
+    assert "refused white.png: nearly uniform picture" in output
+    assert "refused broken.jpg: not an image" in output
+    assert "refused twice.jpg: same bytes as product-00001.jpg" in output
+    assert names(tmp_path / "catalog.index") == ["product-00001.jpg"]
+
+
+def test_near_duplicates_within_the_catalog_are_reported(
+    make: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    product(2).resize((200, 200)).save(tmp_path / "catalog" / "again.png")
+    output = make().stdout
+    assert "near-duplicates" in output
+    assert "1 pairs of near-duplicates" in output
+    assert "again.png and product-00002.jpg" in output
+
+
+def test_items_are_listed_and_removed(make: Tool, run_tool: Tool, tmp_path: Path) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    make()
+    index = tmp_path / "catalog.index"
+    result = run_tool("pic-index", "--output", index, "--remove", "product-00001.jpg")
+    assert "1 removed, 2 items left" in result.stdout
+    listed = run_tool("pic-index", "--output", index, "--list").stdout
+    assert [line.split()[1] for line in listed.splitlines()] == [
+        "product-00000.jpg", "product-00002.jpg",
+    ]  # fmt: skip
+    unknown = run_tool("pic-index", "--output", index, "--remove", "no.jpg")
+    assert unknown.returncode == 2
+    assert "holds no item 'no.jpg'" in unknown.stderr
+
+
+def test_an_empty_catalog_is_refused(
+    run_tool: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    (tmp_path / "catalog").mkdir()
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
+        "--output", tmp_path / "catalog.index",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "can be indexed: it holds none" in result.stderr
+    assert not (tmp_path / "catalog.index").exists()
+
+
+def test_a_rate_that_the_decoys_cannot_support_is_refused(
+    run_tool: Tool, make: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    write_products(tmp_path / "others", range(100, 110))
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
+        "--output", tmp_path / "catalog.index", "--others", tmp_path / "others",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "15 decoy samples can promise a false positive rate of 0.2" in result.stderr
+
+
+def test_the_threshold_shuts_out_the_decoys_and_stays_when_items_are_added(
+    make: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(4))
+    write_products(tmp_path / "others", range(100, 112))
+    shutil.copy(tmp_path / "catalog" / "product-00000.jpg", tmp_path / "others")
+    output = make("--others", tmp_path / "others", "--target-fpr", 0.2).stdout
+    assert "same bytes as the catalog's product-00000.jpg" in output
+    promise = load_index(tmp_path / "catalog.index").about.promise
+    assert promise.target_fpr == 0.2
+    assert promise.rate and promise.rate.value is not None
+    assert promise.rate.value <= promise.rate.high <= 1
+    assert 0 < promise.threshold < 1
+    write_products(tmp_path / "catalog", [5])
+    assert "measured with 4 items, now 5" in make().stdout
+    assert load_index(tmp_path / "catalog.index").about.promise == promise
+
+
+def rewritten(
+    index: Path, folder: Path, member: str, change: Callable[[bytes], bytes]
+) -> Path:
+    """A copy of the archive with one member changed, its checksums right."""
+    copy = folder / "changed.index"
+    with zipfile.ZipFile(index) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, change(data) if name == member else data)
+    return copy
+
+
+def test_damage_anywhere_in_the_file_is_noticed(ready: Path, tmp_path: Path) -> None:
+    index = ready
+    data = index.read_bytes()
+    with zipfile.ZipFile(index) as archive:
+        places = [info.header_offset + 200 for info in archive.infolist()]
+    damaged = tmp_path / "damaged.index"
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 0xFF
+        damaged.write_bytes(changed)
+        with pytest.raises(
+            InputError, match=r"is damaged \(.*make it again with pic-index"
+        ):
+            load_index(damaged)
+    damaged.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="is no catalog index"):
+        load_index(damaged)
+
+
+def test_an_index_with_vectors_that_are_not_numbers_is_refused(
+    ready: Path, tmp_path: Path
+) -> None:
+    index = ready
+    ((_, stored),) = load_index(index).vectors.stored()
+    nan = np.full(stored.shape[1], np.nan, np.float16).tobytes()
+    changed = rewritten(
+        index,
+        tmp_path,
+        "vectors.faiss",
+        lambda data: data.replace(stored[0].tobytes(), nan),
+    )
+    with pytest.raises(InputError, match="it holds vectors that are not numbers"):
+        load_index(changed)
+
+
+def test_other_files_and_newer_versions_are_refused_in_one_sentence(
+    ready: Path, tmp_path: Path
+) -> None:
+    index = ready
+    with pytest.raises(InputError, match="No such file"):
+        load_index(tmp_path / "none.index")
+    with pytest.raises(InputError, match="is no catalog index"):
+        load_index(ready.with_name("describe.onnx"))
+    newer = rewritten(
+        index, tmp_path, "about.json",
+        lambda data: data.replace(b'"format_version": 1', b'"format_version": 9'),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="has format version 9; this program reads 1"):
+        load_index(newer)
+    empty = rewritten(
+        index, tmp_path, "items.json", lambda _: b'{"items": {}, "refused": []}'
+    )
+    with pytest.raises(InputError, match="is of an empty catalog"):
+        load_index(empty)
+
+
+def test_an_index_made_by_another_descriptor_is_refused_by_hash(
+    ready: Path, tmp_path: Path
+) -> None:
+    other = load_descriptor(write_descriptor(tmp_path / "other.onnx", -1.0), "cpu")
+    with pytest.raises(InputError, match="was made with another descriptor"):
+        check_belongs(load_index(ready), other)
+
+
+def test_what_changed_in_the_catalog_since_is_said(make: Tool, tmp_path: Path) -> None:
+    catalog = tmp_path / "catalog"
+    paths = write_products(catalog, range(4))
+    Image.new("RGB", (99, 99)).save(catalog / "blank.png")
+    make()
+    index = load_index(tmp_path / "catalog.index")
+    assert not index.changes()
+    paths[0].write_bytes(paths[0].read_bytes())  # the same content, another time
+    assert not index.changes()
+    paths[1].unlink()
+    product(77).save(paths[2])
+    write_products(catalog, [9])
+    assert str(index.changes()) == (
+        "1 new ('product-00009.jpg'), 1 changed ('product-00002.jpg'), "
+        "1 removed ('product-00001.jpg')"
+    )
+    shutil.rmtree(catalog)
+    assert index.changes() is None

@@ -1,0 +1,22 @@
+"""One log with its pages, served once for all tests that only look."""
+
+from collections.abc import Iterator
+
+import pytest
+from shop import DAY_S, Shop, Site, serving
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """40 old matches in `old`, and a few of every kind from today."""
+    shop = Shop(tmp_path_factory.mktemp("pages") / "shop")
+    for number in range(40):
+        ago = 3 * DAY_S + 60 * number
+        shop.copy_of(number % 12, f"old/{number:02d}.jpg", at=ago, score=0.7)
+    shop.copy_of(3, "today/tea.jpg", at=50, score=0.98)
+    shop.stranger(5001, "today/stranger.jpg", at=40, score=0.3)
+    shop.broken("today/broken.jpg", "the file is empty", at=30)
+    shop.copy_of(4, "today/a & <b>.jpg", at=20, score=0.8)
+    shop.log.beat({"backlog": 7, "oldest_waiting_s": 2.5})
+    with serving(shop) as url:
+        yield Site(shop, url)
