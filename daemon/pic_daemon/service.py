@@ -26,9 +26,11 @@ from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
 from pic_daemon.health import Health
 from pic_daemon.identification import CloserReading, Confirmation
-from pic_daemon.match_log import MatchLog, Outcome, Status
+from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
+from pic_daemon.retention import Retention
+from pic_daemon.schema import Status
 from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
@@ -107,11 +109,13 @@ class Service:
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
+    _retention: Retention = field(init=False)
     _stopping: bool = False
     _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
+        self._retention = Retention(self.config.keep_no_match_days)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         config, send = self.config, self.inbox.put
         load = partial(load_model, config.model, config.provider)
@@ -234,6 +238,13 @@ class Service:
             if now >= due:
                 self._next_poll[folder] = now + folder.poll_seconds
                 self._scan(folder)
+        if now >= self._retention.next_due and self._idle():
+            online = [f for f in self.config.folders if self._watches.online(f)]
+            self._recorded(lambda: self._retention.step(self.log, online, now))
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to classify just now."""
+        return not (self._in_hand or self._scans)
 
     def _beat(self) -> None:
         figures = self._figures()
@@ -456,7 +467,7 @@ class Service:
 
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
         with self.health.timed("commit"):
-            self._recorded(lambda: self.log.record(outcomes, model))
+            self._recorded(lambda: self.log.record(outcomes, model, self.config.hooks))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
@@ -533,6 +544,8 @@ class Service:
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
         moments += self._next_poll.values()
+        if self._idle():
+            moments.append(self._retention.next_due)
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         if self.cascade and (due := self.cascade.due()) is not None:
