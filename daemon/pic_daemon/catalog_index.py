@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from pic_daemon.confirmation import Landmarks
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, Folder
@@ -280,7 +281,13 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     stored = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     refused = [Refused(**values) for values in listed["refused"]]
-    return CatalogIndex(path, about, items, refused, digest, vectors, stored)
+    index = CatalogIndex(path, about, items, refused, digest, vectors, stored)
+    try:
+        Landmarks.from_bytes(index.landmarks(next(iter(items))))
+    except ValueError as error:
+        problem = "its landmarks are those of another version"
+        raise InputError(f"index {path}: {problem}; make it again.") from error
+    return index
 
 
 def _about(path: Path, data: bytes) -> About:

@@ -264,6 +264,9 @@ def test_other_files_and_newer_versions_are_refused_in_one_sentence(
     )  # fmt: skip
     with pytest.raises(InputError, match="has format version 9; this program reads 1"):
         load_index(newer)
+    strange = rewritten(index, tmp_path, "landmarks.bin", lambda data: bytes(len(data)))
+    with pytest.raises(InputError, match="its landmarks are those of another version"):
+        load_index(strange)
     empty = rewritten(
         index, tmp_path, "items.json", lambda _: b'{"items": {}, "refused": []}'
     )
