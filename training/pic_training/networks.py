@@ -91,7 +91,11 @@ class Describer(Normalised):
 
     def describe(self, features: torch.Tensor) -> torch.Tensor:
         """Features (N, F) -> embeddings (N, D)."""
-        embedding: torch.Tensor = self.head(normalize(features.float(), dim=1))
+        if torch.is_autocast_enabled(features.device.type):
+            # A whitened head takes small differences of large sums: bfloat16 loses them.
+            with torch.autocast(features.device.type, enabled=False):
+                return self.describe(features.float())
+        embedding: torch.Tensor = self.head(normalize(features, dim=1))
         return normalize(embedding, dim=1)
 
 
