@@ -71,7 +71,7 @@ mkdir -p "$group"
         --propagation private bash "$0" "$work" boot </dev/null >&2
 ) &
 outer=$!
-trap 'status=$?; [ $status = 0 ] || inside journalctl --no-pager -u pic-daemon -n 40 >&2 || true; kill -KILL $outer 2>/dev/null || true; wait $outer 2>/dev/null || true; rmdir "$group" 2>/dev/null || true; exit $status' EXIT
+trap 'status=$?; [ $status = 0 ] || inside journalctl --no-pager -u pic-daemon -n 40 >&2 || true; kill -KILL $outer 2>/dev/null || true; wait $outer 2>/dev/null || true; find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || true; exit $status' EXIT
 
 first() { pgrep -P "$outer" | head -1; }
 inside() { nsenter -t "$(first)" --all env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_PAGER= "$@"; }
