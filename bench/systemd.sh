@@ -71,7 +71,18 @@ mkdir -p "$group"
         --propagation private bash "$0" "$work" boot </dev/null >&2
 ) &
 outer=$!
-trap 'status=$?; [ $status = 0 ] || inside journalctl --no-pager -u pic-daemon -n 40 >&2 || true; kill -KILL $outer 2>/dev/null || true; wait $outer 2>/dev/null || true; find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || true; exit $status' EXIT
+leave() {
+    status=$?
+    [ $status = 0 ] || inside journalctl --no-pager -u pic-daemon -n 40 >&2 || true
+    kill -KILL $outer 2>/dev/null || true
+    wait $outer 2>/dev/null || true
+    for _ in $(seq 50); do # its processes take a moment to be gone
+        find "$group" -depth -type d -exec rmdir {} + 2>/dev/null && break
+        sleep 0.1
+    done
+    exit $status
+}
+trap leave EXIT
 
 first() { pgrep -P "$outer" | head -1; }
 inside() { nsenter -t "$(first)" --all env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_PAGER= "$@"; }
