@@ -48,10 +48,10 @@ FOLDER = click.Path(path_type=Path, exists=True)
 def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -> None:
     config = _config(
         catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
-        val_images=30_000, lr=None, target_fpr=0.001, head_start=0, stages=None, seed=0,
-        precision="auto", **options,
+        corrections=None, val_images=30_000, lr=None, target_fpr=0.001, head_start=0,
+        stages=None, seed=0, precision="auto", task="classify", dimensions=None, **options,
     )  # fmt: skip
-    size, side = ARCHITECTURES[config.arch].size, 256
+    size, side = config.architecture.size, 256
     with tempfile.TemporaryDirectory() as scratch:
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
         samples = SampleSet(sources, "train", 185_000, size, 0, config.augmentation)

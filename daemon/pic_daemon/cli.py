@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import sqlite3
 import sys
@@ -16,8 +17,10 @@ import click
 from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
+from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
+from pic_daemon.hooks import check_hooks, describe_hooks
 from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.index_cli import about_promise
@@ -35,6 +38,13 @@ _OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
 _PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
+
+
+def _words(_: click.Context, __: click.Parameter, text: str | None) -> list[str] | None:
+    try:
+        return None if text is None else shlex.split(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _service_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,6 +74,18 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Answer Prometheus there, such as 127.0.0.1:9465 [off]."),
         click.option("--decode-seconds", type=float,
                      help="Longest that reading one file may take [30]."),
+        click.option("--webhook", metavar="URL",
+                     help="POST every match there, as JSON [nobody is told]."),
+        click.option("--webhook-header-file", type=_PATH, metavar="FILE",
+                     help="Holds a header to send with it: 'Name: secret'."),
+        click.option("--command", callback=_words, metavar="'PROGRAM ARG...'",
+                     help="Run for every match, with JSON on its stdin [none]."),
+        click.option("--hook-seconds", type=float,
+                     help="Longest that telling a hook may take [10]."),
+        click.option("--hook-hours", type=float,
+                     help="How long a hook that fails is tried again [72]."),
+        click.option("--keep-no-match-days", type=float, metavar="DAYS",
+                     help="Then rows of no match go, if their files are gone [for ever]."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -87,6 +109,8 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 
     A changed model file is tried beside the one in use and then replaces it; SIGHUP
     does so at once, and compares folders and log.
+
+    Example: pic-daemon run --watch /srv/drop --model model.onnx --database log.db
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -95,6 +119,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     )
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     settings = load_config(config, overrides)
+    check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
     log = _opened(settings.database)
@@ -107,7 +132,8 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
     try:
-        service.run()
+        with dispatching(settings, service.health):
+            service.run()
     except sqlite3.Error as error:
         raise click.ClickException(f"database {settings.database}: {error}") from error
     finally:
@@ -117,11 +143,14 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 @daemon.command()
 @_service_options
 def check(config: Path | None, **overrides: Any) -> None:
-    """Try config, folders, model, descriptor, index and database without starting.
+    """Try config, folders, models, index, database and hooks without starting.
 
-    Exit 2 if one fails.
+    Exit code 2 if one fails. Hooks are not told anything.
+
+    Example: pic-daemon check --config /etc/pic-daemon.toml
     """
     settings = load_config(config, overrides)
+    check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
     check_log(settings.database)
@@ -137,6 +166,13 @@ def check(config: Path | None, **overrides: Any) -> None:
         silent = kind in _NO_EVENTS and folder.mode == "events"
         note = ', announces nothing: set mode = "poll"' if silent else ""
         click.echo(f"folder {folder.path}: file system {kind}{note}")
+    for line in describe_hooks(settings):
+        click.echo(line)
+    if settings.keep_no_match_days:
+        click.echo(
+            f"rows of no match go after {settings.keep_no_match_days:g} days, if their "
+            "files are gone"
+        )
     _check_watches(settings)
 
 
@@ -163,19 +199,28 @@ def status(database: Path, as_json: bool) -> None:
         click.echo(json.dumps({**found, "healthy": problem is None, "problem": problem}))
     else:
         rows = ", ".join(f"{n} {name}" for name, n in sorted(found["rows"].items()))
-        click.echo(f"{problem or 'healthy'}; {found['backlog']} waiting; rows: {rows or 0}")
+        told = ", ".join(f"{n} {state}" for state, n in found["deliveries"].items() if n)
+        click.echo(
+            f"{problem or 'healthy'}; {found['backlog']} waiting; rows: {rows or 0}"
+            + (f"; deliveries: {told}" if told else "")
+        )
     if problem:
         sys.exit(1)
 
 
 @daemon.command()
 @_DATABASE
-def retry(database: Path) -> None:
+@click.option("--deliveries", is_flag=True,
+              help="Instead tell hooks, at once, what was given up.")  # fmt: skip
+def retry(database: Path, deliveries: bool) -> None:
     """Have the service try every failed image again, at its next scan or on SIGHUP.
 
     Example: pic-daemon retry --database log.db && systemctl reload pic-daemon
     """
     with _open_log(database) as log:
+        if deliveries:
+            click.echo(f"{log.deliver_again()} deliveries will be tried again")
+            return
         click.echo(f"{log.mark_failed()} failed images will be tried again")
 
 

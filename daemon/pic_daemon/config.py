@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
+from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import EXCLUDED, Folder
 from pic_daemon.images import MAX_PIXELS, PATTERNS
@@ -26,6 +28,10 @@ class Config:
     `gate_threshold`: the score, in [0, 1], from which on these two decide, None for what
     the model's file says.
     `failed_folder`: where files that failed are moved, None to leave them.
+    `webhook` and `command` are told of every match: an http(s) address with, in
+    `webhook_header_file`, a header of one's own; a program with its arguments. One
+    attempt may take `hook_seconds`; a delivery is tried for `hook_hours`.
+    `keep_no_match_days`: see `retention`; None keeps every row.
     """
 
     folders: tuple[Folder, ...]
@@ -43,6 +49,18 @@ class Config:
     describe: Path | None = None
     index: Path | None = None
     gate_threshold: float | None = None
+    webhook: str = ""
+    webhook_header_file: Path | None = None
+    command: tuple[str, ...] = ()
+    hook_seconds: float = 10.0
+    hook_hours: float = 72.0
+    keep_no_match_days: float | None = None
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]:
+        """Who is told of every match."""
+        set_here: dict[Hook, object] = {"webhook": self.webhook, "command": self.command}
+        return tuple(hook for hook, setting in set_here.items() if setting)
 
     @property
     def readers(self) -> int:
@@ -52,7 +70,9 @@ class Config:
 
 _KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
 _FOLDER_KEYS = {"path", "recursive", "include", "exclude", "mode", "poll_seconds"}
-_PATHS = ("model", "database", "failed_folder", "describe", "index")
+_PATHS = (
+    "model", "database", "failed_folder", "describe", "index", "webhook_header_file",
+)  # fmt: skip
 _MINIMUM: dict[str, float] = {
     "batch_size": 1,
     "workers": 0,
@@ -60,8 +80,12 @@ _MINIMUM: dict[str, float] = {
     "rescan_seconds": 1,
     "max_pixels": 1,
     "decode_seconds": 0.1,
+    "hook_seconds": 0.1,
+    "hook_hours": 0,
+    "keep_no_match_days": 1,
     "gate_threshold": 0,
 }
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -97,6 +121,7 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     config = Config(tuple(folders), **settings)
     _check_second_stage(config)
     _keep_apart("database", config.database.resolve().parent, config)
+    _check_webhook(config)
     if config.failed_folder:
         _check_failed_folder(config, config.failed_folder)
     return config
@@ -113,6 +138,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _typed(where: str, name: str, value: Any) -> Any:
     kind = _KEYS[name]
+    if name in ("webhook", "command"):
+        return _web_address(where, value) if name == "webhook" else _command(where, value)
     if name in _PATHS:
         if not isinstance(value, str | Path) or not str(value):
             raise InputError(f"{where}: {name} must be a path, not {value!r}.")
@@ -131,6 +158,48 @@ def _typed(where: str, name: str, value: Any) -> Any:
     if not _MINIMUM[name] <= value < math.inf:
         raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]} and finite.")
     return value
+
+
+def _web_address(where: str, value: Any) -> str:
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+        parts.port  # noqa: B018  raises where it is no number
+    except ValueError as error:
+        raise InputError(f"{where}: webhook: {error}.") from error
+    plain = value and str(value).isascii() and str(value).isprintable() and " " not in value
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        raise InputError(
+            f'{where}: webhook must be an address such as "https://example.org/matches".'
+        )
+    if parts.username is not None:
+        raise InputError(
+            f"{where}: webhook: a password does not belong in an address; write an "
+            "Authorization header into a file and name that as webhook_header_file."
+        )
+    return str(value)
+
+
+def _command(where: str, value: Any) -> tuple[str, ...]:
+    good = isinstance(value, list | tuple) and value
+    if not good or not all(isinstance(w, str) and "\0" not in w for w in value):
+        raise InputError(
+            f'{where}: command must be a list such as ["/usr/bin/tell", "-q"].'
+        )
+    if not os.path.isabs(value[0]):
+        raise InputError(f"{where}: command: write {value[0]!r} with its whole path.")
+    return tuple(value)
+
+
+def _check_webhook(config: Config) -> None:
+    if config.webhook_header_file and not config.webhook:
+        raise InputError("webhook_header_file is set, but no webhook.")
+    parts = urlsplit(config.webhook)
+    loopback = parts.hostname in _LOOPBACK
+    if config.webhook_header_file and parts.scheme == "http" and not loopback:
+        raise InputError(
+            f"webhook {parts.hostname}: a secret header would travel over http for all to "
+            "read; use https."
+        )
 
 
 def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:

@@ -55,6 +55,14 @@ class Health:
             "pic_stage_seconds", "Time spent by stage; decoding is summed over workers",
             ["stage"], registry=registry,
         )  # fmt: skip
+        self._deliveries = Gauge(
+            "pic_deliveries", "Matches that hooks have not been told of, by state",
+            ["hook", "state"], registry=registry,
+        )  # fmt: skip
+        self._attempts = Counter(
+            "pic_delivery_attempts", "Attempts to tell a hook of a match",
+            ["hook", "result"], registry=registry,
+        )  # fmt: skip
         self._model = Info("pic_model", "The model that serves", registry=registry)
 
     def serve(self, address: str) -> None:
@@ -103,6 +111,15 @@ class Health:
     def rescanned(self) -> None:
         """Count a comparison of all folders with the log."""
         self._rescans.inc()
+
+    def delivering(self, hook: str, pending: int, given_up: int) -> None:
+        """Note what a hook has still to be told; from its own thread."""
+        self._deliveries.labels(hook, "pending").set(pending)
+        self._deliveries.labels(hook, "given-up").set(given_up)
+
+    def delivered(self, hook: str, taken: bool) -> None:
+        """Count an attempt to tell a hook; from its own thread."""
+        self._attempts.labels(hook, "taken" if taken else "failed").inc()
 
     def moved(self) -> None:
         """Note that the pipeline moves."""

@@ -123,7 +123,7 @@ def worth_confirming(candidates: Sequence[Candidate], threshold: float) -> list[
 
 def side_for(size: int) -> int:
     """The `size` to give to `open_rgb` for a descriptor of this input size."""
-    return max(size, PICTURE_SIDE // 2)  # open_rgb keeps twice as much
+    return max(size, PICTURE_SIDE)
 
 
 def look_at(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Closeup:

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from sqlite_utils import Database
 
+from pic_daemon import deliveries
+from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.model import Model
-from pic_daemon.schema import BUSY_TIMEOUT_S, check, iso_time, migrations
-
-Status = Literal["match", "no-match", "failed"]
+from pic_daemon.schema import BUSY_TIMEOUT_S, Status, check, iso_time, migrations
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
@@ -60,6 +60,16 @@ class Outcome:
     catalog_index: str | None = None
     joint_score: float | None = None
     joint_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class OldRow:
+    """What retention must know of a row."""
+
+    id: int
+    path: str
+    stamp: FileStamp
+    classified_at: str
 
 
 class MatchLog:
@@ -195,11 +205,14 @@ class MatchLog:
             self._forget([path])
         return True
 
-    def record(self, outcomes: Sequence[Outcome], model: Model) -> None:
+    def record(
+        self, outcomes: Sequence[Outcome], model: Model, hooks: Sequence[Hook] = ()
+    ) -> None:
         """Write one batch in one transaction; it is on the disk when this returns.
 
         A row that failed under the same name with other content is replaced; one that
-        was marked to be done again is brought up to date.
+        was marked to be done again is brought up to date. What `hooks` are to be told
+        of it is queued with it.
         """
         rows = [
             [
@@ -215,6 +228,8 @@ class MatchLog:
         ]  # fmt: skip
         replaced = [[text_of(o.path), o.sha256] for o in outcomes]
         with self._transaction():
+            deliveries.queue(self._db.conn, hooks, outcomes, model.sha256)
+            first = self._next_revision(len(rows))
             # What failed under this name was an unfinished state of this file.
             self._db.conn.executemany(
                 "DELETE FROM images WHERE path = ? AND sha256 <> ? AND status = 'failed'",
@@ -226,9 +241,10 @@ class MatchLog:
                     path, sha256, bytes, width, height, format, status, score,
                     threshold, model, seen_at, classified_at, latency_ms, error,
                     mtime_ns, inode, catalog_item, similarity, runner_up,
-                    runner_up_similarity, catalog_index, joint_score, joint_threshold
+                    runner_up_similarity, catalog_index, joint_score, joint_threshold,
+                    revision
                 ) VALUES (
-                    ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
+                    ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
                 )
                 ON CONFLICT (path, sha256) DO UPDATE
                 SET bytes = excluded.bytes, width = excluded.width,
@@ -242,15 +258,23 @@ class MatchLog:
                     runner_up_similarity = excluded.runner_up_similarity,
                     catalog_index = excluded.catalog_index,
                     joint_score = excluded.joint_score,
-                    joint_threshold = excluded.joint_threshold
+                    joint_threshold = excluded.joint_threshold,
+                    revision = excluded.revision
                 """,
-                rows,
+                [[*row, first + n] for n, row in enumerate(rows)],
             )
             self._forget([o.path for o in outcomes])
             self._db.execute(
                 "UPDATE models SET last_used_at = ? WHERE sha256 = ?",
                 [iso_time(datetime.now(UTC).timestamp()), model.sha256],
             )
+
+    def _next_revision(self, rows: int) -> int:
+        """The first of as many numbers that no row has had yet."""
+        (last,) = self._db.execute(
+            "UPDATE last_revision SET number = number + ? RETURNING number", [rows]
+        ).fetchone()
+        return int(last) - rows + 1
 
     def beat(self, figures: Mapping[str, float | int | str]) -> None:
         """Say that the service lives, and how it is doing."""
@@ -273,6 +297,11 @@ class MatchLog:
         """Have every failed image tried again by the next scan; returns how many."""
         return self._mark("status = 'failed'")
 
+    def deliver_again(self) -> int:
+        """Queue anew the deliveries that were given up; returns how many."""
+        with self._transaction():
+            return deliveries.try_again(self._db.conn)
+
     def mark_outdated(self) -> int:
         """Have images decided by another than the latest model or index done again.
 
@@ -289,6 +318,26 @@ class MatchLog:
             f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
             "AND status <> 'failed'"
         )
+
+    def no_matches_before(
+        self, moment: float, after: tuple[str, int], limit: int
+    ) -> list[OldRow]:
+        """Rows of no match from before a POSIX time, oldest first, behind the row `after`.
+
+        `after` is the time and the id of a row, ('', 0) to begin with.
+        """
+        rows = self._db.execute(
+            "SELECT id, path, bytes, mtime_ns, inode, classified_at FROM images "
+            "WHERE status = 'no-match' AND classified_at < ? "
+            "AND (classified_at, id) > (?, ?) ORDER BY classified_at, id LIMIT ?",
+            [iso_time(moment), *after, limit],
+        )
+        return [OldRow(i, path, FileStamp(*stamp), at) for i, path, *stamp, at in rows]
+
+    def delete(self, ids: Sequence[int]) -> None:
+        """Delete rows, in one transaction."""
+        with self._transaction():
+            self._db.conn.executemany("DELETE FROM images WHERE id = ?", [[i] for i in ids])
 
     def _mark(self, condition: str) -> int:
         with self._transaction():

@@ -3,65 +3,118 @@
 import json
 import os
 import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pic_daemon.errors import InputError
-from pic_daemon.schema import check, iso_time, open_read_only
+from pic_daemon.schema import check, open_read_only
+from pic_daemon.web.queries import STATUSES, Filters, conditions, statement
 
-MATCH_COLUMNS = (
+COLUMNS = (
     "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
     "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
+    "status", "error",
 )  # fmt: skip
+"""What is told of an image; `revision` is its place in the order of recording."""
+
+Row = dict[str, Any]
 
 
-def read_matches(
-    path: Path, since: datetime | None, min_score: float, limit: int
-) -> list[dict[str, Any]]:
-    """Rows of the view `matches`, newest first, at most `limit`; never blocks the writer.
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    if not os.path.exists(path):
+        raise InputError(f"database {path} does not exist, or this user may not look.")
+    check(path, for_writing=False)
+    try:
+        with closing(open_read_only(path)) as log:
+            db = log.conn
+            assert db
+            db.isolation_level = None
+            db.row_factory = sqlite3.Row
+            yield db
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"{path} cannot be read as a match log: {error}. If it is of an older version, "
+            "start the service of this one once."
+        ) from error
+
+
+def read_images(path: Path, filters: Filters, limit: int) -> list[Row]:
+    """Rows that pass `filters`, newest first, at most `limit`; never blocks the writer.
 
     Raises InputError where `path` is not a match log.
     """
-    if not os.path.exists(path):
-        raise InputError(f"database {path} does not exist, or this user may not look.")
-    check(path, for_writing=False)
-    try:
-        db = open_read_only(path)
-        rows = list(
-            db.query(
-                "SELECT * FROM matches WHERE classified_at >= ? AND score >= ? "
-                "ORDER BY classified_at DESC, path LIMIT ?",
-                [iso_time(since.timestamp()) if since else "", min_score, limit],
-            )
-        )
-        db.close()
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
-    return rows
+    with _reading(path) as db:
+        return _newest(db, filters, limit)
+
+
+def follow_images(
+    path: Path, filters: Filters, limit: int, wait: Callable[[], bool]
+) -> Iterator[list[Row]]:
+    """The newest `limit` rows, then those that are recorded, in the order of recording.
+
+    A row that is written again, as by `pic-daemon reclassify`, comes again. `wait` is
+    called between two looks and says whether to go on; a look without news costs one
+    PRAGMA. Raises InputError where `path` is not a match log.
+    """
+    statuses = STATUSES if filters.status == "all" else (filters.status,)
+    terms, values = conditions(filters)
+    narrowed = " AND ".join(
+        ["revision > ?", f"status IN ({', '.join('?' * len(statuses))})", *terms]
+    )
+    news = f"SELECT * FROM images WHERE {narrowed} ORDER BY revision"
+    with _reading(path) as db:
+        seen = _one(db, "PRAGMA data_version")
+        db.execute("BEGIN")  # one state of the log: nothing falls between the two
+        rows = _newest(db, filters, limit)
+        last = _one(db, "SELECT number FROM last_revision")
+        db.execute("COMMIT")
+        yield sorted(rows, key=lambda row: int(row["revision"]))
+        while wait():
+            version = _one(db, "PRAGMA data_version")
+            if version == seen:
+                continue
+            seen = version
+            db.execute("BEGIN")
+            rows = [dict(row) for row in db.execute(news, [last, *statuses, *values])]
+            last = _one(db, "SELECT number FROM last_revision")
+            db.execute("COMMIT")
+            if rows:
+                yield rows
+
+
+def _newest(db: sqlite3.Connection, filters: Filters, limit: int) -> list[Row]:
+    sql, values = statement(db, filters, None, limit)
+    return [dict(row) for row in db.execute(sql, values)]
+
+
+def _one(db: sqlite3.Connection, sql: str) -> int:
+    return int(db.execute(sql).fetchone()[0])
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """The last heartbeat with its age in seconds as `age_s`, and rows by status.
+    """The last heartbeat with its age in seconds as `age_s`, rows by status, deliveries.
 
     Raises InputError where `path` is not a match log or no service has used it yet.
     """
-    if not os.path.exists(path):
-        raise InputError(f"database {path} does not exist, or this user may not look.")
-    check(path, for_writing=False)
-    try:
-        db = open_read_only(path)
+    told = {"pending": 0, "given up": 0}
+    with _reading(path) as db:
         beat = db.execute("SELECT at, figures FROM heartbeat").fetchone()
         rows = db.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
-        db.close()
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} cannot be read as a match log: {error}.") from error
+        # Without the table, the service of this version has not run yet.
+        if _one(db, "SELECT count(*) FROM sqlite_master WHERE name = 'deliveries'"):
+            told["pending"] = _one(db, "SELECT count(due_at) FROM deliveries")
+            told["given up"] = _one(db, "SELECT count(*) FROM deliveries") - told["pending"]
     if not beat:
         raise InputError(f"no service has used {path} yet.")
-    age = datetime.now(UTC) - datetime.fromisoformat(beat[0])
+    age = datetime.now(UTC) - datetime.fromisoformat(beat["at"])
     return {
-        "heartbeat": beat[0],
+        "heartbeat": beat["at"],
         "age_s": round(age.total_seconds(), 1),
-        **json.loads(beat[1]),
-        "rows": dict(rows),
+        **json.loads(beat["figures"]),
+        "rows": dict(map(tuple, rows)),
+        "deliveries": told,
     }

@@ -1,18 +1,27 @@
 """What people ask of the match log: pic-matches and its commands."""
 
-import csv
-import json
+import os
 import re
+import select
 import sqlite3
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
+from pic_daemon.backup import back_up
 from pic_daemon.errors import InputError
-from pic_daemon.match_queries import MATCH_COLUMNS, read_matches
+from pic_daemon.folders import text_of
+from pic_daemon.match_formats import printer
+from pic_daemon.match_queries import Row, follow_images, read_images
+from pic_daemon.web.queries import STATUSES, Filters
+
+_LOOK_MS = 500  # between two looks for new rows
+_PATH = click.Path(path_type=Path)
 
 _SPANS = {
     "s": timedelta(seconds=1),
@@ -43,11 +52,6 @@ def matches() -> None:
     """
 
 
-def _one_line(path: str) -> str:
-    """A name with line breaks or control characters must not break the table."""
-    return path if path.isprintable() else path.encode("unicode_escape").decode()
-
-
 def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
     if text is None:
         return None
@@ -60,49 +64,104 @@ def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime
         raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
 
 
+_DATABASE = click.option("--database", required=True, type=_PATH, help="The match log.")
+
+
 @matches.command("list")
-@click.option(
-    "--database", required=True, type=click.Path(path_type=Path), help="The match log."
-)
+@_DATABASE
 @click.option(
     "--since",
     callback=_moment,
     metavar="TIME",
     help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
 )
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0)
-@click.option("--limit", type=click.IntRange(1, 2**31), default=50, show_default=True)
+@click.option("--until", callback=_moment, metavar="TIME", help="Before then, likewise.")
+@click.option("--min-score", type=click.FloatRange(0, 1))
+@click.option("--folder", type=_PATH, metavar="DIR", help="In it or anywhere below it.")
+@click.option("--product", metavar="NAME", help="Matched to this catalog item.")
+@click.option(
+    "--status",
+    type=click.Choice([*STATUSES, "all"]),
+    default="match",
+    show_default=True,
+)
+@click.option("--limit", type=click.IntRange(0, 2**31), default=50, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV with a header line.")
-def list_matches(database: Path, since: datetime | None, min_score: float, limit: int,
-                 as_json: bool, as_csv: bool) -> None:  # fmt: skip
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Then print what is recorded, until Ctrl-C; oldest first.",
+)
+def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow: bool,
+                 **narrowed: Any) -> None:  # fmt: skip
     """Print recorded matches, newest first.
 
     Example: pic-matches --database log.db --since 1d --min-score 0.9
+
+    Example: pic-matches --database log.db --follow --limit 0 --json
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
-    rows = read_matches(database, since, min_score, limit)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=MATCH_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    else:
-        for row in rows:
-            click.echo(
-                f"{row['classified_at']}  {row['score']:.6f}  {_one_line(row['path'])}"
-            )
-        if not rows:
-            click.echo("no matches", err=True)
+    if follow and narrowed["until"]:
+        raise click.UsageError("--follow and --until exclude each other.")
+    folder = narrowed["folder"]
+    filters = Filters(
+        narrowed["status"],
+        narrowed["since"],
+        narrowed["until"],
+        narrowed["min_score"],
+        folder=text_of(os.path.realpath(folder)) if folder else "",
+        product=narrowed["product"] or "",
+    )
+    show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
+    if follow:
+        _follow(database, filters, limit, show)
+        return
+    rows = read_images(database, filters, limit)
+    show(rows)
+    if not rows and not as_json and not as_csv:
+        click.echo(
+            "no matches" if filters.status == "match" else "no such images", err=True
+        )
+
+
+def _follow(
+    database: Path, filters: Filters, limit: int, show: Callable[[list[Row]], None]
+) -> None:
+    """Print until Ctrl-C (exit code 130) or until nobody reads any more."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)  # told of errors alone: a closed pipe
+    try:
+        for rows in follow_images(
+            database, filters, limit, lambda: not reader.poll(_LOOK_MS)
+        ):
+            show(rows)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        pass
+    if reader.poll(0):  # what Python still holds for stdout has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @matches.command()
-@click.option(
-    "--database", required=True, type=click.Path(path_type=Path), help="The match log."
-)
+@_DATABASE
+@click.option("--output", required=True, type=_PATH, help="The copy; replaced if there.")
+def backup(database: Path, output: Path) -> None:
+    """Copy the log, whole and checked, while the service goes on.
+
+    Example: pic-matches backup --database log.db --output /backup/log.db
+    """
+    try:
+        rows = back_up(database, output)
+    except (sqlite3.Error, OSError) as error:
+        raise click.ClickException(f"no copy was made of {database}: {error}") from error
+    click.echo(f"{output}: {rows:,} images, integrity_check ok")
+
+
+@matches.command()
+@_DATABASE
 @click.option(
     "--catalog",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

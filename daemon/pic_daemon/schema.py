@@ -4,10 +4,13 @@ import os
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from sqlite_utils import Database, Migrations
 
 from pic_daemon.errors import InputError
+
+Status = Literal["match", "no-match", "failed"]
 
 BUSY_TIMEOUT_S = 60.0
 """How long opening the log or reading it waits for another writer."""
@@ -151,7 +154,8 @@ def add_corrections(db: Database) -> None:
 def add_indexes_for_the_page(db: Database) -> None:
     """Any status by time, and the matches of one product, each in order of time.
 
-    Together they cost 6 us a row to write, where decoding the picture costs 500.
+    Together they cost 12 us a row to write (bench/results/matches-page.md), where reading
+    and scoring the image takes 500.
     """
     db.execute("CREATE INDEX images_by_status ON images (status, classified_at)")
     db.execute("DROP INDEX matches_by_time")  # the one above serves its questions
@@ -175,6 +179,45 @@ def add_joint_score(db: Database) -> None:
         FROM images WHERE status = 'match'
         """
     )
+
+
+@migrations()
+def add_revision(db: Database) -> None:
+    """The order in which rows were written, whatever the clock said.
+
+    A row that is written again comes last again; no number is used twice, though rows
+    are deleted, as the last one is kept in a table of its own.
+    """
+    db.execute("ALTER TABLE images ADD COLUMN revision INTEGER NOT NULL DEFAULT 0")
+    db.execute("UPDATE images SET revision = id")
+    db.execute("CREATE INDEX images_by_revision ON images (revision)")
+    db.execute(
+        "CREATE TABLE last_revision (id INTEGER PRIMARY KEY CHECK (id = 1), "
+        "number INTEGER NOT NULL) STRICT"
+    )
+    db.execute("INSERT INTO last_revision SELECT 1, coalesce(max(id), 0) FROM images")
+
+
+@migrations()
+def add_deliveries(db: Database) -> None:
+    """Matches that a hook has still to be told of, in the words it will hear.
+
+    A row is written with the match itself and deleted once the hook has taken it.
+    """
+    db.execute(
+        """
+        CREATE TABLE deliveries (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never used twice
+            hook TEXT NOT NULL CHECK (hook IN ('webhook', 'command')),
+            message TEXT NOT NULL CHECK (json_valid(message)),
+            queued_at REAL NOT NULL,                -- POSIX time, as due_at
+            attempts INTEGER NOT NULL DEFAULT 0,
+            due_at REAL,                            -- NULL: given up
+            error TEXT                              -- of the last attempt
+        ) STRICT
+        """
+    )
+    db.execute("CREATE INDEX deliveries_by_time ON deliveries (hook, due_at)")
 
 
 def check(path: Path, for_writing: bool = True) -> None:

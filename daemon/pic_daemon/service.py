@@ -10,25 +10,26 @@ the scan at the next start: what has no row yet is done then.
 import logging
 import queue
 import sqlite3
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
-from pic_daemon.folders import FileStamp, Folder, set_aside, stamp_of, text_of
+from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
 from pic_daemon.health import Health
 from pic_daemon.identification import CloserReading, Confirmation
-from pic_daemon.match_log import MatchLog, Outcome, Status
+from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
+from pic_daemon.recording import Recorder
+from pic_daemon.retention import Retention
+from pic_daemon.schema import Status
 from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
@@ -39,7 +40,6 @@ logger = logging.getLogger("pic_daemon")
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
-_DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
 _STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
 _STRIKE_WAIT_S = 5.0  # between them
 _LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
@@ -61,8 +61,6 @@ class Reload:
 _Read = Reading | CloserReading | Confirmation
 
 Message = Hint | list[_Read] | Stop | Reload | Loaded
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -107,12 +105,15 @@ class Service:
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
+    _retention: Retention = field(init=False)
+    _recorder: Recorder = field(init=False)
     _stopping: bool = False
-    _stop_asked: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._settling = SettleTracker(self.config.settle_seconds)
+        self._retention = Retention(self.config.keep_no_match_days)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
+        self._recorder = Recorder(self.log, self.config, self.health)
         config, send = self.config, self.inbox.put
         load = partial(load_model, config.model, config.provider)
         self._files = [ServedFiles("model", [config.model], load, self._swap, send)]
@@ -121,13 +122,13 @@ class Service:
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
-        self._stop_asked.set()
+        self._recorder.stop_asked.set()
         self.inbox.put(Stop())
 
     @property
     def stop_asked(self) -> bool:
         """Whether `stop` was called."""
-        return self._stop_asked.is_set()
+        return self._recorder.stop_asked.is_set()
 
     def reload(self) -> None:
         """Ask the loop to load the model file anew; as safe as `stop`."""
@@ -135,12 +136,12 @@ class Service:
 
     def run(self) -> None:
         """Watch, classify and record until stopped."""
-        self._recorded(lambda: self.log.use_model(self.model))
-        self._recorded(lambda: self.log.watch([f.path for f in self.config.folders]))
+        self._recorder.write(lambda: self.log.use_model(self.model))
+        self._recorder.write(lambda: self.log.watch([f.path for f in self.config.folders]))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)
-        for path in self._recorded(self.log.left_in_hand):
+        for path in self._recorder.write(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
         decoding = self.config.readers, self.config.decode_seconds
         with (
@@ -205,7 +206,7 @@ class Service:
 
     def _read(self, chosen: list[str], decoders: Decoders) -> None:
         with self.health.timed("commit"):
-            self._recorded(lambda: self.log.take_in_hand(chosen))
+            self._recorder.write(lambda: self.log.take_in_hand(chosen))
         self._reading += len(chosen)
         alone = [path for path in chosen if self._in_hand[path].alone]
         others = [path for path in chosen if not self._in_hand[path].alone]
@@ -234,10 +235,17 @@ class Service:
             if now >= due:
                 self._next_poll[folder] = now + folder.poll_seconds
                 self._scan(folder)
+        if now >= self._retention.next_due and self._idle():
+            online = [f for f in self.config.folders if self._watches.online(f)]
+            self._recorder.write(lambda: self._retention.step(self.log, online, now))
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to classify just now."""
+        return not (self._in_hand or self._scans)
 
     def _beat(self) -> None:
         figures = self._figures()
-        self._recorded(lambda: self.log.beat(figures))
+        self._recorder.write(lambda: self.log.beat(figures))
 
     def _figures(self) -> dict[str, float | int | str]:
         times = [file.seen_at for file in self._in_hand.values()]
@@ -272,7 +280,7 @@ class Service:
         stamp = stamp_of(path)
         if stamp is None:
             self._settling.release(path)
-            self._recorded(lambda: self.log.put_down(path))
+            self._recorder.write(lambda: self.log.put_down(path))
         elif stamp == expected:
             self._take(path, settled=True)
         else:
@@ -364,7 +372,7 @@ class Service:
         """Score it, wait for it to be completed, or let it go."""
         path, stamp = reading.path, reading.stamp
         if stamp is None:  # gone before it was read
-            self._recorded(lambda: self.log.put_down(path))
+            self._recorder.write(lambda: self.log.put_down(path))
             self._let_go(path)
         elif reading.suspect:
             self._in_hand[path].alone = True
@@ -378,7 +386,7 @@ class Service:
             self._wait_again(path, stamp)
         elif reading.image and len(reading.image.pixels) != self.model.info.input_size:
             self._ready.append(path)  # was read for the model before this one
-        elif reading.sha256 and self._recorded(
+        elif reading.sha256 and self._recorder.write(
             lambda: self.log.recognise(path, reading.sha256, stamp)
         ):
             self._let_go(path)
@@ -389,7 +397,7 @@ class Service:
 
     def _may_try_again(self, path: str) -> bool:
         """Count an attempt that failed on its own; whether another is due."""
-        return self._recorded(lambda: self.log.strike(path)) < _STRIKES
+        return self._recorder.write(lambda: self.log.strike(path)) < _STRIKES
 
     def _wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
         seen_at = self._in_hand.pop(path).seen_at
@@ -406,7 +414,7 @@ class Service:
         if self._batch:
             self._finish_batch()
         self.model = model
-        self._recorded(lambda: self.log.use_model(model))
+        self._recorder.write(lambda: self.log.use_model(model))
         self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
@@ -455,54 +463,9 @@ class Service:
             self._record([one.outcome for one in decided if one.model is model], model)
 
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
-        with self.health.timed("commit"):
-            self._recorded(lambda: self.log.record(outcomes, model))
-        self.health.recorded(outcomes)
+        self._recorder.record(outcomes, model)
         for outcome in outcomes:
-            _report(outcome)
-            if outcome.status == "failed" and self.config.failed_folder:
-                self._move_failed(outcome, self.config.failed_folder)
             self._let_go(outcome.path)
-
-    def _move_failed(self, outcome: Outcome, folder: Path) -> None:
-        path = text_of(outcome.path)
-        try:
-            moved = set_aside(outcome.path, outcome.stamp, folder)
-        except OSError as error:
-            problem = error.strerror or error
-            logger.warning("path=%r cannot be moved to %s: %s", path, folder, problem)
-            return
-        if moved:
-            self._recorded(lambda: self.log.mark_moved(outcome.path, outcome.sha256))
-            logger.info("moved path=%r to %s", path, text_of(str(moved)))
-
-    def _recorded(self, write: Callable[[], T]) -> T:
-        """What `write` returns, once the database takes it.
-
-        A locked database or a full disk passes: nothing is read meanwhile, so that
-        nothing is lost, and what waits in the folders is found later. Raises
-        sqlite3.OperationalError where the service is asked to stop meanwhile.
-        """
-        waiting_since = None
-        while True:
-            try:
-                result = write()
-            except sqlite3.OperationalError as error:
-                if self._stop_asked.is_set():
-                    raise
-                if waiting_since is None:
-                    waiting_since = time.monotonic()
-                    logger.warning(
-                        "database %s: %s; waiting until it can be written",
-                        self.log.path, error,
-                    )  # fmt: skip
-                self.health.feed_watchdog(busy=False)  # a restart would not help
-                self._stop_asked.wait(_DATABASE_RETRY_S)
-                continue
-            if waiting_since is not None:
-                waited = time.monotonic() - waiting_since
-                logger.info("database %s: goes on after %.0f s", self.log.path, waited)
-            return result
 
     def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
         assert reading.stamp
@@ -533,21 +496,11 @@ class Service:
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
         moments += self._next_poll.values()
+        if self._idle():
+            moments.append(self._retention.next_due)
         if self._batch:
             moments.append(self._batch_since + _BATCH_WAIT_S)
         if self.cascade and (due := self.cascade.due()) is not None:
             moments.append(due)
         wait = min(moments) - now
         return min(_LONGEST_WAIT_S, max(0.001, wait))
-
-
-def _report(outcome: Outcome) -> None:
-    path = text_of(outcome.path)
-    if outcome.status == "failed":
-        logger.warning("failed path=%r reason=%r", path, outcome.error)
-    else:
-        level = logging.INFO if outcome.status == "match" else logging.DEBUG
-        item = outcome.catalog_item and text_of(outcome.catalog_item)
-        named = f" item={item!r} joint={outcome.joint_score:.3f}" if item else ""
-        message = "%s path=%r score=%.6f%s"
-        logger.log(level, message, outcome.status, path, outcome.score, named)

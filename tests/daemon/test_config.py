@@ -47,6 +47,24 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
         ("settle_seconds = nan", "finite"),
         ("provider = 'tpu'", "one of auto, cpu, cuda"),
         ("model = 5", "model must be a path"),
+        ("webhook = 'example.org'", "must be an address"),
+        ("webhook = 'file:///etc/passwd'", "must be an address"),
+        ("webhook = 'https://host:http/'", "webhook: Port could not be cast"),
+        ("webhook = 'https://me:secret@host/'", "password does not belong"),
+        ("command = '/bin/tell'", "command must be a list"),
+        ("command = []", "command must be a list"),
+        ("command = ['tell']", "with its whole path"),
+        ("keep_no_match_days = 0", "at least 1"),
+        (
+            "model = 'm'\ndatabase = 'd'\nwebhook = 'http://host/'\n"
+            "webhook_header_file = 'h'\n[[watch]]\npath = 'drop'",
+            "use https",
+        ),
+        (
+            "model = 'm'\ndatabase = 'd'\nwebhook_header_file = 'h'\n"
+            "[[watch]]\npath = 'drop'",
+            "but no webhook",
+        ),
         ("watch = 'drop'", r"\[\[watch\]\] table"),
         ("model = 'm'\ndatabase = 'd'\n[[watch]]\ninclude = ['*']", "needs a path"),
         ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'no'", "does not exist"),

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
+from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.match_queries import read_matches
+from pic_daemon.match_queries import read_images
 from pic_daemon.model import Model, load_model
 from pic_daemon.schema import iso_time, migrations
+from pic_daemon.web.queries import Filters
 
 STAMP = FileStamp(1000, 5, 7)
 
@@ -58,6 +60,7 @@ def test_a_row_holds_everything_about_an_image(log: MatchLog, model: Model) -> N
         "classified_at": "1970-01-01T00:01:40.000Z", "latency_ms": 250.0, "error": None,
         "catalog_item": None, "similarity": None, "runner_up": None,
         "runner_up_similarity": None, "catalog_index": None,
+        "joint_score": None, "joint_threshold": None, "revision": 1,
     }  # fmt: skip
     (used,) = query(log, "SELECT * FROM models")
     assert used["sha256"] == model.sha256
@@ -69,7 +72,7 @@ def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
     (row,) = query(log, "SELECT * FROM matches")
     assert list(row) == [
         "path", "score", "threshold", "model", "classified_at", "sha256", "catalog_item",
-        "similarity", "runner_up", "runner_up_similarity",
+        "similarity", "runner_up", "runner_up_similarity", "joint_score", "joint_threshold",
     ]  # fmt: skip
 
 
@@ -151,7 +154,8 @@ def test_matches_are_read_newest_first_while_the_writer_holds_its_lock(
 ) -> None:
     log.record([match(f"/drop/{n}.png", score=n / 10, at=n) for n in range(10)], model)
     log._db.execute("BEGIN IMMEDIATE")
-    rows = read_matches(log.path, datetime.fromtimestamp(4, UTC), 0.6, limit=2)
+    filters = Filters(since=datetime.fromtimestamp(4, UTC), min_score=0.6)
+    rows = read_images(log.path, filters, limit=2)
     assert [row["path"] for row in rows] == ["/drop/9.png", "/drop/8.png"]
     log._db.conn.rollback()
 
@@ -185,6 +189,50 @@ def test_times_sort_as_text() -> None:
     texts = [iso_time(m) for m in moments]
     assert texts == sorted(texts)
     assert texts[2] == "1970-01-01T00:00:01.500Z"
+
+
+def hooks_told_of(log: MatchLog) -> list[object]:
+    rows = query(log, "SELECT message ->> 'path' AS path FROM deliveries ORDER BY id")
+    return [row["path"] for row in rows]
+
+
+def test_a_delivery_is_queued_with_its_row_and_only_for_a_hook(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model)
+    assert hooks_told_of(log) == []
+    wrong = Outcome("/drop/c.png", "", STAMP, "failed", 1, 1, error=None)
+    with pytest.raises(sqlite3.IntegrityError):
+        log.record([match("/drop/b.png"), wrong], model, ["webhook"])
+    assert hooks_told_of(log) == []
+    other = replace(match("/drop/no.png"), status="no-match", score=0.1)
+    log.record([match("/drop/b.png"), other, failure("/drop/d.png")], model, ["webhook"])
+    assert hooks_told_of(log) == ["/drop/b.png"]
+
+
+def test_a_match_scored_again_is_news_only_if_its_verdict_or_product_changed(
+    log: MatchLog, model: Model
+) -> None:
+    hooks: tuple[Hook, ...] = ("webhook", "command")
+    log.record([replace(match("/drop/a.png"), status="no-match", score=0.1)], model, hooks)
+    for told, outcome in (
+        (2, match("/drop/a.png")),
+        (2, match("/drop/a.png", score=0.8)),
+        (4, replace(match("/drop/a.png"), catalog_item="shoes.jpg")),
+        (4, replace(match("/drop/a.png"), catalog_item="shoes.jpg", score=0.7)),
+    ):
+        log.record([outcome], model, hooks)
+        assert len(hooks_told_of(log)) == told
+
+
+def test_no_revision_is_used_twice_though_rows_are_deleted(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png"), failure("/drop/b.png")], model)
+    log.record([match("/drop/b.png")], model)  # takes the place of the failure, id and all
+    log.record([match("/drop/a.png", score=0.8)], model)  # the same row, written again
+    rows = query(log, "SELECT path, revision FROM images ORDER BY revision")
+    assert [tuple(row.values()) for row in rows] == [("/drop/b.png", 3), ("/drop/a.png", 4)]
 
 
 def test_a_log_whose_making_was_cut_short_is_finished(tmp_path: Path) -> None:

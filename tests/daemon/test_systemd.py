@@ -2,12 +2,13 @@ import os
 import shutil
 import socket
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import DaemonProcess
 
-from pic_daemon.config import load_config
+from pic_daemon.config import Config, load_config
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 
@@ -40,15 +41,20 @@ def test_the_example_config_is_valid(tmp_path: Path) -> None:
     text = (SYSTEMD / "pic-daemon.toml").read_text().replace("/srv/drop", str(tmp_path))
     everything = text.replace("# provider", "provider").replace("# recursive", "recursive")
     for key in ("batch_size", "workers", "settle_seconds", "rescan_seconds", "max_pixels",
-                "include", "exclude", "mode", "poll_seconds", "metrics",
+                "include", "exclude", "mode", "poll_seconds", "metrics", "webhook",
+                "command", "hook_seconds", "hook_hours", "keep_no_match_days",
                 "decode_seconds"):  # fmt: skip
         everything = everything.replace(f"# {key} =", f"{key} =")
+    for field in fields(Config):
+        assert field.name == "folders" or f"{field.name} = " in text
     (tmp_path / "pic.toml").write_text(everything)
     given = load_config(tmp_path / "pic.toml", {"watch": ()})
     (tmp_path / "short.toml").write_text(text)
     default = load_config(tmp_path / "short.toml", {"watch": ()})
     assert given.batch_size == default.batch_size
     assert given.max_pixels == default.max_pixels
+    assert given.hook_hours == default.hook_hours
+    assert given.hooks == ("webhook", "command") and default.hooks == ()
     assert given.folders[0].exclude == default.folders[0].exclude
 
 

@@ -14,7 +14,7 @@ from pictures import product, write_products
 from PIL import Image, ImageOps
 
 from pic_training.edits import EDITS
-from pic_training.peers import peers, similarity
+from pic_training.peers import nearest, peers
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,9 +39,10 @@ def test_a_hash_finds_a_recompressed_copy_and_not_a_stranger(peer) -> None:  # t
     catalog = [peer.hash(product(seed)) for seed in range(5)]
     copy = peer.hash(product(3).resize((200, 200)))
     stranger = peer.hash(ImageOps.flip(product(77)))
-    near, far = similarity([copy, stranger], catalog)
+    (near, far), (named, _) = nearest([copy, stranger], catalog)
     assert near > 0.8 > far
-    assert similarity([None], catalog).tolist() == [0.0]
+    assert named == 3
+    assert [found.tolist() for found in nearest([None], catalog)] == [[0.0], [-1]]
 
 
 @pytest.fixture(scope="module")

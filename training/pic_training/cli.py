@@ -48,7 +48,20 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     help="New folder for checkpoints, metrics and report.",
 )
 @click.option(
+    "--task",
+    type=click.Choice(["classify", "describe"]),
+    default="classify",
+    show_default=True,
+    help="classify: is it from the catalog? describe: a vector by which to find which "
+    "of its pictures it is.",
+)
+@click.option(
     "--arch", type=click.Choice(["cnn", "resnet50"]), default="cnn", show_default=True
+)
+@click.option(
+    "--dimensions",
+    type=click.IntRange(2, 2048),
+    help="Numbers in the vector that describes a picture [256].",
 )
 @click.option(
     "--weights",
@@ -58,11 +71,16 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--train-images", type=click.IntRange(2), default=185_000, show_default=True)
 @click.option("--val-images", type=click.IntRange(256), default=30_000, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), help="[32]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="[classify 32; describe: cnn 256, resnet50 128, on kept features 1024]",
+)
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help="At the start; falls to zero along a half cosine [cnn 0.08, resnet50 0.01].",
+    help="At the start; falls to zero along a half cosine [classify: cnn 0.08, resnet50 "
+    "0.01; describe 0.001].",
 )
 @click.option(
     "--target-fpr",
@@ -82,7 +100,8 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option(
     "--stages",
     type=click.IntRange(0, 5),
-    help="Last stages of the resnet50's trunk to train, the others left as they are [5].",
+    help="Last stages of the resnet50's trunk to train, the others left as they are "
+    "[classify 5; describe 0: its features are computed once and kept].",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
@@ -105,6 +124,9 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """Train a network that tells your catalog's images from all others.
 
+    With --task describe it learns instead to give copies of one picture nearly the
+    same vector, and any other picture another.
+
     Every sample is a picture cropped to 50-100% of its area, resized to 48-256
     pixels and compressed to JPEG quality 10-95, each with probability 0.8, alike for
     catalog and others. Ctrl-C leaves a checkpoint for --resume.
@@ -113,7 +135,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """
     _need_the_train_extra()
     prepare_for_training()
-    from pic_training.report import write_report
+    from pic_training.report import summary, write_report
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options)
@@ -127,14 +149,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     if result is None:  # one of torchrun's processes, but not the first
         return
     report = write_report(result, config, out)
-    recall, rate = report["recall"], report["false_positive_rate"]
-    click.echo(
-        f"best epoch {report['best_epoch']}: validation accuracy "
-        f"{report['at_one_half']['accuracy']:.2%}; at threshold "
-        f"{report['threshold']:.4g}, on pictures held back for the test, recall "
-        f"{recall['value']:.2%} (95% {recall['low']:.2%} to {recall['high']:.2%}), false "
-        f"positive rate {rate['value']:.3%} ({rate['low']:.3%} to {rate['high']:.3%})"
-    )
+    click.echo(summary(report))
     click.echo(f"report: {out / 'report.json'}")
 
 
@@ -151,10 +166,11 @@ def _need_the_train_extra() -> None:
 def _config(**options: Any) -> "RunConfig":
     import torch
 
-    from pic_training.networks import ARCHITECTURES
+    from pic_training.networks import ARCHITECTURES, DESCRIBERS
     from pic_training.run_folder import RunConfig
 
-    architecture = ARCHITECTURES[options["arch"]]
+    describes = options["task"] == "describe"
+    architecture = (DESCRIBERS if describes else ARCHITECTURES)[options["arch"]]
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,32 +184,60 @@ def _config(**options: Any) -> "RunConfig":
         weights = "imagenet" if options["arch"] == "resnet50" else "none"
     paths = {k: str(options[k].absolute()) if options[k] else None
              for k in ("catalog", "others", "others_val", "corrections")}  # fmt: skip
-    return RunConfig(
+    stages = _stages(options["arch"], options["stages"], 0 if describes else None)
+    batch = 1024 if describes and architecture.stages and not stages else None
+    if not describes and options["dimensions"]:
+        raise InputError("--dimensions goes with --task describe.")
+    config = RunConfig(
         **paths,  # type: ignore[arg-type]
         arch=options["arch"],
         weights=weights,
         epochs=options["epochs"],
         train_images=options["train_images"],
         val_images=options["val_images"],
-        batch_size=options["batch_size"] or architecture.batch_size,
+        batch_size=options["batch_size"] or batch or architecture.batch_size,
         lr=options["lr"] or architecture.lr,
         momentum=architecture.momentum,
         head_start=options["head_start"],
-        stages=_stages(options["arch"], options["stages"]),
+        stages=stages,
         seed=options["seed"],
         device=device,
         precision=precision,
         target_fpr=options["target_fpr"],
         processes=int(os.environ.get("WORLD_SIZE", "1")),  # set by torchrun
+        task=options["task"],
+        dimensions=(options["dimensions"] or 256) if describes else 1,
     )
+    if describes:
+        _check_description(config)
+    return config
 
 
-def _stages(arch: str, wanted: int | None) -> int:
+def _check_description(config: "RunConfig") -> None:
+    for name in ("train_images", "batch_size"):
+        if getattr(config, name) % 2:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {getattr(config, name)}: to describe is learned from two "
+                "copies of each picture, so it must be even."
+            )
+    if config.processes > 1:
+        raise InputError(
+            "--task describe trains in one process: a copy is told from the whole batch."
+        )
+    if config.keeps_features and config.head_start:
+        raise InputError(
+            "--head-start goes with --stages 1 or more: with none the head is fitted "
+            "on all samples anyway."
+        )
+
+
+def _stages(arch: str, wanted: int | None, default: int | None) -> int:
     from pic_training.networks import ARCHITECTURES
 
     stages = len(ARCHITECTURES[arch].stages)
     if wanted is None:
-        return stages
+        return stages if default is None else default
     if wanted > stages:
         raise InputError(f"--stages {wanted}: the {arch} is trained as a whole.")
     return wanted
@@ -244,7 +288,7 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     parity, cost = export_run(run_dir, output, precision, max_loss)
     click.echo(
         f"{output}: {output.stat().st_size:,} bytes; {parity.samples} real samples "
-        f"score as in PyTorch, largest difference {parity.max_difference:.1e}, "
+        f"{parity.verb} as in PyTorch, largest difference {parity.max_difference:.1e}, "
         f"{parity.flipped} decisions flipped"
     )
     if cost:
@@ -274,6 +318,8 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     metavar="RUN_DIR",
     help="Leave out every one of the others that this run has seen.",
 )
+@click.option("--describe", type=_FILE, help="A descriptor, measured with --index.")
+@click.option("--index", type=_FILE, help="The index that it made of the catalog.")
 @click.option(
     "--target-fpr",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -296,6 +342,8 @@ def evaluate(
     others: Path,
     general: tuple[str, ...],
     run: Path | None,
+    describe: Path | None,
+    index: Path | None,
     output: Path,
     **plan: Any,
 ) -> None:
@@ -306,5 +354,10 @@ def evaluate(
     _need_the_train_extra()
     from pic_training.evaluation_run import run_evaluation
 
-    report = run_evaluation(model_file, catalog, others, general, run, output, plan)
+    if bool(describe) != bool(index):
+        raise click.UsageError("--describe and --index go together.")
+    cascade = (describe, index) if describe and index else None
+    report = run_evaluation(
+        model_file, catalog, others, general, run, output, cascade, plan
+    )
     click.echo(f"report: {report}")

@@ -1,9 +1,11 @@
-"""What a model is worth: two protocols, beside the perceptual hashes, in one run.
+"""What a model, or model, descriptor and index, are worth: two protocols, beside the
+perceptual hashes, in one run.
 
 Published: fresh augmentations of the catalog against general pictures, balanced, at
 a score of one half. Hard: recall at a fixed false positive rate against look-alikes,
 edit by edit. The look-alikes are split by group of near-duplicates: the threshold of
-each method is chosen on one half of them, and every figure comes from the other.
+each method is chosen on one half of them, and every figure comes from the other. `named`
+is the share of copies whose catalog item a method puts first, whatever its score.
 """
 
 import multiprocessing
@@ -18,21 +20,35 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pic_daemon.images import decode, open_rgb
+from pic_daemon.cascade import Identifier
+from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.identification import Closeup, identify, look_at
+from pic_daemon.images import Pixels, decode, open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import threshold_for
 from pic_training.augmentation import Augmentation, augment
 from pic_training.edits import EDITS
-from pic_training.peers import Bits, peers, similarity
+from pic_training.peers import Bits, nearest, peers
 from pic_training.sources import Source, Sources
 from pic_training.threshold import Confusion, confusion
 
 OURS = "model"
+DESCRIPTOR = "descriptor"
+CASCADE = "cascade"
 _AUGMENTED = -1  # in place of an edit's number: the training augmentation
 _CHUNK = 64
 
-_Job = tuple["Sample", Source, Path, int, int]
-_Features = tuple[NDArray[np.uint8], bool, list[Bits | None]]
+_Job = tuple["Sample", Source, Path, int, int, int | None]
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What every method needs of one edited picture."""
+
+    pixels: Pixels
+    blank: bool
+    hashes: list[Bits | None]
+    closeup: Closeup | None
 
 
 @dataclass(frozen=True)
@@ -49,18 +65,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of one part of the evaluation with every method's scores, shape (N,)."""
+    """Samples of one part of the evaluation with every method's scores, shape (N,).
+
+    `named`: whether a method that names items puts the sample's own picture first.
+    """
 
     samples: list[Sample]
     scores: dict[str, NDArray[np.float64]]
+    named: dict[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class MethodResult:
     """How one method did at the target rate; `per_edit` is by position in EDITS.
 
-    `overall` counts all edits together. `unaltered_decoys_rate` and the pristine edit
-    show that alteration itself is not what is recognised.
+    `overall` counts all edits together. `named` and `named_per_edit` are shares of the
+    copies, None where the method names no item.
     """
 
     threshold: float
@@ -69,6 +89,8 @@ class MethodResult:
     trained: Confusion
     held_out: Confusion
     per_edit: list[Confusion]
+    named: dict[str, float] | None
+    named_per_edit: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -103,11 +125,13 @@ def evaluate(
     is_general: Callable[[Source], bool],
     plan: Plan,
     show: Callable[[int], None],
+    identifier: Identifier | None = None,
 ) -> Evaluation:
     """Score `model` and the hashes on the catalog and the other pictures of `sources`.
 
-    None of the other pictures may have been trained on. `show` is told how many
-    samples are done.
+    None of the other pictures may have been trained on. With an `identifier` its
+    descriptor alone (the nearest item's cosine) and the whole cascade are scored too.
+    `show` is told how many samples are done.
     """
     draw = np.random.default_rng(plan.seed)
     pictures = sources.pictures
@@ -130,7 +154,7 @@ def evaluate(
     ]
     # Not forked: this process holds onnxruntime's threads.
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
-        scorer = _Scorer(pool, model, sources, catalog, plan.seed, show)
+        scorer = _Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
         positives, calibrating, decoys, published = map(scorer.score, parts)
     is_ours = np.array([s.picture in set(catalog) for s in published.samples])
     drawn_from = np.array([s.picture for s in published.samples])
@@ -206,6 +230,7 @@ class _Scorer:
         self,
         pool: Pool,
         model: Model,
+        identifier: Identifier | None,
         sources: Sources,
         catalog: Sequence[int],
         seed: int,
@@ -213,45 +238,93 @@ class _Scorer:
     ) -> None:
         self._pool = pool
         self._model = model
+        self._identifier = identifier
         self._sources = sources
         self._seed = seed
         self._show = show
+        self._catalog = np.array(catalog)
         self._names = [peer.name for peer in peers()]
         known = self._features([Sample(n, 0, 0) for n in catalog])
-        self._known = list(zip(*(bits for _, _, bits in known), strict=True))
+        self._known = list(zip(*(found.hashes for found in known), strict=True))
 
     def score(self, samples: list[Sample]) -> Scored:
+        """Every method's scores; a blank picture has none, whatever the method."""
         ours: list[float] = []
         blank: list[bool] = []
         hashes: list[list[Bits | None]] = []
+        found: list[tuple[float, float, str]] = []
         features = self._features(samples)
         while chunk := list(islice(features, _CHUNK)):
-            ours += self._model.score(np.stack([pixels for pixels, _, _ in chunk])).tolist()
-            blank += [is_blank for _, is_blank, _ in chunk]
-            hashes += [bits for _, _, bits in chunk]
+            ours += self._model.score(np.stack([one.pixels for one in chunk])).tolist()
+            blank += [one.blank for one in chunk]
+            hashes += [one.hashes for one in chunk]
+            if self._identifier:
+                closeups = [one.closeup for one in chunk if one.closeup]
+                found += self._identified(self._identifier, closeups)
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
+        named: dict[str, NDArray[np.bool_]] = {}
+        pictures = np.array([sample.picture for sample in samples])
         columns = zip(*hashes, strict=True)
         for name, column, known in zip(self._names, columns, self._known, strict=True):
-            scores[name] = similarity(column, known)
+            scores[name], places = nearest(column, known)
+            named[name] = (places >= 0) & (self._catalog[places] == pictures)
+        if self._identifier:
+            scores[DESCRIPTOR] = np.array([max(0.0, cosine) for cosine, _, _ in found])
+            passed = scores[OURS] >= self._model.info.gate_threshold
+            scores[CASCADE] = np.where(passed, [joint for _, joint, _ in found], 0.0)
+            names = [self._sources.pictures[n].path for n in pictures]
+            right = [
+                bool(item) and path.endswith(f"/{item}")
+                for path, (_, _, item) in zip(names, found, strict=True)
+            ]
+            named[CASCADE] = np.array(right)
         for values in scores.values():
-            values[np.array(blank)] = 0.0  # a blank picture never matches, by any method
-        return Scored(samples, scores)
+            values[np.array(blank)] = 0.0
+        return Scored(samples, scores, named)
+
+    def _identified(
+        self, identifier: Identifier, closeups: Sequence[Closeup]
+    ) -> list[tuple[float, float, str]]:
+        """The nearest item's cosine, the joint score and the item that has it."""
+        candidates = identifier.candidates(closeups)
+        pairs = [
+            (one.landmarks, [c.landmarks for c in near])
+            for one, near in zip(closeups, candidates, strict=True)
+        ]
+        agreed = self._pool.map(_agreed, pairs, chunksize=4)
+        found = []
+        for near, values in zip(candidates, agreed, strict=True):
+            if near:
+                best = identify(near, values, identifier.threshold)
+                found.append((near[0].similarity, best.score, best.item))
+            else:
+                found.append((0.0, 0.0, ""))
+        return found
 
     def _features(self, samples: list[Sample]) -> Iterator[_Features]:
         pictures, size = self._sources.pictures, self._model.info.input_size
+        closer = self._identifier.descriptor.info.input_size if self._identifier else None
         jobs = [
-            (s, pictures[s.picture], self._sources.file, self._seed, size) for s in samples
+            (s, pictures[s.picture], self._sources.file, self._seed, size, closer)
+            for s in samples
         ]
         return self._pool.imap(_features, jobs, chunksize=_CHUNK)
 
 
 def _features(job: _Job) -> _Features:
-    sample, source, file, seed, size = job
+    sample, source, file, seed, size, closer = job
     data = sample_file(sample, source, file, seed)
     image, _ = open_rgb(data, 256)
     decoded = decode(data, size)
-    return decoded.pixels, decoded.blank, [peer.hash(image) for peer in peers()]
+    closeup = look_at(data, closer) if closer else None
+    hashes = [peer.hash(image) for peer in peers()]
+    return _Features(decoded.pixels, decoded.blank, hashes, closeup)
+
+
+def _agreed(pair: tuple[Landmarks, list[bytes]]) -> list[float]:
+    query, items = pair
+    return [agreement(query, Landmarks.from_bytes(item)) for item in items]
 
 
 def _at_target(
@@ -264,22 +337,34 @@ def _at_target(
     def only(chosen: NDArray[np.bool_]) -> Confusion:
         return _compare(name, _subset(positives, chosen), decoys, threshold)
 
+    named = positives.named.get(name)
+    by_edit = [
+        np.array([s.edit == n for s in positives.samples]) for n in range(len(EDITS))
+    ]
     return MethodResult(
         threshold=threshold,
         calibration_rate=float((calibration >= threshold).mean()),
         overall=_compare(name, positives, decoys, threshold),
         trained=only(trained),
         held_out=only(~trained),
-        per_edit=[
-            only(np.array([s.edit == n for s in positives.samples]))
-            for n in range(len(EDITS))
-        ],
+        per_edit=[only(chosen) for chosen in by_edit],
+        named=None
+        if named is None
+        else {
+            "trained": float(named[trained].mean()),
+            "held_out": float(named[~trained].mean()),
+        },
+        named_per_edit=None
+        if named is None
+        else [float(named[chosen].mean()) for chosen in by_edit],
     )
 
 
 def _subset(scored: Scored, chosen: NDArray[np.bool_]) -> Scored:
     kept = [s for s, keep in zip(scored.samples, chosen, strict=True) if keep]
-    return Scored(kept, {name: values[chosen] for name, values in scored.scores.items()})
+    scores = {name: values[chosen] for name, values in scored.scores.items()}
+    named = {name: right[chosen] for name, right in scored.named.items()}
+    return Scored(kept, scores, named)
 
 
 def _compare(name: str, positives: Scored, decoys: Scored, threshold: float) -> Confusion:

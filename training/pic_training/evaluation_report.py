@@ -110,13 +110,24 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _methods_table(evaluation: Evaluation) -> str:
     return _table(
-        ["method", "recall, trained edits", "recall, held-out edits", "measured rate"],
+        [
+            "method",
+            "recall, trained edits",
+            "recall, held-out edits",
+            "measured rate",
+            "right item first, trained",
+            "held-out",
+        ],
         [
             [
                 name,
                 _share(result.trained.recall),
                 _share(result.held_out.recall),
                 _share(result.overall.false_positive_rate),
+                *(
+                    f"{result.named[kind]:.2%}" if result.named else "-"
+                    for kind in ("trained", "held_out")
+                ),
             ]
             for name, result in evaluation.methods.items()
         ],
@@ -129,7 +140,12 @@ def _edits_table(evaluation: Evaluation) -> str:
         recalls = [r.per_edit[number].recall for r in evaluation.methods.values()]
         kind = "trained" if edit.trained else "held out"
         rows.append([edit.name, kind, *(_share(recall) for recall in recalls)])
-    return _table(["edit", "", *evaluation.methods], rows)
+        for result in evaluation.methods.values():
+            if result.named_per_edit:
+                rows[-1].append(f"{result.named_per_edit[number]:.2%}")
+    naming = [n for n, r in evaluation.methods.items() if r.named_per_edit]
+    head = ["edit", "", *evaluation.methods, *(f"{name}: item first" for name in naming)]
+    return _table(head, rows)
 
 
 def _shortcuts(evaluation: Evaluation) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pic_daemon.cascade import load_identifier
 from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
 from pic_daemon.promise import check_support
@@ -26,14 +27,18 @@ def run_evaluation(
     general: Sequence[str],
     run: Path | None,
     output: Path,
+    cascade: tuple[Path, Path] | None,
     settings: dict[str, Any],
 ) -> Path:
     """Evaluate and write evaluation.json and evaluation.html into `output`.
+
+    `cascade` is a descriptor and an index to be measured with the model.
 
     Returns the page's path. Raises InputError for bad input and where the
     look-alikes are too few for the target rate.
     """
     model = load_model(model_file)
+    identifier = load_identifier(*cascade, "auto") if cascade else None
     plan = Plan(**settings)
 
     def is_general(source: Source) -> bool:
@@ -50,7 +55,7 @@ def run_evaluation(
         decoys = len(alike) // 2 * min(plan.per_decoy, len(EDITS))
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
         with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
-            evaluation = evaluate(model, sources, is_general, plan, bar.update)
+            evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
         output.mkdir(parents=True, exist_ok=True)
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)
         (output / "evaluation.json").write_text(figures + "\n")
@@ -62,6 +67,12 @@ def run_evaluation(
             f"{name}: recall {recall.value:.2%} ({recall.low:.2%} to {recall.high:.2%}) on "
             f"trained edits, {result.held_out.recall.value:.2%} on held-out edits, at a "
             f"false positive rate of {result.overall.false_positive_rate.value:.3%}"
+            + (
+                f"; right item first {result.named['trained']:.2%} and "
+                f"{result.named['held_out']:.2%}"
+                if result.named
+                else ""
+            )
         )
     return page
 

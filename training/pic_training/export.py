@@ -3,24 +3,30 @@
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from pic_daemon.descriptor import DescriptorInfo, load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
 from pic_daemon.model import ModelInfo, load_model
-from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.networks import Normalised
 from pic_training.precision import Cost, Precision, convert, weigh
 from pic_training.run_folder import RunConfig, load_network, read_json, write_json
 
+Floats = NDArray[np.float32]
+
 TOLERANCE = 1e-4
-"""Largest allowed difference of a score between PyTorch and onnxruntime, in fp32."""
+"""Largest allowed difference of an output between PyTorch and onnxruntime, in fp32."""
 
 # All samples in full batches, some one by one and in an odd number: (batch, samples).
 _BATCHES = ((32, None), (1, 16), (7, 70))
@@ -33,6 +39,23 @@ class Parity:
     samples: int
     max_difference: float
     flipped: int
+    verb: str
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What is written, and how its reader is asked.
+
+    `output` names the graph's output, `read` gives the reader's function from images
+    to outputs, and `decide` turns outputs into decisions that must not flip.
+    """
+
+    served: nn.Module
+    info: ModelInfo | DescriptorInfo
+    output: str
+    verb: str
+    read: Callable[[Path], Callable[[Pixels], Floats]]
+    decide: Callable[[Floats], NDArray[np.bool_]]
 
 
 class _Served(nn.Module):
@@ -53,7 +76,7 @@ def export_run(
     """Write the best checkpoint of a run as one ONNX file and prove it.
 
     The file appears under its name only after onnx's checker passed and the daemon's
-    own reader scored at least 256 validation samples as PyTorch does. In another
+    own reader saw at least 256 validation samples as PyTorch does. In another
     precision than fp32 the threshold is then chosen anew, and recall and accuracy on
     the test half may fall by at most `max_loss`. Raises InputError where `folder` is no
     finished run or a proof fails; then no file is left behind.
@@ -63,34 +86,21 @@ def export_run(
     if not report_file.exists():
         raise InputError(f"{folder} is not finished: resume it with pic-train --resume.")
     report = read_json(report_file)
-    info = ModelInfo(
-        architecture=config.arch,
-        input_size=ARCHITECTURES[config.arch].size,
-        resize_filter=RESIZE_FILTER,
-        color=COLOR,
-        threshold=report["threshold"],
-        threshold_rule=report["threshold_rule"],
-        target_fpr=report["target_fpr"],
-        fpr=report["false_positive_rate"]["value"],
-        fpr_low=report["false_positive_rate"]["low"],
-        fpr_high=report["false_positive_rate"]["high"],
-        temperature=report["temperature"],
-        catalog_digest=report["catalog_digest"],
-        catalog_size=report["catalog_size"],
-        training_run=folder.resolve().name,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        versions=json.dumps(report["versions"], sort_keys=True),
-        gate_threshold=report.get("gate_threshold", 0.0),  # reports of earlier versions
-    )
-    served = _Served(network, info.temperature).eval()
+    if config.task == "describe":
+        if precision != "fp32":
+            raise InputError("a descriptor is written in fp32 only: leave --precision out.")
+        export = _descriptor(folder, config, network, report)
+    else:
+        export = _classifier(folder, config, network, report)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
-        _write(served, info, temporary)
+        _write(export, temporary)
         images = np.load(folder / "parity.npy")
-        parity = _prove(served, info, temporary, images)
+        parity = _prove(export, temporary, images)
         cost = None
         if precision != "fp32":
-            info = replace(info, precision=precision)
+            assert isinstance(export.info, ModelInfo)
+            info = replace(export.info, precision=precision)
             cost = _convert(temporary, info, images, folder, config, max_loss)
             write_json(folder / f"export-{precision}.json", cost.to_json())
         temporary.replace(output)
@@ -101,24 +111,76 @@ def export_run(
     return parity, cost
 
 
-def _write(served: nn.Module, info: ModelInfo, path: Path) -> None:
-    size = info.input_size
+def _classifier(
+    folder: Path, config: RunConfig, network: Normalised, report: dict[str, Any]
+) -> _Export:
+    info = ModelInfo(
+        threshold=report["threshold"],
+        threshold_rule=report["threshold_rule"],
+        target_fpr=report["target_fpr"],
+        fpr=report["false_positive_rate"]["value"],
+        fpr_low=report["false_positive_rate"]["low"],
+        fpr_high=report["false_positive_rate"]["high"],
+        temperature=report["temperature"],
+        gate_threshold=report.get("gate_threshold", 0.0),  # reports of earlier versions
+        **_common(folder, config, report),
+    )
+    return _Export(
+        _Served(network, info.temperature).eval(),
+        info,
+        "score",
+        "score",
+        lambda path: load_model(path, "cpu").score,
+        lambda scores: scores >= info.threshold,
+    )
+
+
+def _descriptor(
+    folder: Path, config: RunConfig, network: Normalised, report: dict[str, Any]
+) -> _Export:
+    return _Export(
+        network,
+        DescriptorInfo(dimensions=config.dimensions, **_common(folder, config, report)),
+        "embedding",
+        "are described",
+        lambda path: load_descriptor(path, "cpu").describe,
+        lambda embeddings: embeddings @ embeddings.T >= report["threshold"],
+    )
+
+
+def _common(folder: Path, config: RunConfig, report: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "architecture": config.arch,
+        "input_size": config.architecture.size,
+        "resize_filter": RESIZE_FILTER,
+        "color": COLOR,
+        "catalog_digest": report["catalog_digest"],
+        "catalog_size": report["catalog_size"],
+        "training_run": folder.resolve().name,
+        "created_at": now.replace("+00:00", "Z"),
+        "versions": json.dumps(report["versions"], sort_keys=True),
+    }
+
+
+def _write(export: _Export, path: Path) -> None:
+    size = export.info.input_size
     example = torch.zeros((2, size, size, 3), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(
-            served,
+            export.served,
             (example,),
             input_names=["images"],
-            output_names=["score"],
+            output_names=[export.output],
             dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
             dynamo=True,
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, info.to_metadata())
+    onnx.helper.set_model_props(model, export.info.to_metadata())
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path, save_as_external_data=False)
@@ -147,23 +209,26 @@ def _convert(
     return cost
 
 
-def _prove(served: nn.Module, info: ModelInfo, path: Path, images: Pixels) -> Parity:
-    model = load_model(path, "cpu")
+def _prove(export: _Export, path: Path, images: Pixels) -> Parity:
+    read = export.read(path)
     with torch.no_grad():
         expected = np.concatenate(
-            [served(torch.from_numpy(part)).numpy() for part in np.array_split(images, 8)]
+            [
+                export.served(torch.from_numpy(part)).numpy()
+                for part in np.array_split(images, 8)
+            ]
         )
     worst, flipped = 0.0, 0
     for batch, count in _BATCHES:
         tried, known = images[:count], expected[:count]
         parts = [tried[i : i + batch] for i in range(0, len(tried), batch)]
-        scores = np.concatenate([model.score(part) for part in parts])
-        worst = max(worst, float(np.abs(scores - known).max()))
-        flipped += int(((scores >= info.threshold) != (known >= info.threshold)).sum())
+        outputs = np.concatenate([read(part) for part in parts])
+        worst = max(worst, float(np.abs(outputs - known).max()))
+        flipped += int((export.decide(outputs) != export.decide(known)).sum())
     if worst > TOLERANCE or flipped:
         raise InputError(
-            f"the exported network disagrees with PyTorch: scores differ by up to "
-            f"{worst:.2e} (allowed {TOLERANCE:.0e}), {flipped} decisions flipped. "
+            f"the exported network disagrees with PyTorch: its {export.output}s differ by "
+            f"up to {worst:.2e} (allowed {TOLERANCE:.0e}), {flipped} decisions flipped. "
             "No file was written."
         )
-    return Parity(len(images), worst, flipped)
+    return Parity(len(images), worst, flipped, export.verb)

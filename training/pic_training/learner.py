@@ -5,32 +5,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from pic_training.distributed import Processes
-from pic_training.networks import ARCHITECTURES, Normalised
-from pic_training.run_folder import RunConfig
+from pic_training.run_folder import RunConfig, new_network
 from pic_training.samples import Batch
+from pic_training.tasks import task_of
 
 
 class Learner:
     """A network and its optimizer. Totals stay on the device until they are asked for."""
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
-        architecture = ARCHITECTURES[config.arch]
+        architecture = config.architecture
         self.config = config
+        self.task = task_of(config)
         self.device = torch.device(config.device)
-        network = Normalised(architecture, config.weights)
+        network = new_network(config, config.weights)
         if architecture.stages:
             network.freeze(architecture.stages[: len(architecture.stages) - config.stages])
         self.network = network.to(self.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            [p for p in network.parameters() if p.requires_grad],
-            config.lr,
-            config.momentum,
-            fused=True,
-        )
+        trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = self.task.optimizer(config, trained)
         self.processes = processes
         self._forward: nn.Module = self.network
         if processes.count > 1:
@@ -54,14 +50,14 @@ class Learner:
         self.optimizer.zero_grad()
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            logits = self._forward(images).float()
-        loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+            outputs = self._forward(images).float()
+        loss, correct = self.task.loss(outputs, labels)
         # Gradients are averaged over the processes, whose shares may differ by one.
         loss = loss * (self.processes.count / of)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.loss_sum += loss.detach() * (of / self.processes.count)
-        self.correct += ((logits > 0) == (labels > 0.5)).sum()
+        self.correct += correct
 
     def take_totals(self) -> tuple[float, float]:
         """Losses in nats summed, and right answers, of all processes since last asked."""

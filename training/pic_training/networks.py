@@ -1,12 +1,13 @@
-"""The two architectures: a trunk that sees, and a linear head that decides."""
+"""The two architectures: a trunk that sees, and a linear head that decides or describes."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from pic_daemon.errors import InputError
 
@@ -22,7 +23,7 @@ class Architecture:
     `trunk` builds what turns normalised images into `features` numbers each;
     `stages` names the parts of it that fine-tuning may freeze, first to last. `mean`
     and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are the
-    defaults for stochastic gradient descent.
+    defaults for the optimizer.
     """
 
     trunk: Callable[[str], nn.Module]
@@ -42,10 +43,12 @@ class Normalised(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, architecture: Architecture, weights: str = "none") -> None:
+    def __init__(
+        self, architecture: Architecture, weights: str = "none", outputs: int = 1
+    ) -> None:
         super().__init__()
         self.trunk = architecture.trunk(weights)
-        self.head = nn.Linear(architecture.features, 1)
+        self.head = nn.Linear(architecture.features, outputs)
         self.frozen: list[nn.Module] = []
         self.register_buffer("mean", _per_channel(architecture.mean), False)
         self.register_buffer("std", _per_channel(architecture.std), False)
@@ -73,6 +76,27 @@ class Normalised(nn.Module):
         for part in self.frozen:
             part.eval()
         return self
+
+
+class Describer(Normalised):
+    """A trunk whose features a linear head turns into a direction."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> embeddings, float, shape (N, D), each of length one.
+
+        Takes features, float (N, F), as well: those kept from a frozen trunk.
+        """
+        features = images if images.ndim == 2 else self.features(images)
+        return self.describe(features)
+
+    def describe(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (N, F) -> embeddings (N, D)."""
+        if torch.is_autocast_enabled(features.device.type):
+            # A whitened head takes small differences of large sums: bfloat16 loses them.
+            with torch.autocast(features.device.type, enabled=False):
+                return self.describe(features.float())
+        embedding: torch.Tensor = self.head(normalize(features, dim=1))
+        return normalize(embedding, dim=1)
 
 
 def _per_channel(values: tuple[float, float, float]) -> torch.Tensor:
@@ -129,6 +153,35 @@ def resnet50_trunk(weights: str = "imagenet") -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
+class Levels(nn.Module):
+    """A ResNet's last three stages, each averaged over the picture and of length one.
+
+    The earlier stages keep what tells a copy from a look-alike of its kind, the last what
+    survives a crop; side by side they are better than each
+    (bench/results/descriptor.md).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name, part in network.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, part)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised images (N, 3, H, W) -> float (N, 512 + 1024 + 2048)."""
+        levels = []
+        for name, part in self.named_children():
+            pixels = part(pixels)
+            if name in ("layer2", "layer3", "layer4"):
+                levels.append(normalize(pixels.float().mean((2, 3)), dim=1))
+        return torch.cat(levels, dim=1)
+
+
+def resnet50_levels(weights: str = "imagenet") -> nn.Module:
+    """The trunk of `resnet50_trunk` for describing."""
+    return Levels(resnet50_trunk(weights))
+
+
 ARCHITECTURES = {
     "cnn": Architecture(
         cnn_trunk,
@@ -153,6 +206,22 @@ ARCHITECTURES = {
         batch_size=32,
     ),
 }
+
+
+DESCRIBERS = {
+    "cnn": replace(ARCHITECTURES["cnn"], lr=0.001, momentum=0.9, batch_size=256),
+    "resnet50": replace(
+        ARCHITECTURES["resnet50"],
+        trunk=resnet50_levels,
+        features=3584,
+        size=160,
+        lr=0.001,
+        momentum=0.9,
+        batch_size=128,
+    ),
+}
+"""The same networks with what suits describing: `lr` and `momentum` are Adam's
+(bench/results/descriptor.md)."""
 
 
 def _load_imagenet(network: nn.Module, weights: Any) -> None:

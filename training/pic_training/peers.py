@@ -45,17 +45,21 @@ def peers() -> list[Peer]:
     return [*found, Peer("PDQ", _pdq)] if pdqhash else found
 
 
-def similarity(
+def nearest(
     hashes: Sequence[Bits | None], catalog: Sequence[Bits | None]
-) -> NDArray[np.float64]:
-    """For each hash, the share of bits equal to the nearest catalog hash's, in [0, 1].
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """For each hash, the share of bits equal to the nearest catalog hash's, in [0, 1], and
+    that one's position in `catalog`.
 
-    A picture without a hash resembles nothing: 0.
+    A picture without a hash resembles nothing: 0, at -1.
     """
+    places = np.array([n for n, bits in enumerate(catalog) if bits is not None])
     known = np.stack([bits for bits in catalog if bits is not None])
-    out = np.zeros(len(hashes))
+    shares, positions = np.zeros(len(hashes)), np.full(len(hashes), -1)
     for number, bits in enumerate(hashes):
         if bits is not None:
             differing = np.bitwise_count(known ^ bits).sum(axis=1)
-            out[number] = 1 - differing.min() / (8 * len(bits))
-    return out
+            best = int(differing.argmin())
+            shares[number] = 1 - differing[best] / (8 * len(bits))
+            positions[number] = places[best]
+    return shares, positions

@@ -22,7 +22,6 @@ from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
-from pic_training.networks import ARCHITECTURES
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig, read_json
 from pic_training.sources import gather
@@ -108,7 +107,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
             Path(config.others),
             Path(config.others_val) if config.others_val else None,
             Path(cache) / "sources.rgb",
-            max(256, 2 * ARCHITECTURES[config.arch].size),
+            max(256, 2 * config.architecture.size),
         )
         if read_json(folder / "digest.json")["sources"] != sources.digest:
             raise InputError(

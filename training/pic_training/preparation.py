@@ -10,7 +10,6 @@ from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.promise import check_support
-from pic_training.networks import ARCHITECTURES
 from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
@@ -22,7 +21,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
     Raises InputError; a folder that this made is gone again then.
     """
     is_new = claim_folder(config, folder, resume)
-    architecture = ARCHITECTURES[config.arch]
+    architecture = config.architecture
     try:
         sources = gather(
             Path(config.catalog),
@@ -72,8 +71,16 @@ def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -
 def samples_of(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
     """The samples that a run draws from one split."""
     count = config.train_images if split == "train" else config.val_images
-    size = ARCHITECTURES[config.arch].size
-    return SampleSet(sources, split, count, size, config.seed, config.augmentation)
+    copies = 2 if config.task == "describe" and split == "train" else 1
+    return SampleSet(
+        sources,
+        split,
+        count,
+        config.architecture.size,
+        config.seed,
+        config.augmentation,
+        copies,
+    )
 
 
 def _check_halves(config: RunConfig, sources: Sources) -> None:

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from pic_daemon.promise import threshold_for
+from pic_daemon.promise import Floats, Interval, Labels, threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, write_json
 from pic_training.threshold import (
     calibration_error,
@@ -33,15 +33,20 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
 
     Half of the validation pictures (whole groups of near-duplicates) calibrate
     temperature and threshold; accuracy, precision, recall and false positive rate
-    come from the other half. `at_one_half` and `loss` are of all validation samples,
-    on which the best epoch was chosen.
+    come from the other half. `at_one_half`, `top_1` and `loss` are of all validation
+    samples, on which the best epoch was chosen. Where the run describes, the score is
+    the greatest cosine to the catalog.
     """
-    logits = result.val_scores.astype(np.float64)
+    describes = config.task == "describe"
+    scores = result.val_scores.astype(np.float64)
     labels = result.val_labels > 0.5
     test, target_fpr = result.val_is_test, config.target_fpr
     decoys = int((~labels[~test]).sum())
-    temperature = fit_temperature(logits[~test], labels[~test])
-    scores = sigmoid(logits / temperature)
+    specific: dict[str, Any] = {}
+    if describes:
+        specific["top_1"] = asdict(_top_1(result))
+    else:
+        specific, scores = _calibrated(scores, labels, test)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
     best = min(result.history, key=lambda m: m.val_loss)
     seconds = sum(m.seconds for m in result.history)
@@ -51,21 +56,11 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
             f"lowest with a false positive rate of at most {target_fpr:g} on "
             f"{decoys} calibration decoys"
         ),
-        "gate_threshold": gate_for(scores[~test], labels[~test], threshold),
         "target_fpr": target_fpr,
-        "temperature": temperature,
-        "calibration_error": {
-            "before": calibration_error(sigmoid(logits[test]), labels[test]),
-            "after": calibration_error(scores[test], labels[test]),
-        },
+        **specific,
         **asdict(
             confusion(scores[test], labels[test], result.val_sources[test], threshold)
         ),
-        "at_one_half": {
-            "accuracy": best.val_accuracy,
-            "loss": best.val_loss,
-            "samples": len(labels),
-        },
         "best_epoch": best.epoch,
         "loss": best.val_loss,
         "test_pictures": len(np.unique(result.val_sources[test])),
@@ -80,9 +75,53 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "device": _device_name(config.device),
         "versions": versions(),
     }
+    if not describes:
+        report["gate_threshold"] = gate_for(scores[~test], labels[~test], threshold)
+        report["at_one_half"] = {
+            "accuracy": best.val_accuracy,
+            "loss": best.val_loss,
+            "samples": len(labels),
+        }
     write_json(folder / "report.json", report)
     draw_plot(result.history, folder / PLOT)
     return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """What a run came to, in one sentence."""
+    recall, rate = report["recall"], report["false_positive_rate"]
+    if "top_1" in report:
+        first = f"right item nearest for {report['top_1']['value']:.2%} of the copies"
+    else:
+        first = f"validation accuracy {report['at_one_half']['accuracy']:.2%}"
+    return (
+        f"best epoch {report['best_epoch']}: {first}; at threshold "
+        f"{report['threshold']:.4g}, on pictures held back for the test, recall "
+        f"{recall['value']:.2%} (95% {recall['low']:.2%} to {recall['high']:.2%}), false "
+        f"positive rate {rate['value']:.3%} ({rate['low']:.3%} to {rate['high']:.3%})"
+    )
+
+
+def _calibrated(
+    logits: Floats, labels: Labels, test: Labels
+) -> tuple[dict[str, Any], Floats]:
+    """What the report says of the temperature, and the probabilities."""
+    temperature = fit_temperature(logits[~test], labels[~test])
+    scores = sigmoid(logits / temperature)
+    error = {
+        "before": calibration_error(sigmoid(logits[test]), labels[test]),
+        "after": calibration_error(scores[test], labels[test]),
+    }
+    return {"temperature": temperature, "calibration_error": error}, scores
+
+
+def _top_1(result: RunResult) -> Interval:
+    """The share of copies whose nearest catalog picture is theirs: a recall."""
+    copies = result.val_labels > 0.5
+    right = result.val_right[copies].astype(np.float64)
+    return confusion(
+        right, np.ones(len(right), bool), result.val_sources[copies], 0.5
+    ).recall
 
 
 def versions() -> dict[str, str]:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pic_daemon.errors import InputError
 from pic_training.augmentation import Augmentation
-from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.networks import (
+    ARCHITECTURES,
+    DESCRIBERS,
+    Architecture,
+    Describer,
+    Normalised,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class RunConfig:
 
     `head_start` samples fit the head alone first; then the last `stages` stages of
     the trunk are trained with it. `processes` share every batch. `corrections`: the
-    match log whose corrected pictures take part, as corrections.json names them.
+    match log whose corrected pictures take part, as corrections.json names them. A run
+    that learns to ``describe`` ends in vectors of `dimensions` numbers.
     """
 
     catalog: str
@@ -43,12 +50,30 @@ class RunConfig:
     target_fpr: float
     processes: int = 1
     corrections: str | None = None
+    task: Literal["classify", "describe"] = "classify"
+    dimensions: int = 1
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network's fixed properties, for this task."""
+        return (DESCRIBERS if self.task == "describe" else ARCHITECTURES)[self.arch]
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether only the head is trained, on features that are computed but once."""
+        return (
+            self.task == "describe" and bool(self.architecture.stages) and not self.stages
+        )
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One line of metrics.csv. Losses are mean binary cross-entropies in nats.
+    """One line of metrics.csv. Losses are mean cross-entropies in nats.
+
+    Accuracy is of the decision at one half where the run classifies. Where it
+    describes, it is the share of samples whose nearest neighbour is a copy of the same
+    picture: in the batch for training, among the catalog's originals for validation.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples.
@@ -123,10 +148,16 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
-    architecture = ARCHITECTURES[config.arch]
-    network = Normalised(architecture)
+    network = new_network(config, "none")
     network.load_state_dict(state["network"])
     return config, network.eval()
+
+
+def new_network(config: RunConfig, weights: str) -> Normalised:
+    """The network of a run before its training."""
+    if config.task == "describe":
+        return Describer(config.architecture, weights, config.dimensions)
+    return Normalised(config.architecture, weights)
 
 
 def write_metrics(history: list[EpochMetrics], folder: Path) -> None:

@@ -7,7 +7,7 @@ seen, whatever the number of workers.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ class SampleSet:
     """`count` samples of one split, odd ones from the catalog, even ones from the others.
 
     Validation draws the same samples whatever the epoch; training draws new ones.
+    With more than one of `copies`, so many samples of one picture follow each other
+    before the next of the other kind.
     """
 
     sources: Sources
@@ -37,6 +39,7 @@ class SampleSet:
     size: int
     seed: int
     augmentation: Augmentation
+    copies: int = 1
 
     def batches(self, batch_size: int) -> int:
         """How many batches cover the set."""
@@ -45,13 +48,20 @@ class SampleSet:
     def sources_drawn(self) -> NDArray[np.int64]:
         """Position in `sources.pictures` of the picture behind each sample, shape (N,)."""
         position = {p.path: n for n, p in enumerate(self.sources.pictures)}
-        orders = [self.order(kind, 0) for kind in ("other", "catalog")]
-        return np.array(
-            [
-                position[orders[i % 2][i // 2 % len(orders[i % 2])].path]
-                for i in range(self.count)
-            ]
-        )
+        source = self.sources_of(0)
+        return np.array([position[source(i).path] for i in range(self.count)])
+
+    def sources_of(self, epoch: int) -> Callable[[int], Source]:
+        """What gives the picture behind a sample of an epoch by the sample's number."""
+        orders = [self.order("other", epoch), self.order("catalog", epoch)]
+
+        def source(index: int) -> Source:
+            number = index // self.copies
+            order = orders[number % 2]
+            # Going round the shuffled pictures uses each equally often.
+            return order[number // 2 % len(order)]
+
+        return source
 
     def is_test(self) -> NDArray[np.bool_]:
         """Which validation samples test rather than calibrate, shape (N,).
@@ -91,7 +101,9 @@ class SampleSet:
     ) -> Iterator[Batch]:
         """This process's share of each batch from number `first` on.
 
-        Images are uint8 (N, size, size, 3), labels float32 (N,).
+        Images are uint8 (N, size, size, 3). Labels, of shape (N,), are float32, 1 for
+        catalog and 0 for others; where there are several copies of a picture they are
+        int64 and number the picture, by its position in `sources.pictures`.
         """
         loader: DataLoader[Batch] = DataLoader(
             _Batches(self, epoch, batch_size, processes),
@@ -112,19 +124,20 @@ class _Batches(Dataset[Batch]):
         self._batch_size = batch_size
         self._processes = processes
         self._key = samples.key(epoch)
-        self._orders = [samples.order("other", epoch), samples.order("catalog", epoch)]
+        self._source = samples.sources_of(epoch)
+        self._position = {p.path: n for n, p in enumerate(samples.sources.pictures)}
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)
         images = np.stack([self._draw(index) for index in indices])
-        labels = torch.tensor([index % 2 for index in indices], dtype=torch.float32)
+        if self._samples.copies > 1:
+            labels = torch.tensor([self._position[self._source(i).path] for i in indices])
+        else:
+            labels = torch.tensor([i % 2 for i in indices], dtype=torch.float32)
         return torch.from_numpy(images), labels
 
     def _draw(self, index: int) -> NDArray[np.uint8]:
-        order = self._orders[index % 2]
-        # Going round the shuffled pictures uses each equally often.
-        source = order[index // 2 % len(order)]
-        image = self._samples.sources.image(source)
+        image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
         return sample(image, draw, self._samples.augmentation, self._samples.size)
 

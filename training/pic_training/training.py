@@ -14,13 +14,14 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_daemon.errors import InputError
 from pic_training.device_samples import DeviceSamples, render_pool, versions_for
 from pic_training.distributed import Processes, join
-from pic_training.fine_tuning import features_of, fit_head
+from pic_training.feature_samples import FeatureSamples, unaltered
+from pic_training.fine_tuning import features_of
 from pic_training.learner import Learner
+from pic_training.metric_learning import Known
 from pic_training.preparation import prepare, samples_of
 from pic_training.process import release_memory
 from pic_training.progress import progress_bar
@@ -32,9 +33,14 @@ from pic_training.run_folder import (
 )
 from pic_training.samples import Batch
 from pic_training.sources import Sources
+from pic_training.tasks import Judged
 
 PARITY_SAMPLES = 256
 """Validation samples kept in the run folder, on which the export is checked."""
+
+FEATURE_BATCH = 128
+"""Most images put through a network at once where nothing is learned from them: a
+batch of features to learn from may be far larger than one of images."""
 
 
 @dataclass
@@ -65,14 +71,17 @@ class _Progress:
 class RunResult:
     """What a finished run leaves for its report.
 
-    `val_scores` are the best epoch's logits, float32, shape (N,); `val_labels` are
-    1 for catalog and 0 for others; `val_sources` numbers the picture behind each
-    sample by its position in `sources.pictures`, and `val_is_test` says whether the
-    sample tests or calibrates. `prepared_seconds` went before the first epoch.
+    `val_scores` are the best epoch's logits (describing: greatest cosines to the
+    catalog), float32, shape (N,), and `val_right` says which samples were taken for
+    what they are; `val_labels` are 1 for catalog and 0 for others; `val_sources`
+    numbers the picture behind each sample by its position in `sources.pictures`, and
+    `val_is_test` says whether the sample tests or calibrates. `prepared_seconds` went
+    before the first epoch.
     """
 
     history: list[EpochMetrics]
     val_scores: NDArray[np.float32]
+    val_right: NDArray[np.bool_]
     val_labels: NDArray[np.float32]
     val_sources: NDArray[np.int64]
     val_is_test: NDArray[np.bool_]
@@ -133,7 +142,8 @@ class _Run:
         self.progress = _Progress()
         self.train_set = samples_of(config, sources, "train")
         self.val_set = samples_of(config, sources, "val")
-        self.on_device: DeviceSamples | None = None
+        self.on_device: DeviceSamples | FeatureSamples | None = None
+        self.catalog_batches: list[Batch] = []
         self.val_batches: list[Batch] = []
         self.interrupted = False
 
@@ -142,10 +152,14 @@ class _Run:
         with self._heeding_interrupts():
             if resume and last.exists():
                 self._load(last)
+            started = time.monotonic()
+            if self.config.keeps_features:
+                self._keep_features()
             if self.config.head_start and not self.progress.head_fitted:
                 self._start_head()
-            if self.config.device == "cuda":
+            if self.config.device == "cuda" and self.config.task == "classify":
                 self._move_samples()
+            prepared += time.monotonic() - started
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch()
                 self._validate_epoch()
@@ -155,6 +169,7 @@ class _Run:
             return RunResult(
                 self.progress.history,
                 best["scores"],
+                best["right"],
                 best["labels"],
                 self.val_set.sources_drawn(),
                 self.val_set.is_test(),
@@ -173,9 +188,29 @@ class _Run:
                 self.learner.device,
                 self.config.precision == "bf16",
             )
-        loss = fit_head(self.learner.network, features, labels)
+        loss = self.learner.task.start_head(self.learner.network, features, labels)
         self.progress.head_fitted = True
-        self._say(f"head fitted on {samples.count:,} samples: loss {loss:.4f}")
+        fit = "" if loss is None else f": loss {loss:.4f}"
+        self._say(f"head fitted on {samples.count:,} samples{fit}")
+
+    def _keep_features(self) -> None:
+        """Compute once what the frozen trunk makes of every sample, and train on that."""
+        network, bf16 = self.learner.network, self.config.precision == "bf16"
+
+        def kept(name: str, batches: Iterator[Batch], count: int) -> Batch:
+            with self._bar(f"{name} features", count, 0) as show:
+                batches = self._until_interrupted(batches, show)
+                return features_of(network, batches, self.learner.device, bf16)
+
+        size, train, val = FEATURE_BATCH, self.train_set, self.val_set
+        features = kept("training", train.load(0, size, self.workers), train.count)
+        self.val_batches = [kept("validation", self._val_batches(), val.count)]
+        count = len(self.sources.of("catalog", "val"))
+        self.catalog_batches = [kept("catalog", self._catalog_batches(), count)]
+        self.on_device = FeatureSamples(train, *features)
+        if not self.progress.head_fitted:
+            self.learner.task.start_head(network, *features)
+            self.progress.head_fitted = True
 
     def _move_samples(self) -> None:
         side = max(256, 2 * self.train_set.size)
@@ -259,16 +294,13 @@ class _Run:
     def _validate_and_save(self) -> None:
         progress = self.progress
         started = time.monotonic()
-        scores, labels = self._score_validation()
-        loss = binary_cross_entropy_with_logits(
-            torch.from_numpy(scores), torch.from_numpy(labels)
-        ).item()
+        judged, labels = self._judge_validation()
         metrics = EpochMetrics(
             epoch=progress.epoch + 1,
             train_loss=progress.loss_sum / self.train_set.count,
             train_accuracy=progress.correct / self.train_set.count,
-            val_loss=loss,
-            val_accuracy=float(((scores > 0) == (labels > 0.5)).mean()),
+            val_loss=judged.loss,
+            val_accuracy=judged.accuracy,
             seconds=progress.seconds,
             network_share=1 - progress.waited / max(progress.seconds, 1e-9),
             images_per_second=self.train_set.count / max(progress.seconds, 1e-9),
@@ -282,7 +314,7 @@ class _Run:
                 replacing(self.folder / "validation.npz") as path,
                 path.open("wb") as file,
             ):
-                np.savez(file, scores=scores, labels=labels)
+                np.savez(file, scores=judged.scores, right=judged.right, labels=labels)
             self._save("best.pt")
         self._save("last.pt")
         release_memory()
@@ -296,19 +328,43 @@ class _Run:
             f"{metrics.network_share:.0%} of the time in the network"
         )
 
+    def _judge_validation(self) -> tuple[Judged, NDArray[np.float32]]:
+        task, known = self.learner.task, None
+        if task.needs_catalog:
+            catalog = self.sources.of("catalog", "val")
+            outputs, _ = self._outputs("catalog", self._catalog_batches(), len(catalog))
+            place = {p.path: n for n, p in enumerate(catalog)}
+            items = [place.get(p.path, -1) for p in self.sources.pictures]
+            known = Known(outputs, np.array(items)[self.val_set.sources_drawn()])
+        outputs, labels = self._outputs("validate", self._val_batches(), self.val_set.count)
+        return task.judge(outputs, labels, known), labels
+
     @torch.no_grad()
-    def _score_validation(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _outputs(
+        self, name: str, batches: Iterator[Batch], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What the network makes of `count` samples, (N,) or (N, D), and their labels."""
         network = self.learner.network.eval()
         # One array for all: small ones in between would pin the memory of every batch.
-        scores, labels = np.empty((2, self.val_set.count), np.float32)
+        labels = np.empty(count, np.float32)
+        outputs = np.empty(0, np.float32)
         done = 0
-        with self._bar("validate", self.val_set.count, 0) as show:
-            for images, some in self._until_interrupted(self._val_batches(), show):
+        with self._bar(name, count, 0) as show:
+            for images, some in self._until_interrupted(batches, show):
+                made = network(images.to(self.learner.device)).float().cpu().numpy()
+                if not len(outputs):
+                    outputs = np.empty((count, *made.shape[1:]), np.float32)
                 part = slice(done, done + len(some))
-                scores[part] = network(images.to(self.learner.device)).float().cpu().numpy()
-                labels[part] = some.numpy()
+                outputs[part], labels[part] = made, some.numpy()
                 done += len(some)
-        return scores, labels
+        return outputs, labels
+
+    def _catalog_batches(self) -> Iterator[Batch]:
+        """The catalog's pictures as they are."""
+        if self.catalog_batches:
+            return iter(self.catalog_batches)
+        size = min(self.config.batch_size, FEATURE_BATCH)
+        return unaltered(self.sources, self.val_set.size, size)
 
     def _val_batches(self) -> Iterator[Batch]:
         """The validation samples, which a GPU keeps from the first time on."""
@@ -318,10 +374,11 @@ class _Run:
         parity = self.folder / "parity.npy"
         keep = self.config.device == "cuda" and self._val_fits()
         first: list[torch.Tensor] = []
-        for images, labels in self.val_set.load(0, self.config.batch_size, self.workers):
+        size = min(self.config.batch_size, FEATURE_BATCH)
+        for images, labels in self.val_set.load(0, size, self.workers):
             if keep:
                 self.val_batches.append((images.to(self.learner.device), labels))
-            if len(first) * self.config.batch_size < PARITY_SAMPLES:
+            if len(first) * size < PARITY_SAMPLES:
                 first.append(images)
             yield images, labels
         if not parity.exists():

@@ -12,8 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 
-from pic_daemon.match_log import Status
-from pic_daemon.schema import iso_time
+from pic_daemon.schema import Status, iso_time
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 PAGE = 30
@@ -152,16 +151,16 @@ def statement(
     A folder with few rows is found by path and sorted instead.
     """
     by_path = bool(filters.folder) and not filters.product and _is_small(db, filters.folder)
-    conditions, values = _conditions(filters)
+    terms, values = conditions(filters)
     forwards = cursor is not None and cursor.newer
     if cursor:
-        conditions.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
+        terms.append(f"(classified_at, id) {'>' if forwards else '<'} (?, ?)")
         values += [cursor.at, cursor.id]
     statuses = STATUSES if filters.status == "all" else (filters.status,)
     # A literal, as the partial index asks for; "+" keeps the index by status out.
     parts = [
         "SELECT * FROM images WHERE "
-        + " AND ".join([f"{'+' if by_path else ''}status = '{status}'", *conditions])
+        + " AND ".join([f"{'+' if by_path else ''}status = '{status}'", *terms])
         for status in statuses
     ]
     way = "ASC" if forwards else "DESC"
@@ -169,7 +168,8 @@ def statement(
     return " UNION ALL ".join(parts) + order, [*values * len(parts), limit]
 
 
-def _conditions(filters: Filters) -> tuple[list[str], list[Any]]:
+def conditions(filters: Filters) -> tuple[list[str], list[Any]]:
+    """SQL that narrows to all of `filters` but the status, and the values in it."""
     found: list[tuple[str, Any]] = []
     if filters.since:
         found.append(("classified_at >= ?", iso_time(filters.since.timestamp())))

@@ -1,0 +1,72 @@
+"""A copy of the match log while the service writes, whole and checked."""
+
+import os
+import sqlite3
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+
+from pic_daemon.errors import InputError
+from pic_daemon.schema import check, open_read_only
+
+
+def back_up(database: Path, output: Path) -> int:
+    """Write a copy of the log to `output`; returns how many rows of images it holds.
+
+    The copy is one state of the log, a single file that only its owner may read. It is
+    checked before it takes its name, so that an earlier copy there is replaced by a good
+    one or not at all. Raises InputError where that cannot be, and sqlite3.Error or
+    OSError where reading, checking or writing fails.
+    """
+    if not os.path.exists(database):
+        raise InputError(f"database {database} does not exist, or this user may not look.")
+    check(database, for_writing=False)
+    _check_output(database, output)
+    handle, name = tempfile.mkstemp(".part", f".{output.name}.", output.parent)  # 0600
+    os.close(handle)
+    copy = Path(name)
+    try:
+        rows = _copy(database, copy)
+        _to_disk(copy)
+        copy.replace(output)
+        _to_disk(output.parent)
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.unlink(f"{copy}{suffix}")
+    return rows
+
+
+def _check_output(database: Path, output: Path) -> None:
+    if not os.path.isdir(output.parent):
+        raise InputError(f"--output {output}: its folder does not exist; create it.")
+    if not os.path.exists(output):
+        return
+    if os.path.samefile(database, output):
+        raise InputError(f"--output {output} is the database itself; name another file.")
+    if os.path.isdir(output):
+        raise InputError(f"--output {output} is a folder; name a file in it.")
+    check(output, for_writing=False)  # only an earlier copy is replaced
+    if os.path.exists(f"{output}-wal"):  # would be taken for part of the new copy
+        raise InputError(f"--output {output} is in use ({output}-wal exists).")
+
+
+def _copy(database: Path, copy: Path) -> int:
+    # All pages in one step: a copy in several would begin anew with every commit of the
+    # service. Reading holds up no writer.
+    with closing(open_read_only(database)) as log, closing(sqlite3.connect(copy)) as target:
+        assert log.conn
+        log.conn.backup(target, pages=-1)
+        target.execute("PRAGMA journal_mode = DELETE")  # one file, no -wal beside it
+        found = [row[0] for row in target.execute("PRAGMA integrity_check")]
+        if found != ["ok"]:
+            raise sqlite3.DatabaseError(f"the copy is damaged: {found[0]}")
+        return int(target.execute("SELECT count(*) FROM images").fetchone()[0])
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

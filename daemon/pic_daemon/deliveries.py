@@ -1,0 +1,160 @@
+"""What hooks have still to be told: an outbox in the match log.
+
+A delivery is queued in the transaction that records its match, so that neither is there
+without the other, and deleted once the hook has taken it: at least once, in any order.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pic_daemon.folders import text_of
+from pic_daemon.schema import iso_time
+
+if TYPE_CHECKING:
+    from pic_daemon.match_log import Outcome
+
+Hook = Literal["webhook", "command"]
+
+_LONGEST_WAIT_S = 600.0  # between two attempts at one delivery
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One message to one hook; `message` is JSON, `queued_at` a POSIX time in seconds."""
+
+    id: int
+    message: str
+    queued_at: float
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What became of a delivery that was tried; `error` is '' where the hook took it."""
+
+    delivery: Delivery
+    error: str = ""
+
+
+def queue(
+    db: sqlite3.Connection, hooks: Iterable[Hook], outcomes: Sequence["Outcome"], model: str
+) -> None:
+    """Queue the matches among `outcomes` that are news; they must not be written yet.
+
+    An image scored again that was a match with the same product before is none.
+    """
+    for hook in hooks:
+        db.executemany(
+            """
+            INSERT INTO deliveries (hook, message, queued_at, due_at)
+            SELECT :hook, :message, :at, :at WHERE NOT EXISTS (
+                SELECT 1 FROM images WHERE path = :path AND sha256 = :sha256
+                AND status = 'match' AND catalog_item IS :item
+            )
+            """,
+            [
+                {
+                    "hook": hook, "message": _message(o, model), "at": o.classified_at,
+                    "path": text_of(o.path), "sha256": o.sha256, "item": o.catalog_item,
+                }
+                for o in outcomes if o.status == "match"
+            ],
+        )  # fmt: skip
+
+
+def _message(outcome: "Outcome", model: str) -> str:
+    return json.dumps(
+        {
+            "path": text_of(outcome.path),
+            "sha256": outcome.sha256,
+            "score": outcome.score,
+            "threshold": outcome.threshold,
+            "model": model,
+            "seen_at": iso_time(outcome.seen_at),
+            "classified_at": iso_time(outcome.classified_at),
+            "bytes": outcome.stamp.bytes,
+            "width": outcome.width,
+            "height": outcome.height,
+            "format": outcome.format,
+            "catalog_item": outcome.catalog_item,
+            "similarity": outcome.similarity,
+            "runner_up": outcome.runner_up,
+            "runner_up_similarity": outcome.runner_up_similarity,
+            "joint_score": outcome.joint_score,
+            "joint_threshold": outcome.joint_threshold,
+        }
+    )
+
+
+def due(db: sqlite3.Connection, hook: Hook, now: float, limit: int) -> list[Delivery]:
+    """At most `limit` deliveries whose time has come, the longest due first.
+
+    Each message has its `delivery` number, by which a receiver knows a repetition.
+    """
+    rows = db.execute(
+        "SELECT id, json_set(message, '$.delivery', id), queued_at, attempts "
+        "FROM deliveries WHERE hook = ? AND due_at <= ? ORDER BY due_at LIMIT ?",
+        [hook, now, limit],
+    )
+    return [Delivery(*row) for row in rows]
+
+
+def note(
+    db: sqlite3.Connection, attempts: Sequence[Attempt], now: float, give_up_after: float
+) -> list[Attempt]:
+    """Write what became of deliveries, in one transaction; returns those given up.
+
+    One that failed is due again after 1, 2, 4 ... 600 seconds, until `give_up_after`
+    seconds have gone by since it was queued. Every one is tried at least once.
+    """
+    failed = [attempt for attempt in attempts if attempt.error]
+    lost = [a for a in failed if now - a.delivery.queued_at >= give_up_after]
+    rows = [
+        [
+            None if a in lost else now + min(2.0**a.delivery.attempts, _LONGEST_WAIT_S),
+            a.error,
+            a.delivery.id,
+        ]
+        for a in failed
+    ]
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        db.executemany(
+            "DELETE FROM deliveries WHERE id = ?",
+            [[a.delivery.id] for a in attempts if not a.error],
+        )
+        db.executemany(
+            "UPDATE deliveries SET attempts = attempts + 1, due_at = ?, error = ? "
+            "WHERE id = ?",
+            rows,
+        )
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        raise
+    return lost
+
+
+def counts(db: sqlite3.Connection, hook: Hook) -> tuple[int, int]:
+    """How many deliveries of a hook are pending, and how many were given up."""
+    return tuple(
+        db.execute(
+            f"SELECT count(*) FROM deliveries WHERE hook = ? AND due_at IS {state}", [hook]
+        ).fetchone()[0]
+        for state in ("NOT NULL", "NULL")
+    )
+
+
+def try_again(db: sqlite3.Connection) -> int:
+    """Queue anew what was given up; returns how many. Belongs into a transaction."""
+    now = time.time()
+    found = db.execute(
+        "UPDATE deliveries SET due_at = ?, queued_at = ?, attempts = 0 "
+        "WHERE due_at IS NULL",
+        [now, now],
+    )
+    return found.rowcount

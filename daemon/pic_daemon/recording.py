@@ -1,0 +1,96 @@
+"""Writing to the match log while the service runs: what the database does not take now is
+waited for, and what is on the disk is told.
+"""
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pic_daemon.config import Config
+from pic_daemon.folders import set_aside, text_of
+from pic_daemon.health import Health
+from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.model import Model
+
+logger = logging.getLogger("pic_daemon")
+
+_DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
+
+T = TypeVar("T")
+
+
+@dataclass
+class Recorder:
+    """Belongs to the service's loop; `stop_asked` may be set from any thread."""
+
+    log: MatchLog
+    config: Config
+    health: Health
+    stop_asked: threading.Event = field(default_factory=threading.Event)
+
+    def record(self, outcomes: list[Outcome], model: Model) -> None:
+        """Write rows in one transaction; then count and log them, and move what failed."""
+        with self.health.timed("commit"):
+            self.write(lambda: self.log.record(outcomes, model, self.config.hooks))
+        self.health.recorded(outcomes)
+        for outcome in outcomes:
+            _report(outcome)
+            if outcome.status == "failed" and self.config.failed_folder:
+                self._move_failed(outcome, self.config.failed_folder)
+
+    def write(self, write: Callable[[], T]) -> T:
+        """What `write` returns, once the database takes it.
+
+        A locked database or a full disk passes: nothing is read meanwhile, so that
+        nothing is lost, and what waits in the folders is found later. Raises
+        sqlite3.OperationalError where the service is asked to stop meanwhile.
+        """
+        waiting_since = None
+        while True:
+            try:
+                result = write()
+            except sqlite3.OperationalError as error:
+                if self.stop_asked.is_set():
+                    raise
+                if waiting_since is None:
+                    waiting_since = time.monotonic()
+                    logger.warning(
+                        "database %s: %s; waiting until it can be written",
+                        self.log.path, error,
+                    )  # fmt: skip
+                self.health.feed_watchdog(busy=False)  # a restart would not help
+                self.stop_asked.wait(_DATABASE_RETRY_S)
+                continue
+            if waiting_since is not None:
+                waited = time.monotonic() - waiting_since
+                logger.info("database %s: goes on after %.0f s", self.log.path, waited)
+            return result
+
+    def _move_failed(self, outcome: Outcome, folder: Path) -> None:
+        path = text_of(outcome.path)
+        try:
+            moved = set_aside(outcome.path, outcome.stamp, folder)
+        except OSError as error:
+            problem = error.strerror or error
+            logger.warning("path=%r cannot be moved to %s: %s", path, folder, problem)
+            return
+        if moved:
+            self.write(lambda: self.log.mark_moved(outcome.path, outcome.sha256))
+            logger.info("moved path=%r to %s", path, text_of(str(moved)))
+
+
+def _report(outcome: Outcome) -> None:
+    path = text_of(outcome.path)
+    if outcome.status == "failed":
+        logger.warning("failed path=%r reason=%r", path, outcome.error)
+    else:
+        level = logging.INFO if outcome.status == "match" else logging.DEBUG
+        item = outcome.catalog_item and text_of(outcome.catalog_item)
+        named = f" item={item!r} joint={outcome.joint_score:.3f}" if item else ""
+        message = "%s path=%r score=%.6f%s"
+        logger.log(level, message, outcome.status, path, outcome.score, named)

@@ -1,0 +1,76 @@
+"""How long rows are kept: those of no match go once they are old and their file is gone.
+
+A row whose file is still there stays however old it is, as it is what keeps the next
+scan from classifying the file again. A file counts as gone where its folder is online
+and nothing lies under its name, or what lies there has a row of its own. Rows outside
+the present watch folders stay: whether their files are gone cannot be told.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from pic_daemon.folders import FileStamp, Folder
+from pic_daemon.match_log import MatchLog, OldRow
+
+logger = logging.getLogger("pic_daemon")
+
+_BATCH = 100  # rows looked at between two looks into the service's inbox
+_PASS_EVERY_S = 3600.0
+
+
+@dataclass
+class Retention:
+    """Goes through old rows, a batch at each `step`; `keep_days` None keeps all.
+
+    Times `now` are monotonic, in seconds.
+    """
+
+    keep_days: float | None
+    next_due: float = 0.0
+    _after: tuple[str, int] = ("", 0)
+    _deleted: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.keep_days is None:
+            self.next_due = float("inf")
+
+    def step(self, log: MatchLog, online: Iterable[Folder], now: float) -> None:
+        """Look at the next batch of old rows and delete those whose files are gone.
+
+        Raises sqlite3.OperationalError where the database takes nothing; the next step
+        does it again.
+        """
+        assert self.keep_days is not None
+        before = time.time() - self.keep_days * 86400
+        rows = log.no_matches_before(before, self._after, _BATCH)
+        folders = list(online)
+        gone = [row.id for row in rows if _is_gone(row, folders, log.knows)]
+        if gone:
+            log.delete(gone)
+        self._deleted += len(gone)
+        if len(rows) == _BATCH:
+            self._after = rows[-1].classified_at, rows[-1].id
+            return
+        if self._deleted:
+            logger.info("deleted %d old rows of no match, files gone", self._deleted)
+        self._after, self._deleted = ("", 0), 0
+        self.next_due = now + _PASS_EVERY_S
+
+
+def _is_gone(
+    row: OldRow, online: list[Folder], knows: Callable[[str, FileStamp], bool]
+) -> bool:
+    if not any(row.path.startswith(f"{folder.path}/") for folder in online):
+        return False
+    if "\\x" in row.path:  # may stand for bytes that are no UTF-8: cannot be looked up
+        return False
+    try:
+        stamp = FileStamp.of(os.lstat(row.path))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # no leave to look, or the disk is in trouble
+        return False
+    return stamp != row.stamp and knows(row.path, stamp)

@@ -1,0 +1,269 @@
+"""Hooks on real matches: a real web server, real programs, the service as a process."""
+
+import json
+import os
+import random
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DaemonProcess, write_image
+
+from pic_daemon.errors import InputError
+from pic_daemon.hooks import NotDelivered, post, read_header, run_command
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Receiver(ThreadingHTTPServer):
+    """Notes what is posted; `answer` says with which status, 0 to hang up without."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: list[str] = []
+        self.taken: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.answer: Callable[[str], int] = lambda path: 204
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/matches?of=shop"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            self.server.asked.append(self.path)
+            self.server.headers.append(dict(self.headers))
+            status = self.server.answer(self.path)
+            if 200 <= status < 300:
+                self.server.taken.append(json.loads(body))
+        if status:
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/elsewhere")
+            self.end_headers()
+        else:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    server = Receiver()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def queued(daemon: DaemonProcess) -> list[tuple[str, str | None]]:
+    """Hook and time due of every delivery that is still there."""
+    with closing(sqlite3.connect(daemon.database)) as db:
+        return db.execute("SELECT hook, due_at FROM deliveries").fetchall()
+
+
+def names(messages: list[dict[str, Any]]) -> set[str]:
+    return {Path(message["path"]).name for message in messages}
+
+
+def test_a_webhook_that_fails_half_of_the_time_is_told_of_every_match(
+    daemon: DaemonProcess, receiver: Receiver
+) -> None:
+    draw = random.Random(7)
+    receiver.answer = lambda _: draw.choice([204, 200, 500, 0])
+    daemon.start("--webhook", receiver.url)
+    for number in range(24):
+        write_image(daemon.drop / f"{number}.png", 150 + number)
+    write_image(daemon.drop / "other.png", 20)
+    daemon.wait_for_rows(25)
+    daemon.wait_until(lambda: len(receiver.taken) >= 24 and not queued(daemon))
+    assert names(receiver.taken) == {f"{number}.png" for number in range(24)}
+    assert len(receiver.asked) > len(receiver.taken)
+    assert daemon.stop() == 0
+    message = next(m for m in receiver.taken if m["path"].endswith("/0.png"))
+    row = next(row for row in daemon.rows() if row["path"] == message["path"])
+    assert type(message.pop("delivery")) is int
+    assert message == {name: row[name] for name in message}
+    assert {"score", "sha256", "catalog_item", "classified_at"} <= set(message)
+
+
+def test_a_kill_between_telling_and_noting_it_tells_again(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    told = tmp_path / "told.jsonl"
+    script = tmp_path / "tell.sh"
+    script.write_text(f"#!/bin/sh\ncat >> {told}\n[ -e {told}.killed ] && exit 0\n"
+                      f"touch {told}.killed\nkill -9 $PPID\n")  # fmt: skip
+    script.chmod(0o755)
+    write_image(daemon.drop / "a.png", 200)
+    with suppress(AssertionError):  # it may die before anyone looks whether it is ready
+        daemon.start("--command", script)
+        daemon.wait_until(lambda: False)
+    assert len(told.read_text().splitlines()) == 1
+    daemon.start("--command", script)
+    daemon.wait_until(lambda: not queued(daemon))
+    first, second = map(json.loads, told.read_text().splitlines())
+    assert first == second  # by its delivery number the receiver knows the repetition
+    assert Path(first["path"]).name == "a.png"
+
+
+def test_a_hook_that_hangs_holds_up_no_verdict_and_no_other_hook(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    told = tmp_path / "told.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts, never answers
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+        daemon.start("--webhook", url, "--command", f"/usr/bin/tee -a {told}",
+                     "--hook-seconds", 2)  # fmt: skip
+        for number in range(30):
+            write_image(daemon.drop / f"{number}.png", 200 - number)
+        daemon.wait_for_rows(30)
+        assert [hook for hook, _ in queued(daemon)].count("webhook") == 30
+        daemon.wait_until(lambda: {hook for hook, _ in queued(daemon)} == {"webhook"})
+        assert len(told.read_text().splitlines()) == 30
+        assert daemon.stop() == 0
+    assert "no answer within 2 s" in daemon.log.read_text()
+
+
+def test_what_a_hook_never_takes_is_given_up_visibly_and_tried_again_when_asked(
+    daemon: DaemonProcess, receiver: Receiver, run_tool: Run
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    receiver.answer = lambda _: 503
+    daemon.start("--webhook", receiver.url, "--hook-hours", 0, "--metrics", address)
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_until(lambda: "given up after 1 attempts" in daemon.log.read_text())
+    asked = "--database", daemon.database
+    daemon.wait_until(lambda: queued(daemon) == [("webhook", None)])
+    status = run_tool("pic-daemon", "status", *asked)
+    assert (status.returncode, status.stdout) == (
+        0, "healthy; 0 waiting; rows: 1 match; deliveries: 1 given up\n"
+    )  # fmt: skip
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+        metrics = answer.read().decode()
+    assert 'pic_deliveries{hook="webhook",state="given-up"} 1.0' in metrics
+    assert 'pic_delivery_attempts_total{hook="webhook",result="failed"} 1.0' in metrics
+    receiver.answer = lambda _: 200
+    result = run_tool("pic-daemon", "retry", *asked, "--deliveries")
+    assert result.stdout == "1 deliveries will be tried again\n"
+    daemon.wait_until(lambda: not queued(daemon))
+    assert names(receiver.taken) == {"a.png"}
+
+
+def test_the_header_from_the_file_is_sent_and_a_redirect_is_not_followed(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    secret = tmp_path / "header"
+    secret.write_text("Authorization: Bearer of good news\n")
+    secret.chmod(0o600)
+    post(receiver.url, secret, 5, '{"a": 1}')
+    assert receiver.taken == [{"a": 1}]
+    assert receiver.headers[0]["Authorization"] == "Bearer of good news"
+    assert receiver.headers[0]["Content-Type"] == "application/json"
+    receiver.answer = lambda _: 302
+    with pytest.raises(NotDelivered, match=r"302 \(redirects are not followed"):
+        post(receiver.url, secret, 5, "{}")
+    assert receiver.asked == ["/matches?of=shop"] * 2
+
+
+def test_an_answer_that_never_ends_is_cut_off() -> None:
+    def drip(server: socket.socket) -> None:
+        with server.accept()[0] as client, suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                client.sendall(b"X: y\r\n"[:1])
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=drip, args=[server], daemon=True).start()
+        with pytest.raises(NotDelivered, match=r"no answer within 0\.5 s"):
+            post(f"http://127.0.0.1:{server.getsockname()[1]}/", None, 0.5, "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "sentence"),
+    [
+        ("Authorization: x", 0o644, "every user may use it"),
+        ("only a secret", 0o600, "one line such as"),
+        ("Name: a\nOther: b", 0o600, "one line such as"),
+    ],
+)
+def test_a_header_file_that_will_not_do_is_named(
+    tmp_path: Path, text: str, mode: int, sentence: str
+) -> None:
+    (tmp_path / "header").write_text(text)
+    (tmp_path / "header").chmod(mode)
+    with pytest.raises(InputError, match=sentence):
+        read_header(tmp_path / "header")
+
+
+def test_a_program_gets_the_message_on_its_stdin(tmp_path: Path) -> None:
+    run_command(["/usr/bin/tee", str(tmp_path / "told")], 10, '{"a": 1}')
+    assert (tmp_path / "told").read_text() == '{"a": 1}\n'
+    run_command(["/bin/true"], 10, "x" * 1_000_000)  # need not read it
+    with pytest.raises(NotDelivered, match="exit code 1"):
+        run_command(["/bin/false"], 10, "{}")
+    with pytest.raises(NotDelivered, match="No such file"):
+        run_command([str(tmp_path / "none")], 10, "{}")
+
+
+def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    with pytest.raises(NotDelivered, match="longer than 1 s"):
+        run_command(["/bin/sh", "-c", f"sleep 600 & echo $! > {note}; wait"], 1, "{}")
+    child = int(note.read_text())
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                continue
+        break
+    else:
+        os.kill(child, 9)
+        pytest.fail("the child lives on")
+
+
+def test_check_says_what_the_hooks_are_and_tells_them_nothing(
+    run_tool: Run, model_file: Path, tmp_path: Path, receiver: Receiver
+) -> None:
+    (tmp_path / "drop").mkdir()
+    options = ["--watch", tmp_path / "drop", "--model", model_file,
+               "--database", tmp_path / "l.db", "--keep-no-match-days", 30]  # fmt: skip
+    good = run_tool("pic-daemon", "check", *options, "--webhook", receiver.url,
+                    "--command", "/bin/true -q")  # fmt: skip
+    assert good.returncode == 0, good.stderr
+    assert f"webhook http://127.0.0.1:{receiver.server_port}: can be reached" in good.stdout
+    assert "command /bin/true: can be run" in good.stdout
+    assert "rows of no match go after 30 days" in good.stdout
+    assert not receiver.asked
+    down = run_tool("pic-daemon", "check", *options, "--webhook", "http://127.0.0.1:1/")
+    assert down.returncode == 0
+    assert "cannot be reached now" in down.stdout
+    for wrong, sentence in (
+        (("--command", model_file), "no program that this user may run"),
+        (("--webhook", receiver.url, "--webhook-header-file", tmp_path / "none"),
+         "No such file"),
+    ):  # fmt: skip
+        for command in ("check", "run"):
+            result = run_tool("pic-daemon", command, *options, *wrong)
+            assert result.returncode == 2
+            assert sentence in result.stderr and "Traceback" not in result.stderr

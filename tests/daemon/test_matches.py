@@ -1,0 +1,250 @@
+"""pic-matches as people and scripts use it, on a log that is being written."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN
+
+from pic_daemon.folders import FileStamp
+from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.model import Model, load_model
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def match(path: str, at: float, score: float = 0.9, item: str | None = None) -> Outcome:
+    return Outcome(path, f"{hash(path):x}", FileStamp(9, 5, 7), "match", at - 0.25, at,
+                   40, 30, "PNG", score, 0.5, catalog_item=item)  # fmt: skip
+
+
+@pytest.fixture
+def model(model_file: Path) -> Model:
+    return load_model(model_file, "cpu")
+
+
+@pytest.fixture
+def log(tmp_path: Path, model: Model) -> Iterator[MatchLog]:
+    log = MatchLog.open(tmp_path / "log.db")
+    log.use_model(model)
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def filled(log: MatchLog, model: Model) -> MatchLog:
+    no_match = replace(match("/drop/b/no.png", 3), status="no-match", score=0.2)
+    failed = replace(match("/drop/bad.png", 4), status="failed", score=None, error="cut")
+    log.record([match("/drop/a/1.png", 1), match("/drop/b/2.png", 2, 0.6, "hat")], model)
+    log.record([no_match, failed, match("/drop/bb/5.png", 5, 0.7, "coat")], model)
+    return log
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ((), "5 2 1"),
+        (("--status", "no-match"), "no"),
+        (("--status", "failed"), "bad"),
+        (("--status", "all"), "5 bad no 2 1"),
+        (("--since", "1970-01-01T00:00:02"), "5 2"),
+        (("--until", "1970-01-01T00:00:02"), "1"),
+        (("--min-score", "0.65"), "5 1"),
+        (("--folder", "/drop/b", "--status", "all"), "no 2"),
+        (("--folder", "/drop/a/../bb/"), "5"),
+        (("--product", "hat"), "2"),
+        (("--limit", "1"), "5"),
+    ],
+)
+def test_filters_narrow_the_list(
+    filled: MatchLog, run_tool: Run, options: tuple[str, ...], names: str
+) -> None:
+    result = run_tool("pic-matches", "--database", filled.path, "--json", *options)
+    paths = [Path(json.loads(line)["path"]) for line in result.stdout.splitlines()]
+    assert " ".join(path.stem for path in paths) == names
+
+
+def test_the_table_is_aligned_and_names_products_verdicts_and_reasons(
+    filled: MatchLog, run_tool: Run
+) -> None:
+    asked = "--database", filled.path, "--status", "all"
+    lines = run_tool("pic-matches", *asked).stdout.splitlines()
+    head, *rows = lines
+    for title, values in (
+        ("PATH", ["/drop/bb/5.png", "/drop/bad.png  (cut)", "/drop/b/no.png"]),
+        ("PRODUCT", ["coat", "-", "-", "hat"]),
+        ("VERDICT", ["match", "failed", "no-match"]),
+        ("TIME", ["1970-01-01T00:00:05.000Z"]),
+    ):
+        for value, line in zip(values, rows, strict=False):
+            assert line[head.index(title) :].startswith(value), (title, line)
+    assert [line[head.index("SCORE") - 3 :].split()[0] for line in rows[:2]] == [
+        "0.700000",
+        "-",
+    ]
+
+
+def test_csv_and_json_hold_the_same(filled: MatchLog, run_tool: Run) -> None:
+    asked = "--database", filled.path, "--status", "all"
+    text = run_tool("pic-matches", *asked, "--csv").stdout
+    table = list(csv.DictReader(io.StringIO(text)))
+    lines = run_tool("pic-matches", *asked, "--json").stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert table == [
+        {name: "" if value is None else str(value) for name, value in record.items()}
+        for record in records
+    ]
+    assert [row["error"] for row in table] == ["", "cut", "", "", ""]
+
+
+class Follower:
+    """`pic-matches --follow` in a process of its own, read line by line."""
+
+    def __init__(self, database: Path, *options: str) -> None:
+        command = [BIN / "pic-matches", "--database", database, "--follow", *options]
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._limit = threading.Timer(60, self.process.kill)
+        self._limit.start()
+
+    def name(self) -> str:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr and self.process.stderr.read()
+        return Path(json.loads(line)["path"]).stem
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self.process.communicate()
+        self._limit.cancel()
+        return self.process.returncode, errors
+
+
+def test_follow_prints_what_is_there_and_then_what_comes_each_once(
+    filled: MatchLog, model: Model
+) -> None:
+    follower = Follower(filled.path, "--json", "--limit", "2")
+    assert [follower.name() for _ in range(2)] == ["2", "5"]
+    no_match = replace(match("/drop/6.png", 6), status="no-match", score=0.1)
+    filled.record([no_match, match("/drop/7.png", 7)], model)
+    assert follower.name() == "7"
+    # The clock was set back; a failed row makes way, so that its id is used again.
+    filled.record([replace(match("/drop/8.png", 8), status="failed", score=None,
+                           error="cut", sha256="cut")], model)  # fmt: skip
+    filled.record([match("/drop/8.png", 1)], model)
+    assert follower.name() == "8"
+    # Scored again, as `pic-daemon reclassify` has it done: the row was there before.
+    filled.record([replace(no_match, status="match", score=0.9)], model)
+    assert follower.name() == "6"
+    follower.process.send_signal(signal.SIGINT)
+    assert follower.end() == (130, "")
+
+
+def test_follow_ends_when_nobody_reads_any_more(filled: MatchLog) -> None:
+    follower = Follower(filled.path, "--json")
+    assert follower.name() == "1"
+    assert follower.process.stdout
+    follower.process.stdout.close()  # no row comes: it must notice by itself
+    follower.process.stdout = None
+    assert follower.end() == (0, "")
+
+
+def test_follow_narrows_what_comes_too(filled: MatchLog, model: Model) -> None:
+    follower = Follower(filled.path, "--json", "--folder", "/drop/b")
+    assert follower.name() == "2"
+    filled.record([match("/drop/a/6.png", 6), match("/drop/b/7.png", 7)], model)
+    assert follower.name() == "7"
+    follower.process.terminate()
+    follower.end()
+
+
+def test_a_backup_made_while_the_service_writes_is_whole_and_private(
+    filled: MatchLog, model: Model, run_tool: Run, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy.db"
+    output.touch()  # empty: as good as a log that holds nothing
+    ended = threading.Event()
+
+    def write() -> None:
+        log = MatchLog.open(filled.path)
+        number = 0
+        while not ended.is_set():
+            number += 1  # two rows at a time: none, or both
+            log.record(
+                [match(f"/drop/{number}{s}.png", number) for s in ("left", "right")], model
+            )
+        log.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(2):  # the second replaces the first
+            result = run_tool("pic-matches", "backup", "--database", filled.path,
+                              "--output", output)  # fmt: skip
+            assert result.returncode == 0, result.stderr
+            assert "integrity_check ok" in result.stdout
+    finally:
+        ended.set()
+        writer.join()
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600
+    assert {path.name for path in tmp_path.glob("*copy*")} == {"copy.db"}
+    with closing(sqlite3.connect(output)) as db:
+        paths = [path for (path,) in db.execute("SELECT path FROM images")]
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    lefts, rights = ({p.removesuffix(f"{side}.png") for p in paths if side in p}
+                     for side in ("left", "right"))  # fmt: skip
+    assert lefts == rights and "/drop/1" in lefts
+    listed = run_tool("pic-matches", "--database", output, "--product", "hat")
+    assert "/drop/b/2.png" in listed.stdout
+
+
+def test_a_backup_replaces_nothing_but_an_earlier_copy(
+    filled: MatchLog, run_tool: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("notes " * 100)
+    (tmp_path / "busy.db-wal").touch()
+    MatchLog.open(tmp_path / "busy.db").close()
+    (tmp_path / "busy.db-wal").touch()
+    cases: list[tuple[Any, str]] = [
+        (tmp_path / "notes.txt", "not a database"),
+        (filled.path, "is the database itself"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "copy.db", "folder does not exist"),
+        (tmp_path / "busy.db", "is in use"),
+    ]
+    for output, sentence in cases:
+        result = run_tool("pic-matches", "backup", "--database", filled.path,
+                          "--output", output)  # fmt: skip
+        assert (result.returncode, result.stdout) == (2, "")
+        assert sentence in result.stderr
+    assert (tmp_path / "notes.txt").read_text() == "notes " * 100
+
+
+def test_a_damaged_log_makes_no_backup(
+    filled: MatchLog, run_tool: Run, tmp_path: Path
+) -> None:
+    filled.close()
+    size = filled.path.stat().st_size
+    with filled.path.open("r+b") as file:  # the last page: of an index or a table
+        file.seek(size - 4096)
+        file.write(os.urandom(4096))
+    result = run_tool("pic-matches", "backup", "--database", filled.path,
+                      "--output", tmp_path / "copy.db")  # fmt: skip
+    assert result.returncode == 1
+    assert "no copy was made" in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.glob("*copy*")) == []

@@ -1,0 +1,127 @@
+"""Old rows of no match go with their files, and only with them."""
+
+import os
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import DaemonProcess, write_image
+
+from pic_daemon.folders import Folder, stamp_of
+from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.model import Model, load_model
+from pic_daemon.retention import Retention
+
+
+@pytest.fixture
+def model(model_file: Path) -> Model:
+    return load_model(model_file, "cpu")
+
+
+@pytest.fixture
+def log(tmp_path: Path, model: Model) -> MatchLog:
+    log = MatchLog.open(tmp_path / "log.db")
+    log.use_model(model)
+    return log
+
+
+def recorded(
+    path: Path, days: float, status: str = "no-match", sha256: str = "a"
+) -> Outcome:
+    """The outcome, `days` ago, of the file that is at `path` now."""
+    write_image(path, 40)
+    stamp = stamp_of(str(path))
+    assert stamp
+    at = time.time() - days * 86400
+    return Outcome(str(path), sha256, stamp, status, at, at, 40, 40, "PNG", 0.2, 0.5)  # type: ignore[arg-type]
+
+
+def kept(log: MatchLog, *online: Path) -> list[str]:
+    """Names in the log after a whole pass that keeps 30 days."""
+    retention = Retention(30)
+    while retention.next_due == 0:
+        retention.step(log, [Folder(folder) for folder in online], time.monotonic())
+    with closing(sqlite3.connect(log.path)) as db:
+        rows = db.execute("SELECT path, sha256 FROM images ORDER BY path, sha256")
+        return [Path(path).stem + ("" if sha == "a" else sha) for path, sha in rows]
+
+
+def test_only_old_rows_of_no_match_whose_files_are_gone_are_deleted(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    drop = tmp_path / "drop"
+    rows = [
+        recorded(drop / "old-gone.png", 31),
+        recorded(drop / "deep" / "old-gone-too.png", 31),
+        recorded(drop / "old-there.png", 31),
+        recorded(drop / "young-gone.png", 29),
+        recorded(drop / "old-match-gone.png", 31, "match"),
+    ]
+    log.record(rows, model)
+    for name in ("old-gone", "young-gone", "old-match-gone"):
+        (drop / f"{name}.png").unlink()
+    shutil.rmtree(drop / "deep")
+    assert kept(log, drop) == ["old-match-gone", "old-there", "young-gone"]
+
+
+def test_rows_of_a_folder_that_is_offline_or_not_watched_stay(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    log.record([recorded(tmp_path / "drop" / "a.png", 31)], model)
+    shutil.rmtree(tmp_path / "drop")
+    assert kept(log) == ["a"]
+    assert kept(log, tmp_path / "dro") == ["a"]
+    assert kept(log, tmp_path / "drop") == []
+
+
+def test_a_name_that_holds_other_content_now_keeps_the_row_of_that_alone(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "drop" / "latest.png"
+    log.record([recorded(path, 31)], model)
+    os.utime(path, (1, 1))  # touched: the next scan looks for this row by its content
+    assert kept(log, tmp_path / "drop") == ["latest"]
+    log.record([recorded(path, 0, sha256="b")], model)
+    assert kept(log, tmp_path / "drop") == ["latestb"]
+
+
+def test_a_file_that_cannot_be_looked_at_keeps_its_row(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    long = recorded(tmp_path / "drop" / "a.png", 31)
+    # Too long for the file system: lstat fails, though not for want of the file.
+    log.record([replace(long, path=str(tmp_path / "drop" / ("x" * 300)))], model)
+    assert len(kept(log, tmp_path / "drop")) == 1
+
+
+def test_many_rows_go_in_batches(log: MatchLog, model: Model, tmp_path: Path) -> None:
+    one = recorded(tmp_path / "drop" / "there.png", 31)
+    gone = [replace(one, path=f"{one.path}.{number}") for number in range(450)]
+    log.record([*gone[:250], one, *gone[250:]], model)  # all at the same time
+    assert kept(log, tmp_path / "drop") == ["there"]
+
+
+def test_the_service_forgets_what_is_gone_and_classifies_nothing_twice(
+    daemon: DaemonProcess,
+) -> None:
+    for name in ("gone", "there"):
+        write_image(daemon.drop / f"{name}.png", 40)
+    daemon.start()
+    daemon.wait_for_rows(2)
+    daemon.stop()
+    with closing(sqlite3.connect(daemon.database)) as db:
+        db.execute("UPDATE images SET classified_at = '2020-01-01T00:00:00.000Z'")
+        db.commit()
+    (daemon.drop / "gone.png").unlink()
+    daemon.start("--keep-no-match-days", 1, "--rescan-seconds", 1)
+    daemon.wait_until(lambda: len(daemon.rows()) == 1)
+    assert "deleted 1 old rows of no match" in daemon.log.read_text()
+    write_image(daemon.drop / "gone.png", 40)  # back again: a new file
+    (new, old) = daemon.wait_for_rows(2)
+    assert Path(str(new["path"])).stem == "gone"
+    assert str(new["classified_at"]) > "2026"
+    assert old["classified_at"] == "2020-01-01T00:00:00.000Z"

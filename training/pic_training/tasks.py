@@ -1,0 +1,99 @@
+"""What a run can learn: to classify, or to describe. All that differs between the two."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from pic_training.fine_tuning import fit_head
+from pic_training.metric_learning import (
+    Known,
+    contrastive_loss,
+    nearest_is_copy,
+    resemblance,
+    whiten_head,
+)
+from pic_training.networks import Normalised
+from pic_training.run_folder import RunConfig
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The validation samples as a network sees them.
+
+    `scores`, float32, shape (N,): the higher, the likelier from the catalog. Loss and
+    accuracy as in EpochMetrics; `right`, shape (N,), says of each catalog sample
+    whether it was taken for the right item (classifying: for the right class).
+    """
+
+    scores: Floats
+    loss: float
+    accuracy: float
+    right: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`loss` gives losses summed over a batch and the number of right answers.
+
+    `start_head` sets the head by features (N, F) of a trunk left as it is and by labels
+    (N,), and returns the loss if it minimised one. `judge` takes the outputs of the
+    validation samples, their labels, and the catalog as known where `needs_catalog`.
+    """
+
+    optimizer: Callable[[RunConfig, list[nn.Parameter]], torch.optim.Optimizer]
+    loss: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    start_head: Callable[[Normalised, torch.Tensor, torch.Tensor], float | None]
+    judge: Callable[[Floats, Floats, Known | None], Judged]
+    needs_catalog: bool
+
+
+def task_of(config: RunConfig) -> Task:
+    """What a run is to learn."""
+    return _DESCRIBE if config.task == "describe" else _CLASSIFY
+
+
+def _sgd(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trained, config.lr, config.momentum, fused=True)
+
+
+def _adam(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(trained, config.lr, (config.momentum, 0.999), fused=True)
+
+
+def _classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return loss, ((logits > 0) == (labels > 0.5)).sum()
+
+
+def _description_loss(
+    embeddings: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = contrastive_loss(embeddings, labels)
+    return loss, nearest_is_copy(embeddings.detach(), labels).sum()
+
+
+def _judge_classes(logits: Floats, labels: Floats, _: Known | None) -> Judged:
+    loss = binary_cross_entropy_with_logits(
+        torch.from_numpy(logits), torch.from_numpy(labels)
+    )
+    right = (logits > 0) == (labels > 0.5)
+    return Judged(logits, float(loss), float(right.mean()), right)
+
+
+def _judge_embeddings(embeddings: Floats, labels: Floats, known: Known | None) -> Judged:
+    assert known is not None
+    scores, right, loss = resemblance(embeddings, known)
+    return Judged(scores, loss, float(right[labels > 0.5].mean()), right)
+
+
+_CLASSIFY = Task(_sgd, _classification_loss, fit_head, _judge_classes, False)
+_DESCRIBE = Task(_adam, _description_loss, whiten_head, _judge_embeddings, True)
