@@ -21,7 +21,8 @@ EXACT = 20_000
 
 _PER_LIST = 500  # vectors; lists are made anew once they hold four times as many
 _TO_TRAIN = 64  # vectors a list
-_PROBED = 1 / 16  # share of the lists that is looked into: bench/results/index.md
+_PROBED = 1 / 16  # share of the lists that is looked into, and
+_AT_LEAST = 64  # so many of them: bench/results/index.md
 
 faiss.omp_set_num_threads(1)  # a query is too short to share
 
@@ -49,7 +50,8 @@ class Neighbours:
 
     def nearest(self, vectors: Vectors, count: int) -> Iterator[list[tuple[int, float]]]:
         """The nearest keys of each vector and their cosines, in [-1, 1], falling."""
-        self._lists.nprobe = max(1, round(self._lists.nlist * _PROBED))
+        lists = self._lists.nlist
+        self._lists.nprobe = min(lists, max(_AT_LEAST, round(lists * _PROBED)))
         cosines, keys = self._lists.search(np.ascontiguousarray(vectors), count)
         for near, alike in zip(keys.tolist(), cosines.tolist(), strict=True):
             # -1: there are fewer than `count`

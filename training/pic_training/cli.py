@@ -80,7 +80,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     "--lr",
     type=click.FloatRange(0, min_open=True),
     help="At the start; falls to zero along a half cosine [classify: cnn 0.08, resnet50 "
-    "0.01; describe 0.001].",
+    "0.01; describe: cnn 0.001, resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",

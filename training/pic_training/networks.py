@@ -215,7 +215,7 @@ DESCRIBERS = {
         trunk=resnet50_levels,
         features=3584,
         size=160,
-        lr=0.001,
+        lr=0.0001,
         momentum=0.9,
         batch_size=128,
     ),
