@@ -3,11 +3,13 @@
     python bench/describe.py features --data DIR --weights FILE --work WORK [--minutes 8]
     python bench/describe.py compare --work WORK
     python bench/describe.py recall MODEL.onnx --data DIR --work WORK
+    python bench/describe.py kept RUN_DIR --work WORK
 
 DIR holds catalog/, other/train/ and other/val/. `features` keeps what a frozen ResNet50
 makes of every sample in WORK; called again it goes on where the minutes ended it.
 `compare` tries poolings, stages and losses on them: chosen on a fifth of other/train
-that is held back, shown on other/val. `recall` asks an exported descriptor.
+that is held back, shown on other/val. `recall` asks an exported descriptor, `kept` the
+head of a run on the kept features, in seconds.
 """
 
 import pickle
@@ -42,6 +44,7 @@ from pic_training.networks import (  # noqa: E402
     Describer,
     Normalised,
 )
+from pic_training.run_folder import load_network  # noqa: E402
 from pic_training.sources import Sources, _held_back, gather  # noqa: E402
 
 _FOLDER = click.Path(path_type=Path)
@@ -483,12 +486,34 @@ def recall(model: Path, data: Path, work: Path, per_edit: int, per_decoy: int) -
     catalog = described([Sample(n, _UNALTERED, 0) for n in items])
     cosines = described(samples) @ catalog.T
     rate = (len(items) + len(samples)) / (time.monotonic() - begun)
-    picture, edit = (
-        np.array([getattr(s, k) for s in samples]) for k in ("picture", "edit")
-    )
-    found = figures(sources, picture, edit, cosines, np.array(items))
-    click.echo(f"{len(samples):,} samples, {rate:.0f} images/s; measured false positive "
-               f"rate {found.rate:.3%}")  # fmt: skip
+    click.echo(f"{len(items) + len(samples):,} images, {rate:.0f} images/s")
+    _print(sources, samples, cosines, np.array(items))
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--work", required=True, type=_FOLDER)
+def kept(run: Path, work: Path) -> None:
+    """What `recall` does, for the head of a run whose trunk stayed as it was."""
+    bench = _bench(work)
+    _, network = load_network(run)
+    embed = _embed(network.head, BEST[::-1])  # the network has the earliest stage first
+    cosines = (embed(bench.test) @ embed(bench.train)[bench.originals].T).numpy()
+    items = bench.train.picture[bench.originals]
+    _print(bench.sources, test_samples(bench.sources, 60, 10), cosines, items)
+
+
+def _print(
+    sources: Sources,
+    samples: list[Sample],
+    cosines: NDArray[np.float32],
+    items: NDArray[np.int64],
+) -> None:
+    columns = np.array([(s.picture, s.edit) for s in samples]).T
+    found = figures(sources, columns[0], columns[1], cosines, items)
+    copies = int(np.isin(columns[0], items).sum())
+    click.echo(f"{copies:,} copies, {len(samples) - copies:,} look-alike decoys; measured "
+               f"false positive rate {found.rate:.3%}")  # fmt: skip
     click.echo("\n| | top-1 | recall at 0.001 |\n|---|---|---|")
     rows = zip(("trained edits", "held-out edits"), found.top_1, found.recall, strict=True)
     per_edit_rows = [(e.name, *v) for e, v in zip(EDITS, found.per_edit, strict=True)]

@@ -35,8 +35,10 @@ def test_the_loss_falls_when_copies_come_closer_or_others_go_away() -> None:
 def test_a_sample_without_a_copy_in_the_batch_is_only_a_negative() -> None:
     embeddings = directions(0, 5, 50).requires_grad_()
     alone = contrastive_loss(embeddings[2:], torch.tensor([3]))
-    assert float(alone) == 0
-    assert float(contrastive_loss(embeddings, torch.tensor([7, 7, 3]))) > 0
+    alone.backward()
+    assert alone.item() == 0
+    assert embeddings.grad is not None and not embeddings.grad.any()
+    assert contrastive_loss(embeddings, torch.tensor([7, 7, 3])).item() > 0
 
 
 def test_the_nearest_neighbour_is_never_the_sample_itself() -> None:

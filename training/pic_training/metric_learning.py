@@ -38,7 +38,8 @@ def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Te
     """
     similar = embeddings @ embeddings.T / TEMPERATURE
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    log_share = similar - similar.masked_fill(itself, -torch.inf).logsumexp(1, True)
+    least = torch.finfo(similar.dtype).min  # not -inf: a lone sample has nobody else
+    log_share = similar - similar.masked_fill(itself, least).logsumexp(1, True)
     copies = (labels[:, None] == labels) & ~itself
     return -((log_share * copies).sum(1) / copies.sum(1).clamp_min(1)).sum()
 
