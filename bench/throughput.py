@@ -50,7 +50,7 @@ SETS = {  # longest side in pixels, format, files for the service
     "PNG 500 px": (500, "PNG", 5_000),
     "WebP 500 px": (500, "WEBP", 5_000),
 }
-PEERS_S = 12.0  # how long a peer is given, at most
+PEERS_S = 6.0  # how long a peer is given, at most
 STAGES = ("decode", "inference", "commit", "choose", "wait")
 CPU = ("workers CPU", "main CPU")
 

@@ -172,7 +172,7 @@ def _prepare(path: str, size: int) -> _Prepared | str:
 def _views(picture: Image.Image) -> list[Image.Image]:
     """What is described of each item: as it is, and as a mirror shows it.
 
-    Descriptors are not trained with mirrors; bench/results/index.md.
+    Descriptors are not trained with mirrors, which keep the rest of a picture.
     """
     return [picture, ImageOps.mirror(picture)]
 
