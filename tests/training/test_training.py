@@ -296,7 +296,9 @@ def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
     from pic_training import export
 
     monkeypatch.setattr(export, "TOLERANCE", 0.0)  # no two runtimes agree to the last bit
-    with pytest.raises(InputError, match=r"disagrees with PyTorch: its scores differ by up to"):
+    with pytest.raises(
+        InputError, match=r"disagrees with PyTorch: its scores differ by up to"
+    ):
         export.export_run(finished, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
