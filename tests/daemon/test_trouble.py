@@ -314,9 +314,12 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
         pytest.skip("no inotify here")
     daemon.start()
     os.kill(daemon.pid, signal.SIGSTOP)
+    state = Path(f"/proc/{daemon.pid}/stat")
+    daemon.wait_until(lambda: state.read_text().rsplit(")", 1)[1].split()[0] == "T")
     first = daemon.drop / "flood-0.txt"
     first.touch()
-    for number in range(1, int(room.read_text()) + 10):
+    # Twice as many as fit: its threads may have taken some before they stood still.
+    for number in range(1, 2 * int(room.read_text())):
         os.link(first, daemon.drop / f"flood-{number}.txt")
     write_image(daemon.drop / "unheard.png", 200)
     os.kill(daemon.pid, signal.SIGCONT)
