@@ -48,6 +48,8 @@ class Decoders:
         self._pending: dict[Future[list[Any]], Sequence[str]] = {}
 
     def __enter__(self) -> Self:
+        # The first worker takes about a second to start, which no file is to wait for.
+        self._pool.schedule(read_images, args=[[], 1, 1]).result()
         return self
 
     def __exit__(
