@@ -28,7 +28,7 @@ from pic_daemon.neighbours import Neighbours, Vectors
 from pic_daemon.promise import Interval
 
 FORMAT = "product-image-index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no views without colour or margins
 
 _ABOUT, _ITEMS = "about.json", "items.json"
 _VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
@@ -298,7 +298,7 @@ def _about(path: Path, data: bytes) -> About:
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
-            "Upgrade product-image-classifier or make the index again."
+            "Upgrade product-image-classifier, or remove the file and make it again."
         )
     promise = values.pop("promise")
     rate = promise.pop("rate")

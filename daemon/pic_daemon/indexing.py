@@ -20,6 +20,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
 
 SLICE = 64
@@ -170,11 +171,15 @@ def _prepare(path: str, size: int) -> _Prepared | str:
 
 
 def _views(picture: Image.Image) -> list[Image.Image]:
-    """What is described of each item: as it is, and as a mirror shows it.
+    """What is described of each item: as it is, mirrored, grey, and within its margins.
 
-    Descriptors are not trained with mirrors, which keep the rest of a picture.
+    Descriptors are not trained with mirrors or without colour. A query is described within
+    its margins too, so that a border or a frame around it is of no account. What each view
+    is worth: bench/results/descriptor.md.
     """
-    return [picture, ImageOps.mirror(picture)]
+    views = [picture, ImageOps.mirror(picture), picture.convert("L").convert("RGB")]
+    within = within_margins(picture)
+    return views if within is None else [*views, within]
 
 
 def _described(descriptor: Descriptor, prepared: Sequence[_Prepared]) -> Iterator[Vectors]:

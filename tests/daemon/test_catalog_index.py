@@ -260,9 +260,9 @@ def test_other_files_and_newer_versions_are_refused_in_one_sentence(
         load_index(ready.with_name("describe.onnx"))
     newer = rewritten(
         index, tmp_path, "about.json",
-        lambda data: data.replace(b'"format_version": 1', b'"format_version": 9'),
+        lambda data: data.replace(b'"format_version": 2', b'"format_version": 9'),
     )  # fmt: skip
-    with pytest.raises(InputError, match="has format version 9; this program reads 1"):
+    with pytest.raises(InputError, match="has format version 9; this program reads 2"):
         load_index(newer)
     strange = rewritten(index, tmp_path, "landmarks.bin", lambda data: bytes(len(data)))
     with pytest.raises(InputError, match="its landmarks are those of another version"):
