@@ -164,14 +164,14 @@ class CatalogIndex:
             found.append(list(best.items())[:count])
         return found
 
-    def look_up(self, vectors: Vectors) -> list[list[Candidate]]:
-        """The items that each picture may be a copy of, nearest first."""
+    def look_up(self, vectors: Vectors, count: int = CANDIDATES) -> list[list[Candidate]]:
+        """The `count` items that each picture may be a copy of, nearest first."""
         return [
             [
                 Candidate(self.items[number].name, similarity, self.landmarks(number))
                 for number, similarity in near
             ]
-            for near in self.nearest(vectors, CANDIDATES)
+            for near in self.nearest(vectors, count)
         ]
 
     def changes(self) -> Changes | None:

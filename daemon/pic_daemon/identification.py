@@ -120,7 +120,9 @@ def identify(
     )
 
 
-def merged(views: Iterable[Sequence[Candidate]]) -> list[Candidate]:
+def merged(
+    views: Iterable[Sequence[Candidate]], count: int = CANDIDATES
+) -> list[Candidate]:
     """The nearest of what several views of one picture found, nearest first.
 
     An item counts by the view that it is nearest to.
@@ -130,7 +132,7 @@ def merged(views: Iterable[Sequence[Candidate]]) -> list[Candidate]:
         known = best.setdefault(candidate.item, candidate)
         if candidate.similarity > known.similarity:
             best[candidate.item] = candidate
-    return sorted(best.values(), key=lambda c: c.similarity, reverse=True)[:CANDIDATES]
+    return sorted(best.values(), key=lambda c: c.similarity, reverse=True)[:count]
 
 
 def worth_confirming(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
