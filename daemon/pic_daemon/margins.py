@@ -1,20 +1,21 @@
 """Where the even margins of a picture end: a border, a frame, a bar, empty background.
 
 A margin is made of lines, from an edge inwards, that are nearly all of one colour. Each
-line has its own, so that bars and borders of several colours count; and a fifth of it may
-differ, so that a title in a bar does not end the margin.
+line has its own, so that bars and borders of several colours count; and a few lines that
+are not even do not end a margin where it goes on behind them in the colour that it had: a
+title in a bar, a line of text below a picture.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pic_daemon.images import Pixels
 from pic_daemon.landmarks import shrunk
 
 _SIDE = 128  # longest side, in pixels, of the copy that is looked at
-_EVEN = 8  # levels by which a line's pixels may differ from its median: JPEG's noise
-_SHARE = 0.8  # of a line's pixels that must be even
+_EVEN = 12  # levels by which a line's pixels may differ from its median: JPEG's noise
+_SHARE = 0.95  # of a line's pixels that must be even
+_TITLE = 0.08  # share of a side that lines which are not even may take up
 _LEAST = 0.35  # share of a side that must be left; less is no picture in a margin
 _WORTH = 0.04  # share of the area below which a margin changes nothing
 
@@ -44,20 +45,28 @@ def _inner(pixels: Pixels) -> tuple[float, float, float, float] | None:
     before = None
     while before != (left, top, right, bottom):  # a bar is even once the border is gone
         before = left, top, right, bottom
-        first, last = _margins(pixels[top:bottom, left:right])
-        top, bottom = top + first, bottom - last
-        first, last = _margins(pixels[top:bottom, left:right].swapaxes(0, 1))
-        left, right = left + first, right - last
-        if bottom - top < _LEAST * height or right - left < _LEAST * width:
+        rows = pixels[top:bottom, left:right]
+        top, bottom = top + _margin(rows), bottom - _margin(rows[::-1])
+        if bottom - top < _LEAST * height:
+            return None
+        columns = pixels[top:bottom, left:right].swapaxes(0, 1)
+        left, right = left + _margin(columns), right - _margin(columns[::-1])
+        if right - left < _LEAST * width:
             return None
     return left / width, top / height, right / width, bottom / height
 
 
-def _margins(lines: Pixels) -> tuple[int, int]:
-    """How many lines at the beginning and at the end are even; all of them at each."""
-    levels = lines.astype(np.int16)
-    differ = np.abs(levels - np.median(levels, axis=1, keepdims=True)).max(axis=2)
-    even: NDArray[np.bool_] = (differ <= _EVEN).mean(axis=1) >= _SHARE
-    if even.all():
-        return len(even), len(even)
-    return int(np.argmin(even)), int(np.argmin(even[::-1]))
+def _margin(lines: Pixels) -> int:
+    """How many lines at the beginning are margin; `lines` is uint8, shape (N, L, 3)."""
+    count, colour = 0, None
+    for number, line in enumerate(lines):
+        skipped = number - count
+        if skipped > (0 if colour is None else _TITLE * len(lines)):
+            break
+        levels = line.astype(np.int16)
+        middle = np.median(levels, axis=0)
+        even = (np.abs(levels - middle).max(axis=1) <= _EVEN).mean() >= _SHARE
+        goes_on = not skipped or np.abs(middle - colour).max() <= _EVEN
+        if even and goes_on:
+            count, colour = number + 1, middle
+    return count
