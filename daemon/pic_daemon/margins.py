@@ -16,7 +16,7 @@ _SIDE = 128  # longest side, in pixels, of the copy that is looked at
 _EVEN = 12  # levels by which a line's pixels may differ from its median: JPEG's noise
 _SHARE = 0.95  # of a line's pixels that must be even
 _TITLE = 0.08  # share of a side that lines which are not even may take up
-_LEAST = 0.35  # share of a side that must be left; less is no picture in a margin
+_LEAST = 0.15  # share of a side that must be left; less is no picture in a margin
 _WORTH = 0.04  # share of the area below which a margin changes nothing
 
 

@@ -85,5 +85,5 @@ def test_where_nothing_is_gained_or_left_there_is_no_other_view(
 
 def test_a_small_picture_in_a_large_void_stays_as_it_is() -> None:
     void = Image.new("RGB", (1000, 1000), "white")
-    void.paste(busy(200, 200), (400, 400))
+    void.paste(busy(120, 120), (440, 440))
     assert within_margins(void) is None
