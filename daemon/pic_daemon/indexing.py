@@ -97,7 +97,7 @@ def update(
     for names in slices(todo):
         paths = [str(folder / name) for name in names]
         prepared = list(pool.map(_prepare, paths, [size] * len(paths)))
-        vectors = _described(descriptor, [p for p in prepared if isinstance(p, _Prepared)])
+        vectors = _described(descriptor, names, prepared)
         for name, one in zip(names, prepared, strict=True):
             stamp = there[name]
             if isinstance(one, str):
@@ -182,11 +182,18 @@ def _views(picture: Image.Image) -> list[Image.Image]:
     return views if within is None else [*views, within]
 
 
-def _described(descriptor: Descriptor, prepared: Sequence[_Prepared]) -> Iterator[Vectors]:
-    for one in prepared:
+def _described(
+    descriptor: Descriptor, names: Sequence[str], prepared: Sequence[_Prepared | str]
+) -> Iterator[Vectors]:
+    for name, one in zip(names, prepared, strict=True):
+        if isinstance(one, str):
+            continue
         vectors = descriptor.describe(one.views)
         if not np.isfinite(vectors).all():
-            raise InputError(f"{descriptor.path} gives vectors that are not numbers.")
+            raise InputError(
+                f"{descriptor.path} gives vectors that are not numbers for {name!r}; "
+                "export it again, or leave that picture out."
+            )
         yield vectors
 
 

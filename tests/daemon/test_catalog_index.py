@@ -250,6 +250,36 @@ def test_an_index_with_vectors_that_are_not_numbers_is_refused(
         load_index(changed)
 
 
+def test_a_descriptor_that_gives_no_numbers_for_an_item_makes_no_index(
+    run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [1])
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--output", tmp_path / "new.index",
+        "--model", write_descriptor(tmp_path / "blinded.onnx", blinded=140),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "gives vectors that are not numbers for 'product-00001.jpg'" in result.stderr
+    assert not (tmp_path / "new.index").exists()
+
+
+def test_a_decoy_that_the_descriptor_gives_no_numbers_for_matches_nothing(
+    run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [1, 2])
+    paths = write_products(tmp_path / "others", range(100, 108))
+    for path in paths:
+        white = Image.new("RGB", (256, 256), "white")
+        Image.blend(Image.open(path), white, 0.8).save(path)
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--output", tmp_path / "new.index",
+        "--model", write_descriptor(tmp_path / "blinded.onnx", blinded=225),
+        "--others", tmp_path / "others", "--target-fpr", 0.3,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "on 12 others 0 matched" in result.stdout
+
+
 def test_other_files_and_newer_versions_are_refused_in_one_sentence(
     ready: Path, tmp_path: Path
 ) -> None:
