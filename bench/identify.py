@@ -13,8 +13,8 @@ cost: images/s of `pic-classify --recursive` on folders of which 1%, 10% and 100
 copies, the others general pictures, with the cascade and with the classifier alone; and of
 the descriptor with the look-up alone, in batches, a process a core reading.
 curve: recall at a false positive rate of 0.001 against CPU milliseconds a picture: how many
-candidates are confirmed, with and without the view within the margins. Pictures one at a
-time, one thread each; the gate is left out. Writes curve.png.
+candidates are confirmed, and what is described, the whole picture or what lies within its
+margins. Pictures one at a time, one thread each; the gate is left out. Writes curve.png.
 
 Prints Markdown. Times are worth something on a machine that does nothing else.
 """
@@ -43,7 +43,7 @@ from pic_daemon.cascade import Identifier, load_identifier
 from pic_daemon.catalog_index import load_index
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.descriptor import load_descriptor
-from pic_daemon.identification import Candidate, joint_score, look_at, merged
+from pic_daemon.identification import Candidate, joint_score, look_at
 from pic_daemon.images import decode, open_rgb
 from pic_daemon.indexing import workers
 from pic_daemon.promise import rate, supported_rate, threshold_for
@@ -289,12 +289,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """What each step said of a task and took, in CPU ms; the views: whole, both."""
+    """What each step said of a task and took, in CPU ms; views: whole, within margins."""
 
     views: tuple[list[tuple[str, float, float]], ...]  # item, cosine, agreement
     decode_ms: float
     closeup_ms: float
-    describe_ms: tuple[float, float]
+    describe_ms: float
     agreement_ms: dict[str, float]
     hashes: list[tuple[NDArray[np.uint8] | None, float]]
 
@@ -319,7 +319,7 @@ def curve(copies: list[Task], decoys: list[Task], items: list[Path], describe: P
         looked = 1000 * (time.process_time() - begun) / len(found)
         took = np.mean([f.hashes[number][1] for f in found]) + looked
         points[peer.name] = [(took, judge.row(peer.name, took, scores))]
-    for view, title in enumerate(("whole picture", "whole and within its margins")):
+    for view, title in enumerate(("whole picture", "within its margins")):
         points[title] = []
         for confirmed in CONFIRMED:
             nears = [one.views[view][: max(1, confirmed)] for one in found]
@@ -330,12 +330,13 @@ def curve(copies: list[Task], decoys: list[Task], items: list[Path], describe: P
             scores = np.array([score for score, _ in best])
             right = np.array([item for _, item in best[: len(copies)]])
             threshold = judge.threshold(scores)
+            # the service confirms only what could reach the threshold
+            asked = [[i for i, c, _ in near if confirmed and c >= threshold]
+                     for near in nears]  # fmt: skip
             times = [
-                one.describe_ms[0] + view * one.describe_ms[1]
-                + (one.closeup_ms if confirmed else one.decode_ms)
-                # the service confirms only what could reach the threshold
-                + sum(one.agreement_ms[i] for i, c, _ in near if confirmed * c >= threshold)
-                for one, near in zip(found, nears, strict=True)
+                one.describe_ms + (one.closeup_ms if confirmed else one.decode_ms)
+                + sum(one.agreement_ms[item] for item in items_asked)
+                for one, items_asked in zip(found, asked, strict=True)
             ]  # fmt: skip
             what = f"{title}, {confirmed or 'none'} confirmed"
             took = float(np.mean(times))
@@ -392,19 +393,15 @@ def step_by_step(task: Task) -> Found:
     data = edited(task.path, task.edit, len(task.path.name))
     size, index = _identifier.descriptor.info.input_size, _identifier.index
     clock = Clock()
-    decode(data, size)
+    whole = decode(data, size).pixels
     decode_ms = clock.lap()
     closeup = look_at(data, size)
     closeup_ms = clock.lap()
-    views, took = [], []
-    for pixels in (closeup.image.pixels, closeup.within):
-        near: list[Candidate] = []
-        if pixels is not None:
-            vectors = _identifier.descriptor.describe(pixels[None])
-            (near,) = index.look_up(vectors, max(CONFIRMED))
-        views.append(near)
-        took.append(clock.lap())
-    views[1] = merged(views, max(CONFIRMED))
+    views: list[list[Candidate]] = []
+    for picture in (whole, closeup.image.pixels):
+        vectors = _identifier.descriptor.describe(picture[None])
+        views += index.look_up(vectors, max(CONFIRMED))
+    describe_ms = clock.lap() / 2
     agreed, agreement_ms = {}, {}
     for candidate in {c.item: c for view in views for c in view}.values():
         item = Landmarks.from_bytes(candidate.landmarks)
@@ -412,7 +409,7 @@ def step_by_step(task: Task) -> Found:
         agreement_ms[candidate.item] = clock.lap()
     return Found(
         tuple([(c.item, c.similarity, agreed[c.item]) for c in view] for view in views),
-        decode_ms, closeup_ms, (took[0], took[1]), agreement_ms, hashes_in(data),
+        decode_ms, closeup_ms, describe_ms, agreement_ms, hashes_in(data),
     )  # fmt: skip
 
 

@@ -27,10 +27,8 @@ from pic_daemon.identification import (
     confirm,
     identify,
     look_closer,
-    merged,
     worth_confirming,
 )
-from pic_daemon.images import Pixels
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.onnx_session import Provider
@@ -50,21 +48,8 @@ class Identifier:
     index: CatalogIndex
 
     def candidates(self, closeups: Sequence[Closeup]) -> list[list[Candidate]]:
-        """What each picture may be a copy of; empty where it has no finite vector.
-
-        A picture with even margins is described without them as well.
-        """
-        whole = self._near([closeup.image.pixels for closeup in closeups])
-        within = iter(self._near([c.within for c in closeups if c.within is not None]))
-        return [
-            found if closeup.within is None else merged([found, next(within)])
-            for closeup, found in zip(closeups, whole, strict=True)
-        ]
-
-    def _near(self, pictures: Sequence[Pixels]) -> list[list[Candidate]]:
-        if not pictures:
-            return []
-        vectors = self.descriptor.describe(np.stack(pictures))
+        """What each picture may be a copy of; empty where it has no finite vector."""
+        vectors = self.descriptor.describe(np.stack([c.image.pixels for c in closeups]))
         found = iter(self.index.look_up(vectors[np.isfinite(vectors).all(axis=1)]))
         return [next(found) if np.isfinite(v).all() else [] for v in vectors]
 

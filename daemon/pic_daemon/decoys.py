@@ -137,7 +137,7 @@ def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
     except ImageError as error:
         return str(error)
     whole = closeup_of(picture, size)
-    if whole.image.blank:
+    if whole.landmarks.blank:
         return "nearly uniform picture: it never matches"
     digest = hashlib.sha256(data).hexdigest()
     draw = np.random.default_rng(int(digest[:8], 16))

@@ -5,7 +5,7 @@ picture is a copy of it. Both numbers make the joint score that the index's thre
 decides by.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -36,13 +36,11 @@ DEFAULT_THRESHOLD = 0.5
 class Closeup:
     """A picture as the second stage sees it.
 
-    `image` has pixels for the descriptor, uint8, shape (size, size, 3); `within` are those
-    of the picture without its even margins, None where it has none. It is compared with
-    an item as a whole, whichever of the two the item was found by.
+    `image` has pixels for the descriptor, uint8, shape (size, size, 3), of what lies within
+    the picture's margins; it is compared with items as a whole.
     """
 
     image: DecodedImage
-    within: Pixels | None
     landmarks: Landmarks
 
 
@@ -120,21 +118,6 @@ def identify(
     )
 
 
-def merged(
-    views: Iterable[Sequence[Candidate]], count: int = CANDIDATES
-) -> list[Candidate]:
-    """The nearest of what several views of one picture found, nearest first.
-
-    An item counts by the view that it is nearest to.
-    """
-    best: dict[str, Candidate] = {}
-    for candidate in (c for found in views for c in found):
-        known = best.setdefault(candidate.item, candidate)
-        if candidate.similarity > known.similarity:
-            best[candidate.item] = candidate
-    return sorted(best.values(), key=lambda c: c.similarity, reverse=True)[:count]
-
-
 def worth_confirming(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
     """Those that a full agreement would take to the threshold; nearest first, as given."""
     return [c for c in candidates if joint_score(c.similarity, 1.0) >= threshold]
@@ -156,12 +139,8 @@ def closeup_of(
 ) -> Closeup:
     """From an upright RGB picture."""
     width, height = stored or picture.size
-    within = within_margins(picture)
-    return Closeup(
-        DecodedImage(to_pixels(picture, size), width, height, "RGB"),
-        None if within is None else to_pixels(within, size),
-        landmarks(picture),
-    )
+    pixels: Pixels = to_pixels(within_margins(picture) or picture, size)
+    return Closeup(DecodedImage(pixels, width, height, "RGB"), landmarks(picture))
 
 
 # Tasks of the worker processes: each gives a list of one, as `read_images` one of many.

@@ -164,7 +164,7 @@ def _prepare(path: str, size: int) -> _Prepared | str:
     except ImageError as error:
         return str(error)
     seen = closeup_of(picture, size)
-    if seen.image.blank:
+    if seen.landmarks.blank:
         return "nearly uniform picture: nothing to recognise"
     views = np.stack([to_pixels(view, size) for view in _views(picture)])
     return _Prepared(hashlib.sha256(data).hexdigest(), views, seen.landmarks.to_bytes())
@@ -174,8 +174,8 @@ def _views(picture: Image.Image) -> list[Image.Image]:
     """What is described of each item: as it is, mirrored, grey, and within its margins.
 
     Descriptors are not trained with mirrors or without colour. A query is described within
-    its margins too, so that a border or a frame around it is of no account. What each view
-    is worth: bench/results/descriptor.md.
+    its margins, so that a border or a frame around it is of no account; a crop may have
+    none left. What each view is worth: bench/results/descriptor.md.
     """
     views = [picture, ImageOps.mirror(picture), picture.convert("L").convert("RGB")]
     within = within_margins(picture)
