@@ -96,7 +96,7 @@ def test_the_cascade_is_measured_beside_it_and_names_the_items(report: Path) -> 
     figures = json.loads((report / "evaluation.json").read_text())
     ours = figures["hard"]["cascade"]
     assert ours["trained"]["recall"]["value"] > 0.9
-    assert ours["named"]["trained"] > 0.95
+    assert ours["named"]["trained"] > 0.9
     assert ours["per_edit"]["border 15%"]["recall"]["value"] == 1
     assert ours["named"]["held_out"] >= figures["hard"]["pHash"]["named"]["held_out"]
     stored = figures["hard_at_own_threshold"]
