@@ -19,6 +19,7 @@ from pic_daemon.identification import look_at
 from pic_daemon.images import to_pixels
 from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import update, workers
+from pic_daemon.margins import within_margins
 
 Tool = Callable[..., CompletedProcess[str]]
 
@@ -64,10 +65,15 @@ def nearest(
     return found.item, found.similarity
 
 
-def test_a_picture_finds_itself_and_its_mirror_image_in_the_index(ready: Path) -> None:
+def test_a_picture_finds_itself_as_it_is_mirrored_grey_and_without_its_margins(
+    ready: Path,
+) -> None:
     index = load_index(ready)
     for seed in range(4):
-        for picture in (product(seed), ImageOps.mirror(product(seed))):
+        whole = product(seed)
+        grey, within = whole.convert("L").convert("RGB"), within_margins(whole)
+        assert within
+        for picture in (whole, ImageOps.mirror(whole), grey, within):
             item, similarity = nearest(index, ready.with_name("describe.onnx"), picture)
             assert item == f"deep/product-{seed:05d}.jpg"
             assert similarity > 0.98
