@@ -34,6 +34,7 @@ from pic_training.threshold import Confusion, confusion
 
 OURS = "model"
 DESCRIPTOR = "descriptor"
+UNGATED = "cascade, no gate"
 CASCADE = "cascade"
 _AUGMENTED = -1  # in place of an edit's number: the training augmentation
 _CHUNK = 64
@@ -187,7 +188,8 @@ class Evaluation:
     """Everything measured; `hard` holds the scores for plots and further questions.
 
     `methods`: each at the target rate. `own`: the model, and the cascade where there is
-    one, at the thresholds stored in their files, by which they decide when served.
+    one, at the thresholds stored in their files, by which they decide when served. The
+    cascade is also measured with everything let through by the model.
     """
 
     target_fpr: float
@@ -259,7 +261,7 @@ def evaluate(
     hard = Hard(*scored)
     thresholds = {OURS: model.info.threshold}
     if identifier:
-        thresholds[CASCADE] = identifier.threshold
+        thresholds[UNGATED] = thresholds[CASCADE] = identifier.threshold
     return Evaluation(
         target_fpr=plan.target_fpr,
         published=confusion(ours, is_ours, drawn_from, 0.5),
@@ -372,8 +374,10 @@ class _Scorer:
             found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
             passed = scores[OURS] >= self._model.info.gate_threshold
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
-            scores[CASCADE] = np.where(passed, found.joint[found.best], 0.0)
-            named[DESCRIPTOR], named[CASCADE] = found.own[:, 0], found.own[found.best]
+            scores[UNGATED] = found.joint[found.best]
+            scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
+            named[DESCRIPTOR] = found.own[:, 0]
+            named[UNGATED] = named[CASCADE] = found.own[found.best]
         for values in scores.values():
             values[np.array(blank)] = 0.0
         return Scored(samples, scores, named, found)
