@@ -134,7 +134,7 @@ def rate(pool, work: Callable[[Path], None], files: list[Path]) -> float:  # typ
 
 def scaled_decode(path: Path) -> None:
     data = path.read_bytes()
-    if simplejpeg.is_jpeg(data):
+    if data.startswith(b"\xff\xd8"):  # simplejpeg.is_jpeg wants the end marker last
         simplejpeg.decode_jpeg(data, "RGB", min_height=64, min_width=64)
     else:
         Image.open(io.BytesIO(data)).load()

@@ -1,7 +1,7 @@
 """The SQLite match log: the only state of the service that survives it.
 
 One writer, one transaction per batch, WAL with synchronous FULL: a row that was
-reported is on the disk.
+reported is on the disk. Only the names of files in hand are not waited for.
 """
 
 import json
@@ -92,7 +92,6 @@ class MatchLog:
             connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
             db = Database(connection)
             db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA synchronous = FULL")
             (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise InputError(
@@ -134,9 +133,13 @@ class MatchLog:
             )
 
     def take_in_hand(self, paths: Sequence[str]) -> None:
-        """Note the names of files that a decoder gets to see now."""
+        """Note the names of files that a decoder gets to see now.
+
+        Not forced to the disk: a decoder that takes everything down with it leaves the
+        system's cache as it is, and after a loss of power there is nobody to blame.
+        """
         now = iso_time(datetime.now(UTC).timestamp())
-        with self._transaction():
+        with self._transaction(synchronous="NORMAL"):
             self._db.conn.executemany(
                 "INSERT INTO in_hand (path, since) VALUES (?, ?) "
                 "ON CONFLICT (path) DO UPDATE SET since = excluded.since",
@@ -348,7 +351,8 @@ class MatchLog:
         return int(found.rowcount)
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, synchronous: str = "FULL") -> Iterator[None]:
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
         # IMMEDIATE takes the write lock at once, so that waiting for it is covered
         # by the busy timeout and never fails half-way.
         self._db.execute("BEGIN IMMEDIATE")

@@ -126,6 +126,8 @@ def test_a_file_that_crashed_its_decoders_is_left_alone_until_asked(
 
 
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
+    log.take_in_hand(["/drop/a.png"])
+    log.record([match("/drop/a.png")], model)
     modes = [log._db.execute(f"PRAGMA {p}").fetchone()[0]
              for p in ("journal_mode", "synchronous", "foreign_keys")]  # fmt: skip
     assert modes == ["wal", 2, 1]
