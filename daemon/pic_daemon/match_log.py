@@ -276,7 +276,7 @@ class MatchLog:
         ).fetchone()
         return int(last) - rows + 1
 
-    def beat(self, figures: Mapping[str, float | int | str]) -> None:
+    def beat(self, figures: Mapping[str, object]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():
