@@ -39,7 +39,7 @@ class Found:
 class SeenAgain:
     """Path, expected stamp and present stamp, None where there is no file any more."""
 
-    files: list[tuple[str, FileStamp, FileStamp | None]]
+    files: list[tuple[str, FileStamp | None, FileStamp | None]]
 
 
 Sight = Found | SeenAgain | FileHint | HintsLost | Exception
@@ -59,7 +59,7 @@ class Scanner:
         self._send = send
         self._watch = FolderWatch(folder, send, self._scan_below)
         self._asked: deque[str] = deque()  # folders to scan
-        self._to_see: deque[tuple[str, FileStamp]] = deque()
+        self._to_see: deque[tuple[str, FileStamp | None]] = deque()
         self._scanning = False  # all of it
         self._unread = False  # a chunk that the service has not dealt with
         self._ended = False
@@ -87,7 +87,7 @@ class Scanner:
             self._asked.append(str(self.folder.path))
             self._wake.set()
 
-    def see_again(self, path: str, expected: FileStamp) -> None:
+    def see_again(self, path: str, expected: FileStamp | None) -> None:
         """Ask for a SeenAgain of one file."""
         self._to_see.append((path, expected))
         self._wake.set()

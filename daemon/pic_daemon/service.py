@@ -152,6 +152,8 @@ class Service:
             # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
             self._scanners = sorted(scanners, key=lambda s: -len(str(s.folder.path)))
+            for path in self.log.struck():
+                self._see_again(path, None)
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -233,7 +235,7 @@ class Service:
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
         for path, stamp in self._settling.due(now):
-            self._scanner_of(path).see_again(path, stamp)
+            self._see_again(path, stamp)
         if now >= self._next_rescan:
             self._scan_all()
         if now >= self._next_look:
@@ -286,16 +288,23 @@ class Service:
         self._in_hand[path] = _InHand(seen_at, stamp, settled)
         self._ready.append(path)
 
-    def _end_wait(self, path: str, expected: FileStamp, stamp: FileStamp | None) -> None:
-        if not self._settling.awaits(path, expected):
+    def _see_again(self, path: str, expected: FileStamp | None) -> None:
+        """Have a file that waits, or has a strike, looked at; `_seen` is told."""
+        if scanner := self._scanner_of(path):
+            scanner.see_again(path, expected)
+
+    def _seen(self, path: str, expected: FileStamp | None, stamp: FileStamp | None) -> None:
+        if path in self._in_hand:
             return  # a hint was faster
         if stamp is None:
             self._settling.release(path)
-            self._recorder.write(lambda: self.log.put_down(path))
-        elif stamp == expected:
-            self._take(path, stamp, settled=True)
-        else:
-            self._settling.wait(path, stamp, time.monotonic(), time.time())
+            if self._online(path):
+                self._recorder.write(lambda: self.log.put_down(path))
+        elif expected and self._settling.awaits(path, expected):
+            if stamp == expected:
+                self._take(path, stamp, settled=True)
+            else:
+                self._settling.wait(path, stamp, time.monotonic(), time.time())
 
     def _scan_all(self, again: bool = False) -> None:
         """Compare folders and log; for those being scanned not, or once more after it."""
@@ -304,11 +313,12 @@ class Service:
         for scanner in self._scanners:
             scanner.scan(again)
 
-    def _scanner_of(self, path: str) -> Scanner:
-        return next(s for s in self._scanners if path.startswith(s.within))
+    def _scanner_of(self, path: str) -> Scanner | None:
+        return next((s for s in self._scanners if path.startswith(s.within)), None)
 
     def _online(self, path: str) -> bool:
-        return self._scanner_of(path).online
+        scanner = self._scanner_of(path)
+        return scanner is not None and scanner.online
 
     def _look_at_folders(self) -> None:
         for scanner in self._scanners:
@@ -357,7 +367,7 @@ class Service:
                     self._found.append(sight)
             case SeenAgain(seen):
                 for path, expected, stamp in seen:
-                    self._end_wait(path, expected, stamp)
+                    self._seen(path, expected, stamp)
             case FileHint(path, stamp, complete):
                 self._follow(path, stamp, complete)
             case HintsLost():
@@ -384,7 +394,9 @@ class Service:
 
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
-        path, stamp = reading.path, reading.stamp
+        path = reading.path
+        unfinished = reading.changed or reading.suspect or reading.transient
+        stamp = reading.stamp or (self._in_hand[path].stamp if unfinished else None)
         if stamp is None or (reading.transient and not self._online(path)):
             # Gone before it was read, or with its folder, where it is found again.
             self._recorder.write(lambda: self.log.put_down(path))
@@ -483,15 +495,14 @@ class Service:
             self._let_go(outcome.path)
 
     def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
-        assert reading.stamp
-        image = reading.image
+        image, in_hand = reading.image, self._in_hand[reading.path]
         status: Status = verdict.status if verdict else "failed"
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
-            stamp=reading.stamp,
+            stamp=reading.stamp or in_hand.stamp,
             status="no-match" if verdict and self.cascade else status,
-            seen_at=self._in_hand[reading.path].seen_at,
+            seen_at=in_hand.seen_at,
             classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
