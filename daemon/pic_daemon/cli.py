@@ -183,7 +183,7 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
 @_DATABASE
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(database: Path, as_json: bool) -> None:
-    """Say how the service is doing; exit 1 where it is down or does not move.
+    """Say how the service is doing; exit 1 where it is down, stuck or misses a folder.
 
     Example: pic-daemon status --database log.db
     """
@@ -195,6 +195,8 @@ def status(database: Path, as_json: bool) -> None:
         problem = f"no heartbeat for {found['age_s']:.0f} s: the service is down or stuck"
     elif found["oldest_waiting_s"] > _OVERDUE_S:
         problem = f"a file has been waiting for {found['oldest_waiting_s']:.0f} s"
+    elif found.get("offline"):
+        problem = f"offline: {', '.join(found['offline'])}"
     if as_json:
         click.echo(json.dumps({**found, "healthy": problem is None, "problem": problem}))
     else:

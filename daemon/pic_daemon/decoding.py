@@ -18,7 +18,6 @@ from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
 
-from pic_daemon.folders import stamp_of
 from pic_daemon.reading import Reading, read_images
 
 MEMORY_LIMIT = 4 << 30
@@ -110,13 +109,13 @@ class Decoders:
         except ProcessExpired:
             problem = "decoding crashed its worker process"
         except (BrokenProcessPool, CancelledError):  # no fault of these: read them again
-            return [Reading(path, stamp_of(path), changed=True) for path in group]
+            return [Reading(path, None, changed=True) for path in group]
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
         if len(group) > 1:
-            return [Reading(path, stamp_of(path), suspect=True) for path in group]
+            return [Reading(path, None, suspect=True) for path in group]
         (path,) = group
-        return [Reading(path, stamp_of(path), error=problem, transient=True)]
+        return [Reading(path, None, error=problem, transient=True)]
 
 
 def _start_worker() -> None:

@@ -173,6 +173,13 @@ class MatchLog:
                 self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
         return [path for (path,) in rows]
 
+    def struck(self) -> list[str]:
+        """Names with strikes, of files that have no row yet; not those that `text_of`
+        changed, under which nothing can be found.
+        """
+        rows = self._db.execute("SELECT path FROM in_hand WHERE strikes > 0")
+        return [path for (path,) in rows if "\\x" not in path]
+
     def _forget(self, paths: Sequence[str]) -> None:
         self._db.conn.executemany(
             "DELETE FROM in_hand WHERE path = ?", [[text_of(path)] for path in paths]
@@ -279,7 +286,7 @@ class MatchLog:
         ).fetchone()
         return int(last) - rows + 1
 
-    def beat(self, figures: Mapping[str, float | int | str]) -> None:
+    def beat(self, figures: Mapping[str, object]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():

@@ -2,9 +2,11 @@
 
 With a descriptor and an index, what the score lets through goes through `cascade` first.
 
-One thread owns all state and the database. Decoders and watchdog only put messages
-into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
-the scan at the next start: what has no row yet is done then.
+One thread owns all state and the database, and never looks at a drop folder itself.
+Decoders and scanners only put messages into its inbox, so that nothing here needs a
+lock. A crash anywhere is answered by the scan at the next start: what has no row yet
+is done then. So is an offline folder: what lies in it is let go, and found again by
+the scan at its return.
 """
 
 import logging
@@ -12,7 +14,7 @@ import queue
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,19 +23,20 @@ from typing import Any
 from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
-from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
-from pic_daemon.health import Health
+from pic_daemon.folders import FileStamp, text_of
+from pic_daemon.health import Figures, Health
 from pic_daemon.identification import CloserReading, Confirmation
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
 from pic_daemon.recording import Recorder
 from pic_daemon.retention import Retention
+from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.schema import Status
 from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
-from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
+from pic_daemon.watch import FileHint, HintsLost
 
 logger = logging.getLogger("pic_daemon")
 
@@ -42,7 +45,7 @@ _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
 _STRIKE_WAIT_S = 5.0  # between them
-_LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
+_LOOK_S = 5.0  # between two looks at the model file and at how the folders are
 _BEAT_S = 30.0  # between two heartbeats in the database
 _STUCK_S = 60.0  # beyond the time that decoding may take
 _READ_AHEAD = 2  # batches being read or waiting to be scored
@@ -60,7 +63,7 @@ class Reload:
 
 _Read = Reading | CloserReading | Confirmation
 
-Message = Hint | list[_Read] | Stop | Reload | Loaded
+Message = Sight | list[_Read] | Stop | Reload | Loaded
 
 
 @dataclass
@@ -68,8 +71,9 @@ class _InHand:
     """A file between being chosen and being recorded."""
 
     seen_at: float
+    stamp: FileStamp  # when it was chosen
     settled: bool
-    hinted_again: bool = False
+    hinted_again: FileStamp | None = None
     alone: bool = False  # to be read in a group of its own
 
 
@@ -95,13 +99,10 @@ class Service:
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
-    # Each with the folder that it covers as a whole, if it does.
-    _scans: deque[tuple[Folder | None, Iterator[tuple[str, FileStamp]]]] = field(
-        default_factory=deque
-    )
-    _watches: Watches = field(init=False)
+    _found: deque[Found] = field(default_factory=deque)
+    _scanners: list[Scanner] = field(default_factory=list)  # deepest folder first
     _next_rescan: float = 0.0
-    _next_poll: dict[Folder, float] = field(default_factory=dict)
+    _offline: list[str] = field(default_factory=list)
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
@@ -146,12 +147,13 @@ class Service:
         decoding = self.config.readers, self.config.decode_seconds
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
-            Watches(self.config.folders, self.inbox.put) as self._watches,
+            scanning(self.config.folders, self.inbox.put) as scanners,
         ):
-            # The scan comes after the watches: what arrives between is seen twice
+            # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
-            self._look_at_folders(time.monotonic())
-            self._scan_all()
+            self._scanners = sorted(scanners, key=lambda s: -len(str(s.folder.path)))
+            for path in self.log.struck():
+                self._see_again(path, None)
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -159,8 +161,7 @@ class Service:
             while self._busy() or not self._stopping:
                 with self.health.timed("choose"):
                     more = not self._stopping and self._choose(decoders)
-                waiting = more or self._in_hand or len(self._settling)
-                if self.until_done and not waiting:
+                if self.until_done and not more and self._all_done():
                     break
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
@@ -177,6 +178,12 @@ class Service:
         waiting = self.cascade.waiting if self.cascade else 0
         return bool(self._reading or self._batch or waiting)
 
+    def _all_done(self) -> bool:
+        """Whether every file of the folders has been dealt with."""
+        scanned = not any(scanner.busy for scanner in self._scanners)  # before the inbox
+        waiting = self._in_hand or len(self._settling) or not self.inbox.empty()
+        return scanned and not waiting
+
     # What to read next
 
     def _choose(self, decoders: Decoders) -> bool:
@@ -189,20 +196,28 @@ class Service:
         more = False
         while len(chosen) < room:
             if self._ready:
-                chosen.append(self._ready.popleft())
-            elif self._scans and steps:
-                steps -= 1
-                found = next(self._scans[0][1], None)
-                if found:
-                    self._consider(*found, complete=False)
+                path = self._ready.popleft()
+                if self._online(path):
+                    chosen.append(path)
                 else:
-                    self._scans.popleft()
+                    del self._in_hand[path]
+            elif self._found and steps:
+                steps -= 1
+                self._compare(self._found[0])
             else:
-                more = bool(self._scans)
+                more = bool(self._found)
                 break
         if chosen:
             self._read(chosen, decoders)
         return more
+
+    def _compare(self, found: Found) -> None:
+        """Compare the next file that a scan met with the log."""
+        if found.files and found.scanner.online:
+            self._consider(*found.files.popleft(), complete=False)
+        else:
+            self._found.popleft()
+            found.scanner.go_on()
 
     def _read(self, chosen: list[str], decoders: Decoders) -> None:
         with self.health.timed("commit"):
@@ -220,39 +235,36 @@ class Service:
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
         for path, stamp in self._settling.due(now):
-            self._end_wait(path, stamp, now)
+            self._see_again(path, stamp)
         if now >= self._next_rescan:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
             for files in self._files:
                 files.look()
-            self._look_at_folders(now)
+            self._look_at_folders()
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
             self._beat()
-        for folder, due in self._next_poll.items():
-            if now >= due:
-                self._next_poll[folder] = now + folder.poll_seconds
-                self._scan(folder)
         if now >= self._retention.next_due and self._idle():
-            online = [f for f in self.config.folders if self._watches.online(f)]
+            online = [scanner.folder for scanner in self._scanners if scanner.online]
             self._recorder.write(lambda: self._retention.step(self.log, online, now))
 
     def _idle(self) -> bool:
         """Whether there is nothing to classify just now."""
-        return not (self._in_hand or self._scans)
+        return not (self._in_hand or self._found)
 
     def _beat(self) -> None:
         figures = self._figures()
         self._recorder.write(lambda: self.log.beat(figures))
 
-    def _figures(self) -> dict[str, float | int | str]:
+    def _figures(self) -> Figures:
         times = [file.seen_at for file in self._in_hand.values()]
         if (settling := self._settling.oldest()) is not None:
             times.append(settling)
         oldest = max(0.0, time.time() - min(times)) if times else 0.0
-        waiting = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+        backlog = len(self._in_hand) + len(self._settling)
+        waiting = self.health.waiting(backlog, oldest, self._offline)
         if not self.cascade:
             return {**waiting}
         index = self.cascade.identifier.index.sha256
@@ -267,44 +279,54 @@ class Service:
         age = time.time() - stamp.mtime_ns / 1e9
         still = age >= self.config.settle_seconds
         if complete or still:
-            self._take(path, settled=still)
+            self._take(path, stamp, settled=still)
         else:
             self._settling.wait(path, stamp, time.monotonic(), time.time())
 
-    def _take(self, path: str, settled: bool) -> None:
+    def _take(self, path: str, stamp: FileStamp, settled: bool) -> None:
         seen_at = self._settling.release(path) or time.time()
-        self._in_hand[path] = _InHand(seen_at, settled)
+        self._in_hand[path] = _InHand(seen_at, stamp, settled)
         self._ready.append(path)
 
-    def _end_wait(self, path: str, expected: FileStamp, now: float) -> None:
-        stamp = stamp_of(path)
+    def _see_again(self, path: str, expected: FileStamp | None) -> None:
+        """Have a file that waits, or has a strike, looked at; `_seen` is told."""
+        if scanner := self._scanner_of(path):
+            scanner.see_again(path, expected)
+
+    def _seen(self, path: str, expected: FileStamp | None, stamp: FileStamp | None) -> None:
+        if path in self._in_hand:
+            return  # a hint was faster
         if stamp is None:
             self._settling.release(path)
-            self._recorder.write(lambda: self.log.put_down(path))
-        elif stamp == expected:
-            self._take(path, settled=True)
-        else:
-            self._settling.wait(path, stamp, now, time.time())
+            if self._online(path):
+                self._recorder.write(lambda: self.log.put_down(path))
+        elif expected and self._settling.awaits(path, expected):
+            if stamp == expected:
+                self._take(path, stamp, settled=True)
+            else:
+                self._settling.wait(path, stamp, time.monotonic(), time.time())
 
-    def _scan_all(self) -> None:
+    def _scan_all(self, again: bool = False) -> None:
+        """Compare folders and log; for those being scanned not, or once more after it."""
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
         self.health.rescanned()
-        for folder in self.config.folders:
-            self._scan(folder)
+        for scanner in self._scanners:
+            scanner.scan(again)
 
-    def _scan(self, folder: Folder) -> None:
-        """Compare a folder with the log, unless that is under way or it is offline."""
-        under_way = any(covered == folder for covered, _ in self._scans)
-        if self._watches.online(folder) and not under_way:
-            self._scans.append((folder, folder.scan()))
+    def _scanner_of(self, path: str) -> Scanner | None:
+        return next((s for s in self._scanners if path.startswith(s.within)), None)
 
-    def _look_at_folders(self, now: float) -> None:
-        """Scan folders that came back, and see which must be polled."""
-        for folder in self._watches.look():
-            self._scan(folder)
-        for folder in self.config.folders:
-            if self._watches.polled(folder):
-                self._next_poll.setdefault(folder, now + folder.poll_seconds)
+    def _online(self, path: str) -> bool:
+        scanner = self._scanner_of(path)
+        return scanner is not None and scanner.online
+
+    def _look_at_folders(self) -> None:
+        for scanner in self._scanners:
+            scanner.judge()
+        offline = [text_of(str(s.folder.path)) for s in self._scanners if not s.online]
+        if offline != self._offline:
+            self._offline = offline
+            self._next_beat = 0.0
 
     # What came in
 
@@ -329,22 +351,31 @@ class Service:
                     self._take_in(read)
             case Loaded():
                 message.hand_over()
-            case FileHint(path, complete):
-                self._follow(path, complete)
-            case FolderHint(path):
-                self._scan_below(path)
+            case Reload():
+                for served in self._files:
+                    served.load()
+                self._scan_all(again=True)
+            case Stop():
+                self._stopping = True
+            case _:
+                self._heed(message)
+
+    def _heed(self, sight: Sight) -> None:
+        match sight:
+            case Found(files=files):
+                if files:
+                    self._found.append(sight)
+            case SeenAgain(seen):
+                for path, expected, stamp in seen:
+                    self._seen(path, expected, stamp)
+            case FileHint(path, stamp, complete):
+                self._follow(path, stamp, complete)
             case HintsLost():
                 self.health.overflowed()
                 logger.warning("the kernel dropped file events; scanning every folder")
-                self._scans.clear()
-                self._scan_all()
-            case Reload():
-                for files in self._files:
-                    files.load()
-                self._scans.clear()
-                self._scan_all()
-            case Stop():
-                self._stopping = True
+                self._scan_all(again=True)
+            case Exception():
+                raise sight
 
     def _take_in(self, read: _Read) -> None:
         if isinstance(read, Reading):
@@ -355,23 +386,19 @@ class Service:
         elif self.cascade:
             self.cascade.handle(read)
 
-    def _scan_below(self, path: str) -> None:
-        for folder in self.config.folders:
-            if folder.recursive and path.startswith(f"{folder.path}/"):
-                self._scans.append((None, folder.scan(path)))
-
-    def _follow(self, path: str, complete: bool) -> None:
+    def _follow(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand:
-            self._in_hand[path].hinted_again = True
-        elif any(folder.wants(path) for folder in self.config.folders):
-            stamp = stamp_of(path)
-            if stamp:
-                self._consider(path, stamp, complete)
+            self._in_hand[path].hinted_again = stamp
+        else:
+            self._consider(path, stamp, complete)
 
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
-        path, stamp = reading.path, reading.stamp
-        if stamp is None:  # gone before it was read
+        path = reading.path
+        unfinished = reading.changed or reading.suspect or reading.transient
+        stamp = reading.stamp or (self._in_hand[path].stamp if unfinished else None)
+        if stamp is None or (reading.transient and not self._online(path)):
+            # Gone before it was read, or with its folder, where it is found again.
             self._recorder.write(lambda: self.log.put_down(path))
             self._let_go(path)
         elif reading.suspect:
@@ -405,8 +432,8 @@ class Service:
 
     def _let_go(self, path: str) -> None:
         self.passed(1)
-        if self._in_hand.pop(path).hinted_again:
-            self._follow(path, complete=True)
+        if stamp := self._in_hand.pop(path).hinted_again:
+            self._consider(path, stamp, complete=True)
 
     def _swap(self, model: Model) -> None:
         if model.sha256 == self.model.sha256:
@@ -468,15 +495,14 @@ class Service:
             self._let_go(outcome.path)
 
     def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
-        assert reading.stamp
-        image = reading.image
+        image, in_hand = reading.image, self._in_hand[reading.path]
         status: Status = verdict.status if verdict else "failed"
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
-            stamp=reading.stamp,
+            stamp=reading.stamp or in_hand.stamp,
             status="no-match" if verdict and self.cascade else status,
-            seen_at=self._in_hand[reading.path].seen_at,
+            seen_at=in_hand.seen_at,
             classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
@@ -495,7 +521,6 @@ class Service:
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._settling.next_due()) is not None:
             moments.append(due)
-        moments += self._next_poll.values()
         if self._idle():
             moments.append(self._retention.next_due)
         if self._batch:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,25 @@ def test_a_decoder_that_crashes_twice_costs_its_file_a_failed_row_and_no_more(
     assert rows["first.png"]["status"] == rows["last.png"]["status"] == "match"
     assert daemon.in_hand() == {}
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_strike_of_a_file_that_is_gone_is_put_away(
+    daemon: DaemonProcess, tmp_path: Path, running: bool
+) -> None:
+    slow = write_slow_image(tmp_path / "slow.png")
+    daemon.start("--workers", 1)
+    slow = slow.rename(daemon.drop / "slow.png")
+    daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGKILL))
+    daemon.wait_until(lambda: daemon.in_hand() == {"slow.png": 1})
+    if running:
+        slow.unlink()
+    else:
+        daemon.stop()
+        slow.unlink()
+        daemon.start()
+    daemon.wait_until(lambda: daemon.in_hand() == {})
+    assert daemon.rows() == []
 
 
 def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
@@ -266,23 +286,30 @@ def test_another_file_system_over_the_folder_means_offline(daemon: DaemonProcess
     assert sorted(names) == ["late.png", "ours.png"]
 
 
+@contextmanager
+def lowered(limit: Path, value: int) -> Iterator[None]:
+    """A sysctl at this value; a shell puts it back, even if these tests are killed."""
+    before = limit.read_text().strip()
+    put_back = ["sh", "-c", 'read _; echo "$0" > "$1"', before, str(limit)]
+    guard = subprocess.Popen(put_back, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        limit.write_text(str(value))
+        if limit.read_text().strip() != str(value):
+            pytest.skip(f"{limit} cannot be lowered here")
+        yield
+    except PermissionError:
+        pytest.skip(f"lowering {limit} needs root")
+    finally:
+        guard.communicate()
+
+
 def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     daemon: DaemonProcess,
 ) -> None:
-    limit = Path("/proc/sys/fs/inotify/max_user_watches")
-    before = limit.read_text()
     for number in range(40):
         (daemon.drop / str(number)).mkdir()
-    try:
-        limit.write_text("20")
-    except OSError:
-        pytest.skip("lowering the limit of watches needs root")
-    try:
-        if limit.read_text().strip() != "20":
-            pytest.skip("the limit of watches cannot be lowered here")
+    with lowered(Path("/proc/sys/fs/inotify/max_user_watches"), 20):
         daemon.start()
-    finally:
-        limit.write_text(before)
     assert "raise fs.inotify.max_user_watches with sysctl" in daemon.log.read_text()
     write_image(daemon.drop / "7" / "a.png", 200)
     daemon.wait_for_rows(1)
@@ -325,3 +352,63 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     os.kill(daemon.pid, signal.SIGCONT)
     daemon.wait_for_rows(1)
     assert "the kernel dropped file events" in daemon.log.read_text()
+
+
+@contextmanager
+def hung_mount(folder: Path) -> Iterator[None]:
+    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs."""
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR)
+    except OSError:
+        pytest.skip("a mount that hangs needs /dev/fuse and root")
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    mount = ["mount", "-i", "-t", "fuse", "-o", options, "hung", str(folder)]
+    try:
+        if subprocess.run(mount, pass_fds=[device], capture_output=True).returncode:
+            pytest.skip("mounting needs root")
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    finally:
+        os.close(device)  # then what hung in it gets an error
+
+
+def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(
+    daemon: DaemonProcess,
+    tmp_path: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    polled, announced = tmp_path / "polled", tmp_path / "announced"
+    config = tmp_path / "daemon.toml"
+    config.write_text(
+        f'[[watch]]\npath = "{daemon.drop}"\n[[watch]]\npath = "{announced}"\n'
+        f'[[watch]]\npath = "{polled}"\nmode = "poll"\npoll_seconds = 0.1\n'
+    )
+    for folder in (polled, announced):
+        write_image(folder / "before.png", 200)
+    daemon.start("--config", config, "--settle-seconds", 2, watch=False)
+    daemon.wait_for_rows(2)
+    for folder in (polled, announced):
+        # Not settled yet, so that they are to be looked at again while it hangs.
+        (folder / "link.png").hardlink_to(write_image(tmp_path / "a.png", 25))
+    time.sleep(0.5)
+    with hung_mount(polled), hung_mount(announced):
+        for number in range(5):
+            write_image(daemon.drop / f"{number}.png", 200)
+        daemon.wait_for_rows(7)
+        for folder in (polled, announced):
+            says = f"folder {folder} does not answer"
+            daemon.wait_until(lambda says=says: says in daemon.log.read_text())
+        write_image(daemon.drop / "late.png", 200)
+        daemon.wait_for_rows(8)
+        status = ("pic-daemon", "status", "--database", daemon.database)
+        daemon.wait_until(lambda: str(polled) in run_tool(*status).stdout)
+        assert run_tool(*status).returncode == 1
+    write_image(polled / "after.png", 200)
+    rows = daemon.wait_for_rows(11)
+    assert len({row["path"] for row in rows}) == len(rows) == 11
+    assert {row["status"] for row in rows} == {"match", "no-match"}
+    log = daemon.log.read_text()
+    assert log.count("does not answer") == log.count("answers again") == 2
+    assert daemon.stop() == 0
