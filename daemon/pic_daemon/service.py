@@ -33,6 +33,7 @@ from pic_daemon.recording import Recorder
 from pic_daemon.retention import Retention
 from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.schema import Status
+from pic_daemon.scoring import Scored, Scorer
 from pic_daemon.served_files import Loaded, ServedFiles
 from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
@@ -63,7 +64,7 @@ class Reload:
 
 _Read = Reading | CloserReading | Confirmation
 
-Message = Sight | list[_Read] | Stop | Reload | Loaded
+Message = Sight | list[_Read] | Scored | Stop | Reload | Loaded
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Service:
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
+    _scoring: bool = False
     _found: deque[Found] = field(default_factory=deque)
     _scanners: list[Scanner] = field(default_factory=list)  # deepest folder first
     _next_rescan: float = 0.0
@@ -147,6 +149,7 @@ class Service:
         decoding = self.config.readers, self.config.decode_seconds
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
+            Scorer(self.inbox.put) as scorer,
             scanning(self.config.folders, self.inbox.put) as scanners,
         ):
             # The first scan comes after the watches: what arrives between is seen twice
@@ -165,7 +168,7 @@ class Service:
                     break
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
-                    self._finish_batch()
+                    self._begin_scoring(scorer)
                 if self.cascade:
                     self._go_on(self.cascade)
                 self.health.feed_watchdog(self._busy())
@@ -176,7 +179,7 @@ class Service:
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
         waiting = self.cascade.waiting if self.cascade else 0
-        return bool(self._reading or self._batch or waiting)
+        return bool(self._reading or self._batch or self._scoring or waiting)
 
     def _all_done(self) -> bool:
         """Whether every file of the folders has been dealt with."""
@@ -268,7 +271,11 @@ class Service:
         if not self.cascade:
             return {**waiting}
         index = self.cascade.identifier.index.sha256
-        return {**waiting, "catalog_index": index, "gate_threshold": self._threshold()}
+        return {
+            **waiting,
+            "catalog_index": index,
+            "gate_threshold": self._threshold(self.model),
+        }
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
         if path in self._in_hand:
@@ -349,6 +356,11 @@ class Service:
                 self.health.moved()
                 for read in message:
                     self._take_in(read)
+            case Scored():
+                self._scoring = False
+                self.health.spent("inference", message.seconds)
+                self.health.moved()
+                self._pass_on(message)
             case Loaded():
                 message.hand_over()
             case Reload():
@@ -438,8 +450,9 @@ class Service:
     def _swap(self, model: Model) -> None:
         if model.sha256 == self.model.sha256:
             return
-        if self._batch:
-            self._finish_batch()
+        if model.info.input_size != self.model.info.input_size:
+            self._ready.extend(reading.path for reading in self._batch)
+            self._batch.clear()
         self.model = model
         self._recorder.write(lambda: self.log.use_model(model))
         self.health.serving(model)
@@ -452,32 +465,37 @@ class Service:
 
     def _batch_is_due(self) -> bool:
         """Full, or nothing else is coming, or the oldest has waited long enough."""
-        if not self._batch:
+        if self._scoring or not self._batch:
             return False
         waited = time.monotonic() - self._batch_since
         return self._batch_is_full() or not self._reading or waited >= _BATCH_WAIT_S
 
-    def _finish_batch(self) -> None:
-        readings, self._batch = self._batch, []
-        with self.health.timed("inference"):
-            verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
-        now = time.time()
+    def _begin_scoring(self, scorer: Scorer) -> None:
+        size = self.config.batch_size
+        batch, self._batch = self._batch[:size], self._batch[size:]
+        self._batch_since = time.monotonic()
+        self._scoring = True
+        scorer.begin(self.model, batch)
+
+    def _pass_on(self, scored: Scored) -> None:
+        """Record a batch, but for what the cascade is to look at."""
+        model, now = scored.model, time.time()
+        threshold = self._threshold(model)
         outcomes = []
-        for reading in readings:
-            verdict = next(verdicts) if reading.image else None
-            outcome = self._outcome(reading, verdict, now)
+        for reading, verdict in zip(scored.readings, scored.verdicts, strict=True):
+            outcome = self._outcome(reading, verdict, threshold, now)
             score = verdict.score if verdict and not verdict.reason else -1.0
-            if self.cascade and score >= self._threshold():
-                self.cascade.take(Passed(outcome, self.model))
+            if self.cascade and score >= threshold:
+                self.cascade.take(Passed(outcome, model))
             else:
                 outcomes.append(outcome)
         if outcomes:
-            self._record(outcomes, self.model)
+            self._record(outcomes, model)
 
-    def _threshold(self) -> float:
-        """What the model's score must reach, to match or to be looked at again."""
-        gate = self.cascade.gate(self.model) if self.cascade else None
-        return self.model.info.threshold if gate is None else gate
+    def _threshold(self, model: Model) -> float:
+        """What a model's score must reach, to match or to be looked at again."""
+        gate = self.cascade.gate(model) if self.cascade else None
+        return model.info.threshold if gate is None else gate
 
     def _go_on(self, cascade: Cascade) -> None:
         """Describe what waits, if it is due, and record what is decided."""
@@ -494,7 +512,9 @@ class Service:
         for outcome in outcomes:
             self._let_go(outcome.path)
 
-    def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
+    def _outcome(
+        self, reading: Reading, verdict: Verdict | None, threshold: float, now: float
+    ) -> Outcome:
         image, in_hand = reading.image, self._in_hand[reading.path]
         status: Status = verdict.status if verdict else "failed"
         return Outcome(
@@ -508,7 +528,7 @@ class Service:
             height=image.height if image else None,
             format=image.format if image else None,
             score=verdict.score if verdict else None,
-            threshold=self._threshold() if image else None,
+            threshold=threshold if image else None,
             error=verdict.reason if verdict else reading.error,
         )
 
@@ -523,7 +543,7 @@ class Service:
             moments.append(due)
         if self._idle():
             moments.append(self._retention.next_due)
-        if self._batch:
+        if self._batch and not self._scoring:  # else a message comes
             moments.append(self._batch_since + _BATCH_WAIT_S)
         if self.cascade and (due := self.cascade.due()) is not None:
             moments.append(due)
