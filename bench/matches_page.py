@@ -7,6 +7,7 @@ others.
 """
 
 import hashlib
+import math
 import os
 import platform
 import random
@@ -30,7 +31,7 @@ BIN = Path(sys.executable).parent
 TIMES = 20
 LIMIT_MS = 200
 BATCH = 32
-WRITTEN = 32_000
+WRITTEN = 16_000
 COLUMNS = (
     "path", "sha256", "bytes", "width", "height", "format", "status", "score", "threshold",
     "model", "seen_at", "classified_at", "latency_ms", "error", "mtime_ns", "inode",
@@ -40,6 +41,21 @@ INSERT = (
     f"INSERT INTO images ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 )
 APART_S = 3.0
+ROUNDS = 3
+NARROW = [
+    "CREATE INDEX images_by_status ON images (status, classified_at)",
+    "CREATE INDEX images_by_product ON images (catalog_item, classified_at) "
+    "WHERE status = 'match' AND catalog_item IS NOT NULL",
+]
+OTHERS = {
+    "narrower, without score and id": NARROW,
+    "narrower, and one by score": [
+        *NARROW, "CREATE INDEX images_by_score ON images (status, score)"
+    ],
+    "none but matches by time": [
+        "CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match'"
+    ],
+}  # fmt: skip
 
 
 def main() -> None:
@@ -171,40 +187,46 @@ def ask(client: httpx.Client, path: str) -> float:
 
 
 def show_writer(database: Path, count: int) -> None:
-    """Rows a second, 32 to a durable transaction, with these indexes and with others."""
+    """Rows a second, 32 to a durable transaction, with these indexes and with others.
+
+    Each set has its turn in each round; what is told is its best one.
+    """
     db = sqlite3.connect(database, isolation_level=None)
     db.execute("PRAGMA synchronous = FULL")
-    say("\n| indexes | us of CPU a row | rows/s |\n|---|---|---|")
-    for name, statements in (
-        ("as they are", []),
-        ("narrower, without score and id", [
-            "DROP INDEX images_by_status", "DROP INDEX images_by_product",
-            "CREATE INDEX images_by_status ON images (status, classified_at)",
-            "CREATE INDEX images_by_product ON images (catalog_item, classified_at) "
-            "WHERE status = 'match' AND catalog_item IS NOT NULL",
-        ]),
-        ("narrower, and one by score", [
-            "CREATE INDEX images_by_score ON images (status, score)",
-        ]),
-        ("none but matches by time", [
-            "DROP INDEX images_by_score", "DROP INDEX images_by_status",
-            "DROP INDEX images_by_product",
-            "CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match'",
-        ]),
-    ):  # fmt: skip
-        for statement in statements:
-            db.execute(statement)
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        given = list(rows(count, WRITTEN, time.time() + WRITTEN * APART_S, count + WRITTEN))
-        count += WRITTEN
-        began, worked = time.perf_counter(), time.process_time()
-        for start in range(0, WRITTEN, BATCH):
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany(INSERT, given[start : start + BATCH])
-            db.execute("COMMIT")
-        cpu = (time.process_time() - worked) / WRITTEN * 1e6
-        say(f"| {name} | {cpu:.1f} | {WRITTEN / (time.perf_counter() - began):,.0f} |")
+    ours = [sql for (sql,) in db.execute(
+        "SELECT sql FROM sqlite_schema WHERE name IN ('images_by_status', 'images_by_product')"
+    )]  # fmt: skip
+    sets = {"as they are": ours, **OTHERS}
+    best = {name: (math.inf, 0.0) for name in sets}
+    for _ in range(ROUNDS):
+        for name, indexes in sets.items():
+            for (index,) in db.execute(
+                "SELECT name FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL "
+                "AND tbl_name = 'images' AND name <> 'images_by_revision'"
+            ).fetchall():
+                db.execute(f"DROP INDEX {index}")
+            for sql in indexes:
+                db.execute(sql)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            cpu, speed = write(db, count)
+            count += WRITTEN
+            best[name] = min(best[name][0], cpu), max(best[name][1], speed)
     db.close()
+    say("\n| indexes | us of CPU a row | rows/s |\n|---|---|---|")
+    for name, (cpu, speed) in best.items():
+        say(f"| {name} | {cpu:.1f} | {speed:,.0f} |")
+
+
+def write(db: sqlite3.Connection, count: int) -> tuple[float, float]:
+    """Add rows to `count` of them; returns us of CPU a row and rows a second."""
+    given = list(rows(count, WRITTEN, time.time() + WRITTEN * APART_S, count + WRITTEN))
+    began, worked = time.perf_counter(), time.process_time()
+    for start in range(0, WRITTEN, BATCH):
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany(INSERT, given[start : start + BATCH])
+        db.execute("COMMIT")
+    cpu = (time.process_time() - worked) / WRITTEN * 1e6
+    return cpu, WRITTEN / (time.perf_counter() - began)
 
 
 def say(line: str) -> None:
