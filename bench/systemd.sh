@@ -105,7 +105,7 @@ holds() { # sentence, command: wait until it does, or fail
         sleep 0.2
     done
     printf -- '- NOT: %s\n' "$1"
-    inside journalctl --no-pager -u pic-daemon | tail -30
+    inside journalctl --no-pager -u 'pic-*' | tail -30
     exit 1
 }
 log="journalctl -u pic-daemon -o cat --no-pager"
@@ -200,7 +200,7 @@ show "curl -s -o /dev/null -w '%{http_code} %{redirect_url}\n' -d label=ours $pa
 holds "the correction is in the log, by the account of the unit" \
     "/opt/pic/bin/python -c 'import sqlite3; assert sqlite3.connect(\"/var/lib/pic-daemon/matches.db\").execute(\"SELECT label, who FROM corrections\").fetchall() == [(\"ours\", \"pic-daemon\")]'"
 holds "no other machine reaches them" "! curl -s --max-time 2 http://192.0.2.10:8001/matches"
-show '(umask 077; openssl rand -hex 24 > /etc/pic-matches.token); install -D -m 644 /mnt/repo/systemd/pic-matches-network.conf /etc/systemd/system/pic-matches.service.d/network.conf && systemctl daemon-reload && systemctl restart pic-matches'
+show 'install -m 640 -g pic-daemon /dev/null /etc/pic-matches.token; openssl rand -hex 24 > /etc/pic-matches.token; install -D -m 644 /mnt/repo/systemd/pic-matches-network.conf /etc/systemd/system/pic-matches.service.d/network.conf && systemctl daemon-reload && systemctl restart pic-matches'
 holds "with the drop-in they answer elsewhere, to the token alone" \
     "[ \$(curl -s -o /dev/null -w '%{http_code}' http://192.0.2.10:8001/matches) = 401 ] && curl -fs -H \"Authorization: Bearer \$(cat /etc/pic-matches.token)\" http://192.0.2.10:8001/matches | grep 220.png"
 show 'systemd-analyze security pic-matches --no-pager | tail -1'

@@ -153,6 +153,24 @@ def test_a_webhook_that_fails_half_of_the_time_is_told_of_every_match(
     assert {"score", "sha256", "catalog_item", "classified_at"} <= set(message)
 
 
+def test_a_program_that_fails_half_of_the_time_is_told_of_every_match(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    told, tried = tmp_path / "told.jsonl", tmp_path / "tried"
+    script = tmp_path / "tell.sh"
+    script.write_text(f"#!/bin/sh\necho >> {tried}\n[ $(($(wc -l < {tried}) % 2)) = 0 ] || "
+                      f"exit 1\nexec cat >> {told}\n")  # fmt: skip
+    script.chmod(0o755)
+    daemon.start("--command", script)
+    for number in range(12):
+        write_image(daemon.drop / f"{number}.png", 150 + number)
+    daemon.wait_for_rows(12)
+    daemon.wait_until(lambda: told.exists() and not queued(daemon))
+    messages = [json.loads(line) for line in told.read_text().splitlines()]
+    assert names(messages) == {f"{number}.png" for number in range(12)}
+    assert len(tried.read_text()) == 2 * len(messages)
+
+
 def test_a_kill_between_telling_and_noting_it_tells_again(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:

@@ -73,13 +73,16 @@ def test_the_unit_of_the_pages_starts_them_and_elsewhere_they_ask_for_the_token(
 ) -> None:
     shop = Shop(tmp_path / "shop")
     shop.copy_of(3, "tea.jpg")
-    (tmp_path / "token").write_text("a-word-that-is-long-enough")
-    (tmp_path / "token").chmod(0o400)
+    token = str(tmp_path / "token")
+    Path(token).write_text("a-word-that-is-long-enough")
+    Path(token).chmod(0o640)
     words = environment_of("pic-matches.service", *beside)
     unit = (SYSTEMD / "pic-matches.service").read_text()
     line = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     assert line
-    options = line[1].replace("$ADDRESS", words["ADDRESS"].replace("%d", str(tmp_path)))
+    options = line[1].replace(
+        "$ADDRESS", words["ADDRESS"].replace("/etc/pic-matches.token", token)
+    )
     program, *rest = shlex.split(
         options.replace("${CATALOG}", str(shop.catalog))
         .replace("/var/lib/pic-daemon/matches.db", str(shop.database))
