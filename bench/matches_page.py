@@ -194,7 +194,8 @@ def show_writer(database: Path, count: int) -> None:
     db = sqlite3.connect(database, isolation_level=None)
     db.execute("PRAGMA synchronous = FULL")
     ours = [sql for (sql,) in db.execute(
-        "SELECT sql FROM sqlite_schema WHERE name IN ('images_by_status', 'images_by_product')"
+        "SELECT sql FROM sqlite_schema "
+        "WHERE name IN ('images_by_status', 'images_by_product')"
     )]  # fmt: skip
     sets = {"as they are": ours, **OTHERS}
     best = {name: (math.inf, 0.0) for name in sets}
