@@ -42,6 +42,7 @@ from pic_daemon.watch import FileHint, HintsLost
 logger = logging.getLogger("pic_daemon")
 
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
+_BACKLOG_WAIT_S = 0.25  # the same while more files wait than are read: nobody is kept
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
@@ -467,8 +468,13 @@ class Service:
         """Full, or nothing else is coming, or the oldest has waited long enough."""
         if self._scoring or not self._batch:
             return False
-        waited = time.monotonic() - self._batch_since
-        return self._batch_is_full() or not self._reading or waited >= _BATCH_WAIT_S
+        waited = time.monotonic() >= self._batch_ends()
+        return self._batch_is_full() or not self._reading or waited
+
+    def _batch_ends(self) -> float:
+        """When a batch that is not full is scored all the same."""
+        backlog = self._ready or self._found
+        return self._batch_since + (_BACKLOG_WAIT_S if backlog else _BATCH_WAIT_S)
 
     def _begin_scoring(self, scorer: Scorer) -> None:
         size = self.config.batch_size
@@ -544,7 +550,7 @@ class Service:
         if self._idle():
             moments.append(self._retention.next_due)
         if self._batch and not self._scoring:  # else a message comes
-            moments.append(self._batch_since + _BATCH_WAIT_S)
+            moments.append(self._batch_ends())
         if self.cascade and (due := self.cascade.due()) is not None:
             moments.append(due)
         wait = min(moments) - now
