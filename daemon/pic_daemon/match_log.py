@@ -24,6 +24,9 @@ from pic_daemon.schema import BUSY_TIMEOUT_S, Status, check, iso_time, migration
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
+UNREAD = "cannot be read:"
+"""How the error of a file begins that met an I/O error."""
+
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
 STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
@@ -191,7 +194,7 @@ class MatchLog:
         row = self._db.execute(
             "SELECT 1 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%' AND classified_at < ?)",
+            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' AND classified_at < ?)",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, unread_until],
         ).fetchone()
         return row is not None

@@ -26,7 +26,7 @@ from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.health import Figures, Health
 from pic_daemon.identification import CloserReading, Confirmation
-from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.match_log import UNREAD, MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
 from pic_daemon.recording import Recorder
@@ -43,8 +43,9 @@ logger = logging.getLogger("pic_daemon")
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
 _LONGEST_WAIT_S = 60.0
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
-_STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
-_STRIKE_WAIT_S = 5.0  # between them
+_STRIKES = 2  # attempts at a file that ends its worker
+_UNREAD_STRIKES = 3  # attempts at one that cannot be read
+_STRIKE_WAIT_S = 5.0  # before the second attempt, twice as long before the next
 _LOOK_S = 5.0  # between two looks at the model file and at how the folders are
 _BEAT_S = 30.0  # between two heartbeats in the database
 _STUCK_S = 60.0  # beyond the time that decoding may take
@@ -404,9 +405,10 @@ class Service:
         elif reading.suspect:
             self._in_hand[path].alone = True
             self._ready.append(path)
-        elif reading.transient and self._may_try_again(path):
-            logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
-            self._wait_again(path, stamp, _STRIKE_WAIT_S)
+        elif reading.transient and (wait := self._next_attempt(reading)):
+            problem = "path=%r: %s; trying again in %g s"
+            logger.warning(problem, text_of(path), reading.error, wait)
+            self._wait_again(path, stamp, wait)
         elif reading.changed or (
             reading.error and not reading.transient and not self._in_hand[path].settled
         ):
@@ -422,9 +424,12 @@ class Service:
                 self._batch_since = time.monotonic()
             self._batch.append(reading)
 
-    def _may_try_again(self, path: str) -> bool:
-        """Count an attempt that failed on its own; whether another is due."""
-        return self._recorder.write(lambda: self.log.strike(path)) < _STRIKES
+    def _next_attempt(self, reading: Reading) -> float | None:
+        """Count an attempt that failed on its own; seconds to the next, None: no more."""
+        strikes = self._recorder.write(lambda: self.log.strike(reading.path))
+        unread = reading.error and reading.error.startswith(UNREAD)
+        most = _UNREAD_STRIKES if unread else _STRIKES
+        return _STRIKE_WAIT_S * 2 ** (strikes - 1) if strikes < most else None
 
     def _wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
         seen_at = self._in_hand.pop(path).seen_at

@@ -159,7 +159,7 @@ def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
     daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGSTOP))
     (row,) = daemon.wait_for_rows(1)
     assert row["status"] == "no-match"  # nearly uniform
-    assert "decoding took longer than 20 s; trying once more" in daemon.log.read_text()
+    assert "decoding took longer than 20 s; trying again in 5 s" in daemon.log.read_text()
 
 
 def test_a_worker_killed_while_idle_is_replaced(daemon: DaemonProcess) -> None:
@@ -301,6 +301,56 @@ def lowered(limit: Path, value: int) -> Iterator[None]:
         pytest.skip(f"lowering {limit} needs root")
     finally:
         guard.communicate()
+
+
+@contextmanager
+def mounted(source: Path, folder: Path) -> Iterator[None]:
+    mount = ["mount", "--bind", str(source), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_returns(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    for number in range(5):
+        write_image(disk / f"{number}.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.start()
+        before = daemon.wait_for_rows(5)
+    write_image(daemon.drop / "under-the-mount.png", 200)
+    daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+    write_image(disk / "meanwhile.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+        after = daemon.wait_for_rows(6)
+        assert after[:5] == before
+        assert str(after[5]["path"]).endswith("meanwhile.png")
+        assert daemon.stop() == 0
+
+
+def test_a_read_only_database_is_named_at_the_start(
+    daemon: DaemonProcess,
+    small_disk: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    daemon.database = small_disk / "log.db"
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    daemon.stop()
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    service = "--watch", daemon.drop, "--model", daemon.model
+    result = run_tool("pic-daemon", "run", *service, "--database", daemon.database)
+    assert result.returncode == 2
+    assert f"database {daemon.database}: it or its folder is not writable" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
