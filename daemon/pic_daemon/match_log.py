@@ -313,20 +313,20 @@ class MatchLog:
             return deliveries.try_again(self._db.conn)
 
     def mark_outdated(self) -> int:
-        """Have images decided by another than the latest model or index done again.
+        """Have images decided by another than the present model or index done again.
 
-        Returns how many. Which index that is, and from which score on it is asked, the
-        heartbeat says.
+        Returns how many. Which these are, and from which score on the index is asked, the
+        heartbeat says; without one, the model is that used last, by the clock.
         """
-        latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        index, gate = (
+        model, index, gate = (
             f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
-            for name in ("catalog_index", "gate_threshold")
+            for name in ("model", "catalog_index", "gate_threshold")
         )
+        last = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
         asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
         return self._mark(
-            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
-            "AND status <> 'failed'"
+            f"(model <> coalesce({model}, ({last})) "
+            f"OR (catalog_index IS NOT {index} AND {asked})) AND status <> 'failed'"
         )
 
     def no_matches_before(
