@@ -128,7 +128,7 @@ done
 say "READY (Type=notify) and the status line"
 # `enable --now` returned when the service had said READY=1, not when it was forked.
 show 'systemctl show pic-daemon -p Type -p ActiveState -p SubState -p NRestarts -p User'
-holds "the log says ready" "$log | grep '^INFO ready'"
+holds "the log says ready" "$log | grep '^ready'"
 holds "both pictures have rows" "[ \$($log | grep -c 'match path=') -ge 1 ] && /opt/pic/bin/pic-daemon status --database /var/lib/pic-daemon/matches.db | grep '1 match, 1 no-match'"
 holds "systemctl status shows the service's own line, renewed with every heartbeat" \
     "systemctl show pic-daemon -p StatusText | grep '1 match'"

@@ -24,6 +24,9 @@ from pic_daemon.schema import BUSY_TIMEOUT_S, Status, check, iso_time, migration
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
+UNREAD = "cannot be read:"
+"""How the error of a file begins that met an I/O error."""
+
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
 STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
@@ -194,7 +197,7 @@ class MatchLog:
         row = self._db.execute(
             "SELECT 1 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%' AND classified_at < ?)",
+            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' AND classified_at < ?)",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, unread_until],
         ).fetchone()
         return row is not None
@@ -313,20 +316,20 @@ class MatchLog:
             return deliveries.try_again(self._db.conn)
 
     def mark_outdated(self) -> int:
-        """Have images decided by another than the latest model or index done again.
+        """Have images decided by another than the present model or index done again.
 
-        Returns how many. Which index that is, and from which score on it is asked, the
-        heartbeat says.
+        Returns how many. Which these are, and from which score on the index is asked, the
+        heartbeat says; without one, the model is that used last, by the clock.
         """
-        latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        index, gate = (
+        model, index, gate = (
             f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
-            for name in ("catalog_index", "gate_threshold")
+            for name in ("model", "catalog_index", "gate_threshold")
         )
+        last = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
         asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
         return self._mark(
-            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
-            "AND status <> 'failed'"
+            f"(model <> coalesce({model}, ({last})) "
+            f"OR (catalog_index IS NOT {index} AND {asked})) AND status <> 'failed'"
         )
 
     def no_matches_before(

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import BIN, DaemonProcess
 from shop import Shop
 
 from pic_daemon.config import Config, load_config
+from pic_daemon.health import Health
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 
@@ -137,3 +139,47 @@ def test_systemd_hears_when_the_service_is_ready_and_when_it_stops(
         daemon.stop()
         while (message := sock.recv(200)) != b"STOPPING=1":
             assert message.startswith((b"WATCHDOG", b"STATUS"))
+
+
+def test_the_watchdog_is_fed_by_files_that_move_and_not_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = os.path.join(os.path.relpath(tmp_path), "n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        monkeypatch.setenv("WATCHDOG_USEC", "4")  # to be fed every microsecond
+        health = Health(stuck_after=0.01)
+
+        def fed(busy: bool) -> bool:
+            health.feed_watchdog(busy)
+            try:
+                return sock.recv(200) == b"WATCHDOG=1"
+            except BlockingIOError:
+                return False
+
+        assert fed(busy=False)
+        time.sleep(0.02)
+        assert not fed(busy=True)  # files in hand, and none has moved since
+        health.moved()
+        assert fed(busy=True)
+        time.sleep(0.02)
+        assert not fed(busy=True)
+        assert fed(busy=False)  # nothing to do is no standstill
+
+
+def test_the_journal_can_tell_warnings_from_the_rest(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.log.touch()
+    stderr = daemon.log.stat()
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    (daemon.drop / "new\nline.png").write_text("no picture")
+    daemon.start()
+    daemon.wait_for_rows(1)
+    daemon.wait_until(lambda: "failed path" in daemon.log.read_text())
+    lines = daemon.log.read_text().splitlines()
+    assert all(line.startswith(("<6>", "<4>")) for line in lines)
+    (failed,) = (line for line in lines if "failed path" in line)
+    assert failed.startswith("<4>failed path=") and failed.endswith("reads'")

@@ -159,7 +159,7 @@ def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
     daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGSTOP))
     (row,) = daemon.wait_for_rows(1)
     assert row["status"] == "no-match"  # nearly uniform
-    assert "decoding took longer than 20 s; trying once more" in daemon.log.read_text()
+    assert "decoding took longer than 20 s; trying again in 5 s" in daemon.log.read_text()
 
 
 def test_a_worker_killed_while_idle_is_replaced(daemon: DaemonProcess) -> None:
@@ -303,6 +303,106 @@ def lowered(limit: Path, value: int) -> Iterator[None]:
         guard.communicate()
 
 
+@contextmanager
+def mounted(source: Path, folder: Path) -> Iterator[None]:
+    mount = ["mount", "--bind", str(source), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_returns(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    for number in range(5):
+        write_image(disk / f"{number}.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.start()
+        before = daemon.wait_for_rows(5)
+    write_image(daemon.drop / "under-the-mount.png", 200)
+    daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+    write_image(disk / "meanwhile.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+        after = daemon.wait_for_rows(6)
+        assert after[:5] == before
+        assert str(after[5]["path"]).endswith("meanwhile.png")
+        assert daemon.stop() == 0
+
+
+def test_a_read_only_database_is_named_at_the_start(
+    daemon: DaemonProcess,
+    small_disk: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    daemon.database = small_disk / "log.db"
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    daemon.stop()
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    service = "--watch", daemon.drop, "--model", daemon.model
+    result = run_tool("pic-daemon", "run", *service, "--database", daemon.database)
+    assert result.returncode == 2
+    assert f"database {daemon.database}: it or its folder is not writable" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@contextmanager
+def ext4_disk(home: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A disk of its own, and what makes the kernel find a fault: then it is read-only."""
+    image, folder = home / "disk.img", home / "ext4"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(folder)]
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("an ext4 of its own needs root, mkfs.ext4 and a loop device")
+    try:
+        device = Path(
+            f"/sys/dev/block/{os.major(dev := folder.stat().st_dev)}:{os.minor(dev)}"
+        )
+        fault = Path("/sys/fs/ext4") / device.resolve().name / "trigger_fs_error"
+        if not fault.exists():
+            pytest.skip("this kernel cannot be told to find a fault")
+        yield folder, lambda: fault.write_text("a test")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_becomes_read_only_is_waited_for_and_nothing_is_lost(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    with ext4_disk(tmp_path) as (disk, find_fault):
+        daemon.database = disk / "log.db"
+        daemon.start()
+        write_image(daemon.drop / "before.png", 200)
+        daemon.wait_for_rows(1)
+        find_fault()
+        write_image(daemon.drop / "late.png", 200)
+        waits = "waiting until it can be written"
+        daemon.wait_until(lambda: waits in daemon.log.read_text())
+        assert daemon.stop() == 1
+        assert "Traceback" not in daemon.log.read_text()
+    remount = ["mount", "-o", "loop", str(tmp_path / "disk.img"), str(disk)]
+    subprocess.run(["fsck.ext4", "-fy", str(tmp_path / "disk.img")], capture_output=True)
+    subprocess.run(remount, check=True)
+    try:
+        daemon.start()
+        assert len(daemon.wait_for_rows(2)) == 2
+        assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     daemon: DaemonProcess,
 ) -> None:
@@ -411,4 +511,22 @@ def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(
     assert {row["status"] for row in rows} == {"match", "no-match"}
     log = daemon.log.read_text()
     assert log.count("does not answer") == log.count("answers again") == 2
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_hangs_at_the_start_is_offline_until_it_answers(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    hung = tmp_path / "hung"
+    write_image(hung / "a.png", 200)
+    write_image(daemon.drop / "b.png", 200)
+    config = tmp_path / "daemon.toml"
+    tables = (f'[[watch]]\npath = "{folder}"\n' for folder in (daemon.drop, hung))
+    config.write_text("".join(tables))
+    with hung_mount(hung):
+        daemon.start("--config", config, watch=False)
+        daemon.wait_for_rows(1)
+        assert f"folder {hung} does not answer; it is offline" in daemon.log.read_text()
+    rows = daemon.wait_for_rows(2)
+    assert [Path(str(row["path"])).name for row in rows] == ["b.png", "a.png"]
     assert daemon.stop() == 0
