@@ -59,10 +59,13 @@ class Backlog:
         for scanner in self._scanners:
             scanner.scan(again)
 
-    def look_at_folders(self) -> list[str]:
-        """Find out which folders answer; returns the names of those that are offline."""
-        for scanner in self._scanners:
-            scanner.judge()
+    def look_at_folders(self) -> bool:
+        """Find out which folders answer; whether one ceased to that has files in hand."""
+        ceased = [scanner for scanner in self._scanners if scanner.judge()]
+        return any(self._scanner_of(path) in ceased for path in self.in_hand)
+
+    def folders_offline(self) -> list[str]:
+        """The names of the folders that are gone or do not answer."""
         return [text_of(str(s.folder.path)) for s in self._scanners if not s.online]
 
     def folders_online(self) -> list[Folder]:
@@ -84,7 +87,7 @@ class Backlog:
 
     def done(self) -> bool:
         """Whether all is dealt with, but for what may still lie in the inbox."""
-        scanned = not any(scanner.busy for scanner in self._scanners)
+        scanned = all(s.online and not s.busy for s in self._scanners)
         return scanned and not len(self) and not self._found
 
     def oldest(self) -> float | None:
@@ -113,7 +116,7 @@ class Backlog:
                 if self.online(path):
                     chosen.append(path)
                 else:
-                    del self.in_hand[path]
+                    self.drop(path)
             elif self._found and steps:
                 steps -= 1
                 self._compare(self._found[0])
@@ -131,10 +134,7 @@ class Backlog:
                 for path, expected, stamp in seen:
                     self._seen(path, expected, stamp)
             case FileHint(path, stamp, complete):
-                if path in self.in_hand:
-                    self.in_hand[path].hinted_again = stamp
-                else:
-                    self._consider(path, stamp, complete)
+                self._consider(path, stamp, complete)
 
     def read_again(self, path: str) -> None:
         """Have a file in hand read once more at once."""
@@ -145,11 +145,17 @@ class Backlog:
         seen_at = self.in_hand.pop(path).seen_at
         self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
 
+    def drop(self, path: str) -> None:
+        """Forget a file that needs no row now; a scan finds it if it is there later."""
+        self._recorder.write(lambda: self._recorder.log.put_down(path))
+        if path in self.in_hand:
+            self.let_go(path)
+
     def let_go(self, path: str) -> None:
         """Be done with a file in hand, unless something happened to it meanwhile."""
         self._passed(1)
         if stamp := self.in_hand.pop(path).hinted_again:
-            self._consider(path, stamp, complete=True)
+            self._consider(path, stamp, complete=False)
 
     def _compare(self, found: Found) -> None:
         """Compare the next file that a scan met with the log."""
@@ -160,7 +166,9 @@ class Backlog:
             found.scanner.go_on()
 
     def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
-        if path in self.in_hand:
+        if in_hand := self.in_hand.get(path):
+            if stamp != in_hand.stamp:
+                in_hand.hinted_again = stamp
             return
         if self._recorder.log.knows(path, stamp):
             self._passed(1)
@@ -187,7 +195,7 @@ class Backlog:
         if stamp is None:
             self._settling.release(path)
             if self.online(path):
-                self._recorder.write(lambda: self._recorder.log.put_down(path))
+                self.drop(path)
         elif expected and self._settling.awaits(path, expected):
             if stamp == expected:
                 self._take(path, stamp, settled=True)

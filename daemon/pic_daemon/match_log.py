@@ -162,7 +162,7 @@ class MatchLog:
 
     def put_down(self, path: str) -> None:
         """Forget that this file was in hand; it needs no row."""
-        with self._transaction():
+        with self._transaction(synchronous="NORMAL"):
             self._forget([path])
 
     def left_in_hand(self) -> list[str]:

@@ -97,15 +97,20 @@ class Scanner:
         self._unread = False
         self._wake.set()
 
-    def judge(self) -> None:
-        """Decide whether the disk answers; for the service's thread alone."""
+    def judge(self) -> bool:
+        """Decide whether the disk answers; for the service's thread alone.
+
+        Returns whether it just ceased to.
+        """
         silent = time.monotonic() - self._asking_since > _SILENT_S
-        if silent and not self.silent:
+        ceased = silent and not self.silent
+        if ceased:
             logger.warning("folder %s does not answer; it is offline", self.folder.path)
         if self.silent and not silent:
             logger.info("folder %s answers again", self.folder.path)
             self.scan()
         self.silent = silent
+        return ceased
 
     @property
     def online(self) -> bool:
@@ -189,8 +194,10 @@ class Scanner:
         self._send(Found(self, files))
 
     def _scan_below(self, path: str) -> None:
-        self._asked.append(path)
-        self._wake.set()
+        # A tree that was moved in is announced folder by folder.
+        if not any(path.startswith(f"{above}/") for above in tuple(self._asked)):
+            self._asked.append(path)
+            self._wake.set()
 
 
 @contextmanager

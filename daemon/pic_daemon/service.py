@@ -42,6 +42,7 @@ logger = logging.getLogger("pic_daemon")
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
 _BACKLOG_WAIT_S = 0.25  # the same while more files wait than are read: nobody is kept
 _LONGEST_WAIT_S = 60.0
+_MESSAGES = 1000  # heeded before the loop looks at its other duties
 _STRIKES = 2  # attempts at a file that ends its worker
 _UNREAD_STRIKES = 3  # attempts at one that cannot be read
 _STRIKE_WAIT_S = 5.0  # before the second attempt, twice as long before the next
@@ -168,7 +169,7 @@ class Service:
 
     def _choose(self, decoders: Decoders) -> bool:
         """Hand files to the decoders; returns whether there is more to look at now."""
-        self._look_around(time.monotonic())
+        self._look_around(time.monotonic(), decoders)
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
         room -= self.cascade.waiting if self.cascade else 0
         chosen, more = self._backlog.choose(room)
@@ -190,7 +191,7 @@ class Service:
         self._reading += 1
         decoders.run(*task)
 
-    def _look_around(self, now: float) -> None:
+    def _look_around(self, now: float, decoders: Decoders) -> None:
         """Do what is due by the clock."""
         self._backlog.end_waits(now)
         if now >= self._next_rescan:
@@ -199,7 +200,10 @@ class Service:
             self._next_look = now + _LOOK_S
             for files in self._files:
                 files.look()
-            if (offline := self._backlog.look_at_folders()) != self._offline:
+            decoders.look()
+            if self._backlog.look_at_folders():
+                decoders.leave_behind()
+            if (offline := self._backlog.folders_offline()) != self._offline:
                 self._offline = offline
                 self._next_beat = now
         if now >= self._next_beat:
@@ -235,11 +239,12 @@ class Service:
         try:
             with self.health.timed("wait"):
                 message = self.inbox.get(timeout > 0, timeout or None)
-            while True:
+            for _ in range(_MESSAGES):
                 self._handle(message)
                 if self._batch_is_full():
                     return
                 message = self.inbox.get(False)
+            self._handle(message)
         except queue.Empty:
             return
 
@@ -286,10 +291,9 @@ class Service:
         path = reading.path
         unfinished = reading.changed or reading.suspect or reading.transient
         stamp = reading.stamp or (self._backlog.in_hand[path].stamp if unfinished else None)
-        if stamp is None or (reading.transient and not self._backlog.online(path)):
+        if stamp is None or (unfinished and not self._backlog.online(path)):
             # Gone before it was read, or with its folder, where it is found again.
-            self._recorder.write(lambda: self.log.put_down(path))
-            self._backlog.let_go(path)
+            self._backlog.drop(path)
         elif reading.suspect:
             self._backlog.in_hand[path].alone = True
             self._backlog.read_again(path)

@@ -29,9 +29,10 @@ def log_format() -> logging.Formatter:
     sd-daemon(3): ``<4>`` is a warning, which ``journalctl -p warning`` finds.
     """
     journal = os.environ.get("JOURNAL_STREAM")  # systemd.exec(5)
-    stderr = os.fstat(sys.stderr.fileno())
-    if journal == f"{stderr.st_dev}:{stderr.st_ino}":
-        return _JournalFormatter("%(message)s")
+    if journal and sys.stderr:
+        stderr = os.fstat(sys.stderr.fileno())
+        if journal == f"{stderr.st_dev}:{stderr.st_ino}":
+            return _JournalFormatter("%(message)s")
     return logging.Formatter("%(levelname)s %(message)s")
 
 

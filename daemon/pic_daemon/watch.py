@@ -126,8 +126,9 @@ class FolderWatch:
 
     def _watch_ended(self) -> bool:
         """Whether a folder made anew under its old inode number has lost its watch."""
-        return self._observer is not None and not any(
-            emitter.is_alive() for emitter in self._observer.emitters
+        observer = self._observer
+        return observer is not None and not (
+            observer.is_alive() and any(e.is_alive() for e in observer.emitters)
         )
 
     def _inode_there(self) -> int | None:

@@ -1,10 +1,13 @@
 """Trouble around the service, made for real: it waits, says so, and loses nothing."""
 
 import os
+import select
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -454,11 +457,25 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     assert "the kernel dropped file events" in daemon.log.read_text()
 
 
+def swallow(device: int, done: threading.Event) -> None:
+    """Serve a FUSE device: say hello (fuse.h, FUSE_INIT), and answer nothing else."""
+    while not done.is_set():
+        if select.select([device], [], [], 0.1)[0]:
+            request = os.read(device, 1 << 20)
+            _, operation, unique = struct.unpack_from("IIQ", request)
+            if operation == 26:
+                hello = struct.pack("IIII", 7, 31, 0, 0) + bytes(48)
+                os.write(device, struct.pack("IiQ", 16 + len(hello), 0, unique) + hello)
+
+
 @contextmanager
-def hung_mount(folder: Path) -> Iterator[None]:
-    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs."""
+def hung_mount(folder: Path, served: bool = False) -> Iterator[None]:
+    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs.
+
+    `served`: a server takes the requests, so that SIGKILL does not end who waits.
+    """
     try:
-        device = os.open("/dev/fuse", os.O_RDWR)
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
     except OSError:
         pytest.skip("a mount that hangs needs /dev/fuse and root")
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
@@ -466,9 +483,16 @@ def hung_mount(folder: Path) -> Iterator[None]:
     try:
         if subprocess.run(mount, pass_fds=[device], capture_output=True).returncode:
             pytest.skip("mounting needs root")
+        done = threading.Event()
+        server = threading.Thread(target=swallow, args=[device, done])
+        if served:
+            server.start()
         try:
             yield
         finally:
+            done.set()
+            if served:
+                server.join()
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
     finally:
         os.close(device)  # then what hung in it gets an error
@@ -511,6 +535,32 @@ def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(
     assert {row["status"] for row in rows} == {"match", "no-match"}
     log = daemon.log.read_text()
     assert log.count("does not answer") == log.count("answers again") == 2
+    assert daemon.stop() == 0
+
+
+def test_workers_that_a_mount_holds_for_ever_are_left_behind(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    hung = tmp_path / "hung"
+    slow = write_slow_image(tmp_path / "slow.png")
+    hung.mkdir()
+    config = tmp_path / "daemon.toml"
+    tables = (f'[[watch]]\npath = "{folder}"\n' for folder in (daemon.drop, hung))
+    config.write_text("".join(tables))
+    daemon.start("--config", config, "--workers", 1, watch=False)
+    write_image(daemon.drop / "first.png", 200)
+    daemon.wait_for_rows(1)
+    # What waits behind a slow picture is read when the mount hangs already.
+    slow.rename(hung / "slow.png")
+    write_image(tmp_path / "next.png", 200).rename(hung / "next.png")
+    daemon.wait_until(lambda: "next.png" in daemon.in_hand())
+    with hung_mount(hung, served=True):
+        late = write_image(daemon.drop / "late.png", 200)
+        daemon.wait_until(lambda: str(late) in {row["path"] for row in daemon.rows()})
+        assert "worker processes do not come back" in daemon.log.read_text()
+    rows = {Path(str(row["path"])).name: row for row in daemon.wait_for_rows(4)}
+    assert rows["late.png"]["status"] == rows["next.png"]["status"] == "match"
+    assert daemon.in_hand() == {}
     assert daemon.stop() == 0
 
 
