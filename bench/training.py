@@ -96,16 +96,16 @@ def print_figures(run: Path, minutes: float) -> None:
     )
 
 
-def print_known(run: Path, work: Path, count: int = 30_000) -> None:
-    """New samples of the very pictures trained on, decoys included: what a validation set
-    split by augmented file, not by picture, would have shown."""
+def print_known(run: Path, work: Path) -> None:
+    """As many new samples of the very pictures trained on, decoys included, as there were
+    for validation: what a split by augmented file, not by picture, would have shown."""
     config, network = load_network(run)
     sources = gather(
         Path(config.catalog), Path(config.others), Path(str(config.others_val)),
         work / "known.rgb", max(256, 2 * config.architecture.size),
     )  # fmt: skip
     samples = SampleSet(
-        sources, "train", count, config.architecture.size, config.seed,
+        sources, "train", config.val_images, config.architecture.size, config.seed,
         config.augmentation,
     )  # fmt: skip
     outputs, labels = [], []
