@@ -174,10 +174,11 @@ SEEN = 64
 CELLS = 16
 
 
-def write_descriptor(path: Path, sign: float = 1.0) -> Path:
+def write_descriptor(path: Path, sign: float = 1.0, blinded: float = 256.0) -> Path:
     """A real ONNX descriptor: the picture in 16 x 16 cells, its mean taken off.
 
-    Another `sign` gives another file that tells pictures apart as well.
+    Another `sign` gives another file that tells pictures apart as well. Pictures brighter
+    than `blinded`, on the mean, get vectors of NaN.
     """
     images = helper.make_tensor_value_info(
         "images", TensorProto.UINT8, ["N", SEEN, SEEN, 3]
@@ -187,6 +188,7 @@ def write_descriptor(path: Path, sign: float = 1.0) -> Path:
     )
     constants = [
         helper.make_tensor("sign", TensorProto.FLOAT, [], [sign]),
+        helper.make_tensor("blinded", TensorProto.FLOAT, [], [blinded]),
         helper.make_tensor("rows", TensorProto.INT64, [2], [0, -1]),
         helper.make_tensor("last", TensorProto.INT64, [1], [1]),
         helper.make_tensor("least", TensorProto.FLOAT, [], [1e-6]),
@@ -209,11 +211,16 @@ def write_descriptor(path: Path, sign: float = 1.0) -> Path:
         helper.make_node("Reshape", ["cells", "rows"], ["flat"]),
         helper.make_node("ReduceMean", ["flat", "last"], ["mean"], keepdims=1),
         helper.make_node("Sub", ["flat", "mean"], ["centred"]),
+        helper.make_node("Sub", ["blinded", "mean"], ["below"]),
+        helper.make_node("Sqrt", ["below"], ["root"]),
+        helper.make_node("Mul", ["root", "root"], ["squared"]),
+        helper.make_node("Div", ["squared", "squared"], ["one"]),
         helper.make_node("Add", ["centred", "nudge"], ["nudged"]),
         helper.make_node("ReduceL2", ["nudged", "last"], ["length"], keepdims=1),
         helper.make_node("Max", ["length", "least"], ["divisor"]),
         helper.make_node("Div", ["nudged", "divisor"], ["unit"]),
-        helper.make_node("Mul", ["unit", "sign"], ["embedding"]),
+        helper.make_node("Mul", ["unit", "sign"], ["signed"]),
+        helper.make_node("Mul", ["signed", "one"], ["embedding"]),
     ]
     graph = helper.make_graph(nodes, "cells", [images], [embedding], constants)
     model = helper.make_model(graph, opset_imports=[OPSET], ir_version=10)

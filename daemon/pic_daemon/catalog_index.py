@@ -28,7 +28,7 @@ from pic_daemon.neighbours import Neighbours, Vectors
 from pic_daemon.promise import Interval
 
 FORMAT = "product-image-index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no views without colour or margins
 
 _ABOUT, _ITEMS = "about.json", "items.json"
 _VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
@@ -164,14 +164,14 @@ class CatalogIndex:
             found.append(list(best.items())[:count])
         return found
 
-    def look_up(self, vectors: Vectors) -> list[list[Candidate]]:
-        """The items that each picture may be a copy of, nearest first."""
+    def look_up(self, vectors: Vectors, count: int = CANDIDATES) -> list[list[Candidate]]:
+        """The `count` items that each picture may be a copy of, nearest first."""
         return [
             [
                 Candidate(self.items[number].name, similarity, self.landmarks(number))
                 for number, similarity in near
             ]
-            for near in self.nearest(vectors, CANDIDATES)
+            for near in self.nearest(vectors, count)
         ]
 
     def changes(self) -> Changes | None:
@@ -298,7 +298,7 @@ def _about(path: Path, data: bytes) -> About:
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
-            "Upgrade product-image-classifier or make the index again."
+            "Upgrade product-image-classifier, or remove the file and make it again."
         )
     promise = values.pop("promise")
     rate = promise.pop("rate")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pic_daemon.cascade import Identifier
 from pic_daemon.catalog_index import CatalogIndex, Promise, files_in
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.descriptor import Descriptor
@@ -66,6 +67,7 @@ def measure(
 
     Raises InputError where they cannot support that rate.
     """
+    identifier = Identifier(descriptor, index)
     paths = [str(folder / name) for name, _ in sorted(files_in(folder))]
     _check(len(paths), target, folder)
     catalog = {item.sha256: item.name for item in index.items.values()}
@@ -84,7 +86,7 @@ def measure(
             else:
                 seen += [(path, closeup) for closeup in looked[1]]
         if seen:
-            best = _best(index, descriptor, [closeup for _, closeup in seen], pool)
+            best = _best(identifier, [closeup for _, closeup in seen], pool)
             pictures += [path for path, _ in seen]
             scores += [score for _, score in best]
             as_they_are += [
@@ -135,7 +137,7 @@ def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
     except ImageError as error:
         return str(error)
     whole = closeup_of(picture, size)
-    if whole.image.blank:
+    if whole.landmarks.blank:
         return "nearly uniform picture: it never matches"
     digest = hashlib.sha256(data).hexdigest()
     draw = np.random.default_rng(int(digest[:8], 16))
@@ -156,22 +158,18 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def _best(
-    index: CatalogIndex,
-    descriptor: Descriptor,
-    closeups: Sequence[Closeup],
-    pool: ProcessPoolExecutor,
+    identifier: Identifier, closeups: Sequence[Closeup], pool: ProcessPoolExecutor
 ) -> list[tuple[str, float]]:
     """The item with the highest joint score for each closeup, and that score."""
     found: list[list[Candidate]] = []
     for start in range(0, len(closeups), 32):
-        pixels = [c.image.pixels for c in closeups[start : start + 32]]
-        found += index.look_up(descriptor.describe(np.stack(pixels)))
+        found += identifier.candidates(closeups[start : start + 32])
     marks = [closeup.landmarks for closeup in closeups]
     return list(pool.map(_highest, marks, found, chunksize=4))
 
 
 def _highest(query: Landmarks, candidates: Sequence[Candidate]) -> tuple[str, float]:
-    best = candidates[0].item, 0.0
+    best = candidates[0].item if candidates else "", 0.0
     for candidate in candidates:
         if joint_score(candidate.similarity, 1.0) <= best[1]:
             break  # they come in falling order: no later one can be higher

@@ -20,6 +20,7 @@ from pic_daemon.images import (
     open_rgb,
     to_pixels,
 )
+from pic_daemon.margins import within_margins
 from pic_daemon.reading import Reading, read_bytes
 
 cv2.setNumThreads(1)  # as many processes as cores do this at the same time
@@ -35,7 +36,8 @@ DEFAULT_THRESHOLD = 0.5
 class Closeup:
     """A picture as the second stage sees it.
 
-    `image` has pixels for the descriptor, uint8, shape (size, size, 3).
+    `image` has pixels for the descriptor, uint8, shape (size, size, 3), of what lies within
+    the picture's margins; it is compared with items as a whole.
     """
 
     image: DecodedImage
@@ -137,7 +139,7 @@ def closeup_of(
 ) -> Closeup:
     """From an upright RGB picture."""
     width, height = stored or picture.size
-    pixels: Pixels = to_pixels(picture, size)
+    pixels: Pixels = to_pixels(within_margins(picture) or picture, size)
     return Closeup(DecodedImage(pixels, width, height, "RGB"), landmarks(picture))
 
 

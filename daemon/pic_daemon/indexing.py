@@ -20,6 +20,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
 
 SLICE = 64
@@ -96,7 +97,7 @@ def update(
     for names in slices(todo):
         paths = [str(folder / name) for name in names]
         prepared = list(pool.map(_prepare, paths, [size] * len(paths)))
-        vectors = _described(descriptor, [p for p in prepared if isinstance(p, _Prepared)])
+        vectors = _described(descriptor, names, prepared)
         for name, one in zip(names, prepared, strict=True):
             stamp = there[name]
             if isinstance(one, str):
@@ -163,25 +164,36 @@ def _prepare(path: str, size: int) -> _Prepared | str:
     except ImageError as error:
         return str(error)
     seen = closeup_of(picture, size)
-    if seen.image.blank:
+    if seen.landmarks.blank:
         return "nearly uniform picture: nothing to recognise"
     views = np.stack([to_pixels(view, size) for view in _views(picture)])
     return _Prepared(hashlib.sha256(data).hexdigest(), views, seen.landmarks.to_bytes())
 
 
 def _views(picture: Image.Image) -> list[Image.Image]:
-    """What is described of each item: as it is, and as a mirror shows it.
+    """What is described of each item: as it is, mirrored, grey, and within its margins.
 
-    Descriptors are not trained with mirrors, which keep the rest of a picture.
+    Descriptors are not trained with mirrors or without colour. A query is described within
+    its margins, so that a border or a frame around it is of no account; a crop may have
+    none left. What each view is worth: bench/results/descriptor.md.
     """
-    return [picture, ImageOps.mirror(picture)]
+    views = [picture, ImageOps.mirror(picture), picture.convert("L").convert("RGB")]
+    within = within_margins(picture)
+    return views if within is None else [*views, within]
 
 
-def _described(descriptor: Descriptor, prepared: Sequence[_Prepared]) -> Iterator[Vectors]:
-    for one in prepared:
+def _described(
+    descriptor: Descriptor, names: Sequence[str], prepared: Sequence[_Prepared | str]
+) -> Iterator[Vectors]:
+    for name, one in zip(names, prepared, strict=True):
+        if isinstance(one, str):
+            continue
         vectors = descriptor.describe(one.views)
         if not np.isfinite(vectors).all():
-            raise InputError(f"{descriptor.path} gives vectors that are not numbers.")
+            raise InputError(
+                f"{descriptor.path} gives vectors that are not numbers for {name!r}; "
+                "export it again, or leave that picture out."
+            )
         yield vectors
 
 

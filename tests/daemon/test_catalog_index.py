@@ -19,6 +19,7 @@ from pic_daemon.identification import look_at
 from pic_daemon.images import to_pixels
 from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import update, workers
+from pic_daemon.margins import within_margins
 
 Tool = Callable[..., CompletedProcess[str]]
 
@@ -64,10 +65,15 @@ def nearest(
     return found.item, found.similarity
 
 
-def test_a_picture_finds_itself_and_its_mirror_image_in_the_index(ready: Path) -> None:
+def test_a_picture_finds_itself_as_it_is_mirrored_grey_and_without_its_margins(
+    ready: Path,
+) -> None:
     index = load_index(ready)
     for seed in range(4):
-        for picture in (product(seed), ImageOps.mirror(product(seed))):
+        whole = product(seed)
+        grey, within = whole.convert("L").convert("RGB"), within_margins(whole)
+        assert within
+        for picture in (whole, ImageOps.mirror(whole), grey, within):
             item, similarity = nearest(index, ready.with_name("describe.onnx"), picture)
             assert item == f"deep/product-{seed:05d}.jpg"
             assert similarity > 0.98
@@ -250,6 +256,36 @@ def test_an_index_with_vectors_that_are_not_numbers_is_refused(
         load_index(changed)
 
 
+def test_a_descriptor_that_gives_no_numbers_for_an_item_makes_no_index(
+    run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [1])
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--output", tmp_path / "new.index",
+        "--model", write_descriptor(tmp_path / "blinded.onnx", blinded=140),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "gives vectors that are not numbers for 'product-00001.jpg'" in result.stderr
+    assert not (tmp_path / "new.index").exists()
+
+
+def test_a_decoy_that_the_descriptor_gives_no_numbers_for_matches_nothing(
+    run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [1, 2])
+    paths = write_products(tmp_path / "others", range(100, 108))
+    for path in paths:
+        white = Image.new("RGB", (256, 256), "white")
+        Image.blend(Image.open(path), white, 0.8).save(path)
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--output", tmp_path / "new.index",
+        "--model", write_descriptor(tmp_path / "blinded.onnx", blinded=225),
+        "--others", tmp_path / "others", "--target-fpr", 0.3,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "on 12 others 0 matched" in result.stdout
+
+
 def test_other_files_and_newer_versions_are_refused_in_one_sentence(
     ready: Path, tmp_path: Path
 ) -> None:
@@ -260,9 +296,9 @@ def test_other_files_and_newer_versions_are_refused_in_one_sentence(
         load_index(ready.with_name("describe.onnx"))
     newer = rewritten(
         index, tmp_path, "about.json",
-        lambda data: data.replace(b'"format_version": 1', b'"format_version": 9'),
+        lambda data: data.replace(b'"format_version": 2', b'"format_version": 9'),
     )  # fmt: skip
-    with pytest.raises(InputError, match="has format version 9; this program reads 1"):
+    with pytest.raises(InputError, match="has format version 9; this program reads 2"):
         load_index(newer)
     strange = rewritten(index, tmp_path, "landmarks.bin", lambda data: bytes(len(data)))
     with pytest.raises(InputError, match="its landmarks are those of another version"):

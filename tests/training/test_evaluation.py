@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_model
+from conftest import write_descriptor, write_model
 from pictures import product, write_products
 from PIL import Image, ImageOps
 
+from pic_daemon.descriptor import load_descriptor
+from pic_daemon.identification import DEFAULT_THRESHOLD
+from pic_daemon.index_cli import open_or_empty
+from pic_daemon.indexing import update, workers
 from pic_training.edits import EDITS
 from pic_training.peers import nearest, peers
 
@@ -47,7 +52,10 @@ def test_a_hash_finds_a_recompressed_copy_and_not_a_stranger(peer) -> None:  # t
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bright catalog, dark decoys: the model below tells them apart by that alone."""
+    """Bright catalog, dark decoys: the model below tells them apart by that alone.
+
+    Descriptor and index are measured with it.
+    """
     home = tmp_path_factory.mktemp("evaluation")
     write_products(home / "catalog", range(6))
     write_products(home / "others", range(100, 124))
@@ -57,11 +65,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.open(path).point(lambda v: v * 0.3).save(path)
     Image.new("RGB", (64, 64), "white").save(home / "others" / "general-blank.png")
     write_model(home / "model.onnx")
+    descriptor = load_descriptor(write_descriptor(home / "describe.onnx"), "cpu")
+    index = open_or_empty(home / "catalog.index", home / "catalog", descriptor)
+    with workers() as pool:
+        update(index, descriptor, pool, lambda _: None)
+    index.save()
     subprocess.run(
         [Path(sys.executable).parent / "pic-evaluate", home / "model.onnx",
          "--catalog", home / "catalog", "--others", home / "others", "--general", "general",
          "--per-edit", "6", "--per-decoy", "10", "--published", "60",
          "--target-fpr", "0.03",
+         "--describe", home / "describe.onnx", "--index", home / "catalog.index",
          "--output", home / "report"],
         check=True, capture_output=True, timeout=300,
     )  # fmt: skip
@@ -78,6 +92,18 @@ def test_a_model_that_can_tell_is_seen_to(report: Path) -> None:
     assert {"pHash", "dHash"} <= set(figures["hard"])
 
 
+def test_the_cascade_is_measured_beside_it_and_names_the_items(report: Path) -> None:
+    figures = json.loads((report / "evaluation.json").read_text())
+    ours = figures["hard"]["cascade"]
+    assert ours["trained"]["recall"]["value"] > 0.9
+    assert ours["named"]["trained"] > 0.9
+    assert ours["per_edit"]["border 15%"]["recall"]["value"] == 1
+    assert ours["named"]["held_out"] >= figures["hard"]["pHash"]["named"]["held_out"]
+    stored = figures["hard_at_own_threshold"]
+    assert stored["cascade"]["threshold"] == DEFAULT_THRESHOLD
+    assert stored["model"]["threshold"] == 0.5
+
+
 def test_blank_pictures_never_match(report: Path) -> None:
     # The only general picture is white, which by brightness alone is a sure match.
     figures = json.loads((report / "evaluation.json").read_text())
@@ -91,6 +117,22 @@ def test_the_page_shows_curves_and_mistakes(report: Path) -> None:
     assert page.count("data:image/png") == 2
     assert page.count("data:image/jpeg") == 24
     assert "Shortcut checks" in page
+
+
+def test_the_mistakes_are_those_of_the_cascade_and_say_what_was_taken_for_what(
+    report: Path,
+) -> None:
+    page = (report / "evaluation.html").read_text()
+    assert "Worst mistakes of the cascade" in page
+    titles = re.findall(r'title="(.*?): ([\d.]+), nearest (.*?)"', page)
+    assert len(titles) == 24
+    for part in (titles[:12], titles[12:]):
+        assert all(nearest.startswith("product-") for _, _, nearest in part)
+    strangers, copies = (
+        [float(score) for _, score, _ in t] for t in (titles[:12], titles[12:])
+    )
+    assert strangers == sorted(strangers, reverse=True)
+    assert copies == sorted(copies)
 
 
 def test_too_few_look_alikes_for_the_rate_are_refused(

@@ -358,7 +358,4 @@ def evaluate(
     if bool(describe) != bool(index):
         raise click.UsageError("--describe and --index go together.")
     cascade = (describe, index) if describe and index else None
-    report = run_evaluation(
-        model_file, catalog, others, general, run, output, cascade, plan
-    )
-    click.echo(f"report: {report}")
+    run_evaluation(model_file, catalog, others, general, run, output, cascade, plan)

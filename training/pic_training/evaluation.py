@@ -22,7 +22,7 @@ from PIL import Image
 
 from pic_daemon.cascade import Identifier
 from pic_daemon.confirmation import Landmarks, agreement
-from pic_daemon.identification import Closeup, identify, look_at
+from pic_daemon.identification import CANDIDATES, Closeup, joint_score, look_at
 from pic_daemon.images import Pixels, decode, open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import threshold_for
@@ -38,6 +38,7 @@ CASCADE = "cascade"
 _AUGMENTED = -1  # in place of an edit's number: the training augmentation
 _CHUNK = 64
 
+_Row = list[tuple[float, float, str]]  # of one sample: cosine, agreement, item
 _Job = tuple["Sample", Source, Path, int, int, int | None]
 
 
@@ -64,6 +65,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Proposed:
+    """What the descriptor proposes for N samples, nearest first: shape (N, CANDIDATES).
+
+    Cosines and agreements are float64, 0 where fewer are proposed; `items` are their
+    names, '' there; `own` marks the picture that the sample was made from.
+    """
+
+    cosines: NDArray[np.float64]
+    agreements: NDArray[np.float64]
+    items: NDArray[np.object_]
+    own: NDArray[np.bool_]
+
+    @property
+    def joint(self) -> NDArray[np.float64]:
+        """The joint scores that the service would decide by."""
+        both = zip(self.cosines.flat, self.agreements.flat, strict=True)
+        scores = [joint_score(cosine, agreed) for cosine, agreed in both]
+        return np.array(scores).reshape(self.cosines.shape)
+
+    @property
+    def best(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Where the greatest joint score of each sample is."""
+        return np.arange(len(self.joint)), self.joint.argmax(axis=1)
+
+    def only(self, chosen: NDArray[np.bool_]) -> "Proposed":
+        """Those of some samples."""
+        return Proposed(
+            self.cosines[chosen], self.agreements[chosen], self.items[chosen],
+            self.own[chosen],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Scored:
     """Samples of one part of the evaluation with every method's scores, shape (N,).
 
@@ -73,11 +107,21 @@ class Scored:
     samples: list[Sample]
     scores: dict[str, NDArray[np.float64]]
     named: dict[str, NDArray[np.bool_]]
+    proposed: Proposed | None
+
+    def only(self, chosen: NDArray[np.bool_]) -> "Scored":
+        """Some of the samples."""
+        return Scored(
+            [s for s, keep in zip(self.samples, chosen, strict=True) if keep],
+            {name: values[chosen] for name, values in self.scores.items()},
+            {name: right[chosen] for name, right in self.named.items()},
+            self.proposed and self.proposed.only(chosen),
+        )
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """How one method did at the target rate; `per_edit` is by position in EDITS.
+    """How one method did at one threshold; `per_edit` is by position in EDITS.
 
     `overall` counts all edits together. `named` and `named_per_edit` are shares of the
     copies, None where the method names no item.
@@ -94,18 +138,71 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
+class Hard:
+    """The hard protocol: scores of the copies and of both halves of the look-alikes."""
+
+    positives: Scored
+    calibrating: Scored
+    decoys: Scored
+
+    def at_rate(self, name: str, target: float) -> MethodResult:
+        """A method at the lowest threshold that lets `target` of one half in."""
+        scores = self.calibrating.scores[name]
+        nothing = np.zeros(len(scores), bool)
+        return self.at_threshold(name, threshold_for(scores, nothing, target))
+
+    def at_threshold(self, name: str, threshold: float) -> MethodResult:
+        """A method at a threshold; the look-alikes are those of the other half."""
+        trained = np.array([EDITS[s.edit].trained for s in self.positives.samples])
+        by_edit = [
+            np.array([s.edit == n for s in self.positives.samples])
+            for n in range(len(EDITS))
+        ]
+
+        def only(chosen: NDArray[np.bool_]) -> Confusion:
+            return _compare(name, self.positives.only(chosen), self.decoys, threshold)
+
+        named = self.positives.named.get(name)
+        return MethodResult(
+            threshold=threshold,
+            calibration_rate=float((self.calibrating.scores[name] >= threshold).mean()),
+            overall=_compare(name, self.positives, self.decoys, threshold),
+            trained=only(trained),
+            held_out=only(~trained),
+            per_edit=[only(chosen) for chosen in by_edit],
+            named=None
+            if named is None
+            else {
+                "trained": float(named[trained].mean()),
+                "held_out": float(named[~trained].mean()),
+            },
+            named_per_edit=None
+            if named is None
+            else [float(named[chosen].mean()) for chosen in by_edit],
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Everything measured; the arrays serve the plots."""
+    """Everything measured; `hard` holds the scores for plots and further questions.
+
+    `methods`: each at the target rate. `own`: the model, and the cascade where there is
+    one, at the thresholds stored in their files, by which they decide when served.
+    """
 
     target_fpr: float
     published: Confusion
     published_at_threshold: Confusion
-    own_threshold: Confusion
     methods: dict[str, MethodResult]
-    positives: Scored
-    decoys: Scored
+    own: dict[str, MethodResult]
+    hard: Hard
     counts: dict[str, int]
     sources: Sources = field(repr=False)
+
+    @property
+    def decisive(self) -> str:
+        """The method that has the last word when served."""
+        return CASCADE if CASCADE in self.methods else OURS
 
 
 @dataclass(frozen=True)
@@ -155,29 +252,30 @@ def evaluate(
     # Not forked: this process holds onnxruntime's threads.
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
         scorer = _Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
-        positives, calibrating, decoys, published = map(scorer.score, parts)
+        *scored, published = map(scorer.score, parts)
     is_ours = np.array([s.picture in set(catalog) for s in published.samples])
     drawn_from = np.array([s.picture for s in published.samples])
     ours = published.scores[OURS]
-    threshold = model.info.threshold
+    hard = Hard(*scored)
+    thresholds = {OURS: model.info.threshold}
+    if identifier:
+        thresholds[CASCADE] = identifier.threshold
     return Evaluation(
         target_fpr=plan.target_fpr,
         published=confusion(ours, is_ours, drawn_from, 0.5),
-        published_at_threshold=confusion(ours, is_ours, drawn_from, threshold),
-        own_threshold=_compare(OURS, positives, decoys, threshold),
+        published_at_threshold=confusion(ours, is_ours, drawn_from, thresholds[OURS]),
         methods={
-            name: _at_target(name, positives, calibrating, decoys, plan.target_fpr)
-            for name in positives.scores
+            name: hard.at_rate(name, plan.target_fpr) for name in hard.positives.scores
         },
-        positives=positives,
-        decoys=decoys,
+        own={name: hard.at_threshold(name, value) for name, value in thresholds.items()},
+        hard=hard,
         counts={
             "catalog pictures": len(catalog),
             "look-alike pictures to calibrate": len(calibration),
             "look-alike pictures to test": len(test),
-            "calibration decoy samples": len(calibrating.samples),
-            "test decoy samples": len(decoys.samples),
-            "test catalog samples": len(positives.samples),
+            "calibration decoy samples": len(hard.calibrating.samples),
+            "test decoy samples": len(hard.decoys.samples),
+            "test catalog samples": len(hard.positives.samples),
             "general pictures": len(general),
             "published-protocol samples": len(published.samples),
         },
@@ -252,7 +350,7 @@ class _Scorer:
         ours: list[float] = []
         blank: list[bool] = []
         hashes: list[list[Bits | None]] = []
-        found: list[tuple[float, float, str]] = []
+        rows: list[_Row] = []
         features = self._features(samples)
         while chunk := list(islice(features, _CHUNK)):
             ours += self._model.score(np.stack([one.pixels for one in chunk])).tolist()
@@ -260,7 +358,7 @@ class _Scorer:
             hashes += [one.hashes for one in chunk]
             if self._identifier:
                 closeups = [one.closeup for one in chunk if one.closeup]
-                found += self._identified(self._identifier, closeups)
+                rows += self._identified(self._identifier, closeups)
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
         named: dict[str, NDArray[np.bool_]] = {}
@@ -269,38 +367,30 @@ class _Scorer:
         for name, column, known in zip(self._names, columns, self._known, strict=True):
             scores[name], places = nearest(column, known)
             named[name] = (places >= 0) & (self._catalog[places] == pictures)
+        found = None
         if self._identifier:
-            scores[DESCRIPTOR] = np.array([max(0.0, cosine) for cosine, _, _ in found])
+            found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
             passed = scores[OURS] >= self._model.info.gate_threshold
-            scores[CASCADE] = np.where(passed, [joint for _, joint, _ in found], 0.0)
-            names = [self._sources.pictures[n].path for n in pictures]
-            right = [
-                bool(item) and path.endswith(f"/{item}")
-                for path, (_, _, item) in zip(names, found, strict=True)
-            ]
-            named[CASCADE] = np.array(right)
+            scores[DESCRIPTOR] = found.cosines[:, 0].copy()
+            scores[CASCADE] = np.where(passed, found.joint[found.best], 0.0)
+            named[DESCRIPTOR], named[CASCADE] = found.own[:, 0], found.own[found.best]
         for values in scores.values():
             values[np.array(blank)] = 0.0
-        return Scored(samples, scores, named)
+        return Scored(samples, scores, named, found)
 
     def _identified(
         self, identifier: Identifier, closeups: Sequence[Closeup]
-    ) -> list[tuple[float, float, str]]:
-        """The nearest item's cosine, the joint score and the item that has it."""
+    ) -> list[_Row]:
         candidates = identifier.candidates(closeups)
         pairs = [
             (one.landmarks, [c.landmarks for c in near])
             for one, near in zip(closeups, candidates, strict=True)
         ]
         agreed = self._pool.map(_agreed, pairs, chunksize=4)
-        found = []
-        for near, values in zip(candidates, agreed, strict=True):
-            if near:
-                best = identify(near, values, identifier.threshold)
-                found.append((near[0].similarity, best.score, best.item))
-            else:
-                found.append((0.0, 0.0, ""))
-        return found
+        return [
+            [(c.similarity, value, c.item) for c, value in zip(near, values, strict=True)]
+            for near, values in zip(candidates, agreed, strict=True)
+        ]
 
     def _features(self, samples: list[Sample]) -> Iterator[_Features]:
         pictures, size = self._sources.pictures, self._model.info.input_size
@@ -322,49 +412,26 @@ def _features(job: _Job) -> _Features:
     return _Features(decoded.pixels, decoded.blank, hashes, closeup)
 
 
-def _agreed(pair: tuple[Landmarks, list[bytes]]) -> list[float]:
-    query, items = pair
-    return [agreement(query, Landmarks.from_bytes(item)) for item in items]
-
-
-def _at_target(
-    name: str, positives: Scored, calibrating: Scored, decoys: Scored, target: float
-) -> MethodResult:
-    calibration = calibrating.scores[name]
-    threshold = threshold_for(calibration, np.zeros(len(calibration), bool), target)
-    trained = np.array([EDITS[s.edit].trained for s in positives.samples])
-
-    def only(chosen: NDArray[np.bool_]) -> Confusion:
-        return _compare(name, _subset(positives, chosen), decoys, threshold)
-
-    named = positives.named.get(name)
-    by_edit = [
-        np.array([s.edit == n for s in positives.samples]) for n in range(len(EDITS))
+def _proposed(rows: Sequence[_Row], paths: Sequence[str]) -> Proposed:
+    padded = [[*row, *[(0.0, 0.0, "")] * (CANDIDATES - len(row))] for row in rows]
+    cosines, agreements, items = (
+        [[found[part] for found in row] for row in padded] for part in range(3)
+    )
+    own = [
+        [bool(item) and path.endswith(f"/{item}") for item in row]
+        for path, row in zip(paths, items, strict=True)
     ]
-    return MethodResult(
-        threshold=threshold,
-        calibration_rate=float((calibration >= threshold).mean()),
-        overall=_compare(name, positives, decoys, threshold),
-        trained=only(trained),
-        held_out=only(~trained),
-        per_edit=[only(chosen) for chosen in by_edit],
-        named=None
-        if named is None
-        else {
-            "trained": float(named[trained].mean()),
-            "held_out": float(named[~trained].mean()),
-        },
-        named_per_edit=None
-        if named is None
-        else [float(named[chosen].mean()) for chosen in by_edit],
+    return Proposed(
+        np.maximum(0.0, np.array(cosines)),
+        np.array(agreements),
+        np.array(items, dtype=object),
+        np.array(own),
     )
 
 
-def _subset(scored: Scored, chosen: NDArray[np.bool_]) -> Scored:
-    kept = [s for s, keep in zip(scored.samples, chosen, strict=True) if keep]
-    scores = {name: values[chosen] for name, values in scored.scores.items()}
-    named = {name: right[chosen] for name, right in scored.named.items()}
-    return Scored(kept, scores, named)
+def _agreed(pair: tuple[Landmarks, list[bytes]]) -> list[float]:
+    query, items = pair
+    return [agreement(query, Landmarks.from_bytes(item)) for item in items]
 
 
 def _compare(name: str, positives: Scored, decoys: Scored, threshold: float) -> Confusion:

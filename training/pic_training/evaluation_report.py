@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,14 @@ from pic_daemon.images import open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import Interval
 from pic_training.edits import EDITS
-from pic_training.evaluation import OURS, Evaluation, Plan, Sample, sample_file
+from pic_training.evaluation import (
+    OURS,
+    Evaluation,
+    MethodResult,
+    Plan,
+    Scored,
+    sample_file,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -33,23 +40,24 @@ def as_json(evaluation: Evaluation, model: Model, plan: Plan) -> dict[str, Any]:
         "counts": evaluation.counts,
         "published": asdict(evaluation.published),
         "published_at_threshold": asdict(evaluation.published_at_threshold),
-        "hard_at_own_threshold": asdict(evaluation.own_threshold),
-        "hard": {
-            name: {
-                **asdict(result),
-                "per_edit": {
-                    edit.name: asdict(found)
-                    for edit, found in zip(EDITS, result.per_edit, strict=True)
-                },
-            }
-            for name, result in evaluation.methods.items()
+        "hard_at_own_threshold": {
+            name: _figures(result) for name, result in evaluation.own.items()
         },
+        "hard": {name: _figures(result) for name, result in evaluation.methods.items()},
+    }
+
+
+def _figures(result: MethodResult) -> dict[str, Any]:
+    per_edit = zip(EDITS, result.per_edit, strict=True)
+    return {
+        **asdict(result),
+        "per_edit": {edit.name: asdict(found) for edit, found in per_edit},
     }
 
 
 def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
     """One self-contained page."""
-    published, own = evaluation.published, evaluation.own_threshold
+    published = evaluation.published
     rate = f"{plan.target_fpr:g}"
     counts = ", ".join(f"{n:,} {name}" for name, n in evaluation.counts.items())
     sections = [
@@ -69,16 +77,16 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
         f"<h2>Hard protocol: look-alikes, false positive rate {rate}</h2>",
         "<p>Each method at its own threshold, chosen on the calibration half; figures of "
         "the test half, with 95% intervals bootstrapped by picture.</p>",
-        _methods_table(evaluation),
-        f"<p>At the threshold stored in the model ({model.info.threshold:.4g}): recall "
-        f"{_share(own.recall)}, false positive rate {_share(own.false_positive_rate)}.</p>",
+        _methods_table(evaluation.methods),
+        "<p>At the thresholds stored in the files, by which the service decides:</p>",
+        _methods_table(evaluation.own),
         _figure(_curves(evaluation)),
         "<h2>Recall by edit</h2>",
         _edits_table(evaluation),
         _figure(_edit_bars(evaluation)),
         "<h2>Shortcut checks</h2>",
         _shortcuts(evaluation),
-        "<h2>Worst mistakes of the model</h2>",
+        f"<h2>Worst mistakes of the {evaluation.decisive}</h2>",
         "<p>Look-alikes with the highest scores, then copies with the lowest.</p>",
         _sheet(evaluation, plan),
     ]
@@ -108,10 +116,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{header}</tr>{body}</table>"
 
 
-def _methods_table(evaluation: Evaluation) -> str:
+def _methods_table(methods: Mapping[str, MethodResult]) -> str:
     return _table(
         [
             "method",
+            "threshold",
             "recall, trained edits",
             "recall, held-out edits",
             "measured rate",
@@ -121,6 +130,7 @@ def _methods_table(evaluation: Evaluation) -> str:
         [
             [
                 name,
+                f"{result.threshold:.4g}",
                 _share(result.trained.recall),
                 _share(result.held_out.recall),
                 _share(result.overall.false_positive_rate),
@@ -129,7 +139,7 @@ def _methods_table(evaluation: Evaluation) -> str:
                     for kind in ("trained", "held_out")
                 ),
             ]
-            for name, result in evaluation.methods.items()
+            for name, result in methods.items()
         ],
     )
 
@@ -163,8 +173,8 @@ def _shortcuts(evaluation: Evaluation) -> str:
 def _curves(evaluation: Evaluation) -> Figure:
     figure, (roc, precision, scores) = pyplot.subplots(1, 3, figsize=(15, 4.5))
     for name in evaluation.methods:
-        good = np.sort(evaluation.positives.scores[name])
-        bad = np.sort(evaluation.decoys.scores[name])
+        good = np.sort(evaluation.hard.positives.scores[name])
+        bad = np.sort(evaluation.hard.decoys.scores[name])
         cuts = np.unique(np.concatenate([good, bad]))
         recall = 1 - np.searchsorted(good, cuts) / len(good)
         rate = 1 - np.searchsorted(bad, cuts) / len(bad)
@@ -175,11 +185,18 @@ def _curves(evaluation: Evaluation) -> Figure:
     roc.axvline(evaluation.target_fpr, color="grey", linestyle=":")
     precision.set(xlabel="recall", ylabel="precision, classes balanced", title="Precision")
     for scored, label in (
-        (evaluation.positives, "copies"),
-        (evaluation.decoys, "look-alikes"),
+        (evaluation.hard.positives, "copies"),
+        (evaluation.hard.decoys, "look-alikes"),
     ):
-        scores.hist(scored.scores[OURS], bins=50, range=(0, 1), alpha=0.6, label=label)
-    scores.set(yscale="log", xlabel="score", ylabel="samples", title="Scores of the model")
+        scores.hist(
+            scored.scores[evaluation.decisive],
+            bins=50,
+            range=(0, 1),
+            alpha=0.6,
+            label=label,
+        )
+    title = f"Scores of the {evaluation.decisive}"
+    scores.set(yscale="log", xlabel="score", ylabel="samples", title=title)
     for axes in (roc, precision, scores):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -202,29 +219,30 @@ def _edit_bars(evaluation: Evaluation) -> Figure:
 
 
 def _sheet(evaluation: Evaluation, plan: Plan) -> str:
-    decoys, positives = evaluation.decoys, evaluation.positives
-    worst_in = np.argsort(-decoys.scores[OURS], kind="stable")[:_MISTAKES]
-    worst_out = np.argsort(positives.scores[OURS], kind="stable")[:_MISTAKES]
+    decoys, positives = evaluation.hard.decoys, evaluation.hard.positives
+    worst_in = np.argsort(-decoys.scores[evaluation.decisive], kind="stable")
+    worst_out = np.argsort(positives.scores[evaluation.decisive], kind="stable")
     rows = []
-    for scored, chosen in ((decoys, worst_in), (positives, worst_out)):
+    for scored, worst in ((decoys, worst_in), (positives, worst_out)):
         cells = "".join(
-            _thumbnail(scored.samples[n], scored.scores[OURS][n], evaluation, plan)
-            for n in chosen
+            _thumbnail(scored, int(n), evaluation, plan) for n in worst[:_MISTAKES]
         )
         rows.append(f"<div>{cells}</div>")
     return "<hr>".join(rows)
 
 
-def _thumbnail(sample: Sample, score: float, evaluation: Evaluation, plan: Plan) -> str:
+def _thumbnail(scored: Scored, number: int, evaluation: Evaluation, plan: Plan) -> str:
+    sample, score = scored.samples[number], scored.scores[evaluation.decisive][number]
     source = evaluation.sources.pictures[sample.picture]
     data = sample_file(sample, source, evaluation.sources.file, plan.seed)
     image, _ = open_rgb(data, 256)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    name = html.escape(
-        f"{source.path.rsplit('/', 1)[-1]}, {EDITS[sample.edit].name}: {score:.4f}"
-    )
+    words = f"{source.path.rsplit('/', 1)[-1]}, {EDITS[sample.edit].name}: {score:.4f}"
+    if scored.proposed:
+        words += f", nearest {scored.proposed.items[scored.proposed.best][number]}"
+    name = html.escape(words)
     return f'<img alt="{name}" title="{name}" src="{_inline(file.getvalue(), "jpeg")}">'
 
 

@@ -15,7 +15,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
 from pic_daemon.promise import check_support
 from pic_training.edits import EDITS
-from pic_training.evaluation import Plan, evaluate
+from pic_training.evaluation import Evaluation, Plan, evaluate
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.sources import Source, Sources, gather
 
@@ -29,13 +29,11 @@ def run_evaluation(
     output: Path,
     cascade: tuple[Path, Path] | None,
     settings: dict[str, Any],
-) -> Path:
+) -> Evaluation:
     """Evaluate and write evaluation.json and evaluation.html into `output`.
 
-    `cascade` is a descriptor and an index to be measured with the model.
-
-    Returns the page's path. Raises InputError for bad input and where the
-    look-alikes are too few for the target rate.
+    `cascade` is a descriptor and an index to be measured with the model. Raises InputError
+    for bad input and where the look-alikes are too few for the target rate.
     """
     model = load_model(model_file)
     identifier = load_identifier(*cascade, "auto") if cascade else None
@@ -59,8 +57,7 @@ def run_evaluation(
         output.mkdir(parents=True, exist_ok=True)
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)
         (output / "evaluation.json").write_text(figures + "\n")
-        page = output / "evaluation.html"
-        page.write_text(as_html(evaluation, model, plan))
+        (output / "evaluation.html").write_text(as_html(evaluation, model, plan))
     for name, result in evaluation.methods.items():
         recall = result.trained.recall
         click.echo(
@@ -74,7 +71,8 @@ def run_evaluation(
                 else ""
             )
         )
-    return page
+    click.echo(f"report: {output / 'evaluation.html'}")
+    return evaluation
 
 
 def _unseen(sources: Sources, run: Path) -> Sources:
