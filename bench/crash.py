@@ -109,7 +109,10 @@ def write_one(drop: Path, number: int, draw: random.Random) -> None:
 
 def count(database: Path) -> int:
     connection = sqlite3.connect(database)
-    (rows,) = connection.execute("SELECT count(*) FROM images").fetchone()
+    try:
+        (rows,) = connection.execute("SELECT count(*) FROM images").fetchone()
+    except sqlite3.OperationalError:  # no life was long enough to make it yet
+        rows = 0
     connection.close()
     return int(rows)
 

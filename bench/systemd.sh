@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The unit under a real systemd: install, READY, reload, watchdog, hooks, stop.
+# The units under a real systemd: install, READY, reload, watchdog, hooks, pages, stop.
 #
 #     sudo bench/systemd.sh [WORK_DIR] > transcript
 #
@@ -50,7 +50,7 @@ if [ ! -x "$work/pic/bin/pic-daemon" ]; then
     unshare --mount --propagation private bash -euc "
         mkdir -p /opt/pic && mount --bind '$work/pic' /opt/pic
         /usr/bin/python3 -m venv /opt/pic
-        /opt/pic/bin/pip install -q '$work/share/repo' --constraint '$work/share/repo/constraints.txt'" >&2
+        /opt/pic/bin/pip install -q '$work/share/repo[web]' --constraint '$work/share/repo/constraints.txt'" >&2
 fi
 "$repo/.venv/bin/python" - "$repo" "$work/share" <<'PYTHON' >&2
 import sys
@@ -105,7 +105,7 @@ holds() { # sentence, command: wait until it does, or fail
         sleep 0.2
     done
     printf -- '- NOT: %s\n' "$1"
-    inside journalctl --no-pager -u pic-daemon | tail -30
+    inside journalctl --no-pager -u 'pic-*' | tail -30
     exit 1
 }
 log="journalctl -u pic-daemon -o cat --no-pager"
@@ -128,7 +128,7 @@ done
 say "READY (Type=notify) and the status line"
 # `enable --now` returned when the service had said READY=1, not when it was forked.
 show 'systemctl show pic-daemon -p Type -p ActiveState -p SubState -p NRestarts -p User'
-holds "the log says ready" "$log | grep '^INFO ready'"
+holds "the log says ready" "$log | grep '^ready'"
 holds "both pictures have rows" "[ \$($log | grep -c 'match path=') -ge 1 ] && /opt/pic/bin/pic-daemon status --database /var/lib/pic-daemon/matches.db | grep '1 match, 1 no-match'"
 holds "systemctl status shows the service's own line, renewed with every heartbeat" \
     "systemctl show pic-daemon -p StatusText | grep '1 match'"
@@ -189,6 +189,22 @@ show 'install -D -m 644 /mnt/repo/systemd/pic-daemon-hooks.conf /etc/systemd/sys
 holds "with the drop-in, the address was told what had waited" \
     "journalctl -u receiver -o cat --no-pager | grep 205.png"
 show "/opt/pic/bin/pic-daemon status --database /var/lib/pic-daemon/matches.db"
+
+say "The pages"
+pages=http://127.0.0.1:8001
+inside bash -c 'mkdir /srv/catalog && cp /mnt/200.png /srv/catalog'
+show 'cp /mnt/repo/systemd/pic-matches.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now pic-matches'
+holds "the list names a match, and its picture is shown" \
+    "curl -fs $pages/matches | grep 220.png && curl -fs -o /dev/null -w '%{content_type}' $pages/picture/1/dropped/small | grep image/jpeg"
+show "curl -s -o /dev/null -w '%{http_code} %{redirect_url}\n' -d label=ours $pages/record/1/correction"
+holds "the correction is in the log, by the account of the unit" \
+    "/opt/pic/bin/python -c 'import sqlite3; assert sqlite3.connect(\"/var/lib/pic-daemon/matches.db\").execute(\"SELECT label, who FROM corrections\").fetchall() == [(\"ours\", \"pic-daemon\")]'"
+holds "no other machine reaches them" "! curl -s --max-time 2 http://192.0.2.10:8001/matches"
+show 'install -m 640 -g pic-daemon /dev/null /etc/pic-matches.token; openssl rand -hex 24 > /etc/pic-matches.token; install -D -m 644 /mnt/repo/systemd/pic-matches-network.conf /etc/systemd/system/pic-matches.service.d/network.conf && systemctl daemon-reload && systemctl restart pic-matches'
+holds "with the drop-in they answer elsewhere, to the token alone" \
+    "[ \$(curl -s -o /dev/null -w '%{http_code}' http://192.0.2.10:8001/matches) = 401 ] && curl -fs -H \"Authorization: Bearer \$(cat /etc/pic-matches.token)\" http://192.0.2.10:8001/matches | grep 220.png"
+show 'systemd-analyze security pic-matches --no-pager | tail -1'
+show 'systemctl stop pic-matches; systemctl show pic-matches -p ActiveState -p Result'
 
 say "A wrong setting is not tried for ever"
 show "sed -i 's/^model =.*/modle = 1/' /etc/pic-daemon.toml; systemctl restart pic-daemon || true"

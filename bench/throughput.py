@@ -134,7 +134,7 @@ def rate(pool, work: Callable[[Path], None], files: list[Path]) -> float:  # typ
 
 def scaled_decode(path: Path) -> None:
     data = path.read_bytes()
-    if simplejpeg.is_jpeg(data):
+    if data.startswith(b"\xff\xd8"):  # simplejpeg.is_jpeg wants the end marker last
         simplejpeg.decode_jpeg(data, "RGB", min_height=64, min_width=64)
     else:
         Image.open(io.BytesIO(data)).load()
@@ -295,21 +295,28 @@ def spread(rounds: list[dict[str, float]], key: str, digits: int = 0) -> str:
 
 
 def picture(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Time per image: the workers' decoding beside what the main thread does."""
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.6 * len(results)))
+    """Time per image of the three that work side by side: decoders, network, loop."""
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.7 * len(results)))
     names = [*results]
     left = np.zeros(len(names))
-    cores = os.cpu_count() or 1
     for stage in STAGES:
-        share = cores if stage == "decode" else 1
+        share = (os.cpu_count() or 1) if stage == "decode" else 1
         values = [median(r[f"{stage} ms"] for r in results[n]) / share for n in names]
-        if stage == "decode":
-            axes.barh(np.arange(len(names)) - 0.2, values, 0.35, label="decode / cores")
+        if stage in ("decode", "inference"):
+            row = -0.27 if stage == "decode" else 0.0
+            label = "decode / cores" if stage == "decode" else stage
+            axes.barh(np.arange(len(names)) + row, values, 0.25, label=label)
         else:
-            axes.barh(np.arange(len(names)) + 0.2, values, 0.35, left=left, label=stage)
+            axes.barh(
+                np.arange(len(names)) + 0.27,
+                values,
+                0.25,
+                left=left,
+                label=f"loop: {stage}",
+            )
             left += values
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("ms an image: workers above, main thread below")
+    axes.set_xlabel("ms an image, side by side")
     axes.invert_yaxis()
     axes.legend()
     figure.tight_layout()

@@ -16,6 +16,12 @@ import time
 from pathlib import Path
 
 import click
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from pic_training.run_folder import load_network
+from pic_training.samples import SampleSet
+from pic_training.sources import gather
 
 GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 BIN = Path(sys.executable).parent
@@ -40,6 +46,7 @@ def main(data: Path, decoys: str, work: Path, options: tuple[str, ...]) -> None:
     minutes = (time.monotonic() - started) / 60
     call(BIN / "pic-export", run, "--output", work / "model.onnx")
     print_figures(run, minutes)
+    print_known(run, work)
 
 
 def choose(folder: Path, to: Path, decoys: str) -> None:
@@ -87,6 +94,35 @@ def print_figures(run: Path, minutes: float) -> None:
         f"\n{minutes:.0f} minutes, {report['device']}, {os.cpu_count()} cores; largest "
         f"process {peak:.1f} GiB; {json.dumps(report['versions'])}"
     )
+
+
+def print_known(run: Path, work: Path) -> None:
+    """As many new samples of the very pictures trained on, decoys included, as there were
+    for validation: what a split by augmented file, not by picture, would have shown."""
+    config, network = load_network(run)
+    sources = gather(
+        Path(config.catalog), Path(config.others), Path(str(config.others_val)),
+        work / "known.rgb", max(256, 2 * config.architecture.size),
+    )  # fmt: skip
+    samples = SampleSet(
+        sources, "train", config.val_images, config.architecture.size, config.seed,
+        config.augmentation,
+    )  # fmt: skip
+    outputs, labels = [], []
+    with torch.no_grad():
+        # An epoch that the training never came to.
+        for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
+            outputs.append(network(images))
+            labels.append(some)
+    logits, truth = torch.cat(outputs), torch.cat(labels)
+    loss = binary_cross_entropy_with_logits(logits, truth)
+    right = (logits > 0) == (truth > 0.5)
+    print(
+        f"\nNew samples of pictures that were trained on: accuracy "
+        f"{right.float().mean():.3%} (catalog {right[truth > 0].float().mean():.3%}, "
+        f"decoys {right[truth < 1].float().mean():.3%}), loss {loss:.4f}"
+    )
+    (work / "known.rgb").unlink()
 
 
 if __name__ == "__main__":

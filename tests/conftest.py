@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +103,11 @@ class DaemonProcess:
         self.log = home / "daemon.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *options: object, watch: bool = True) -> None:
-        command: list[object] = [BIN / "pic-daemon", "run"]
+    def start(
+        self, *options: object, watch: bool = True, under: Sequence[object] = ()
+    ) -> None:
+        """Start it and wait until it is ready; `under` is a command that runs it."""
+        command: list[object] = [*under, BIN / "pic-daemon", "run"]
         command += ["--watch", self.drop] if watch else []
         command += ["--model", self.model, "--database", self.database]
         command += ["--settle-seconds", 0.3, *options]

@@ -31,6 +31,7 @@ from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading, read_image
 from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
+from pic_daemon.systemd import log_format
 
 _BATCH = 32
 _SILENT_S = 120.0  # four heartbeats
@@ -112,10 +113,10 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 
     Example: pic-daemon run --watch /srv/drop --model model.onnx --database log.db
     """
+    handler = logging.StreamHandler()
+    handler.setFormatter(log_format())
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO, handlers=[handler]
     )
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     settings = load_config(config, overrides)
@@ -183,7 +184,7 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
 @_DATABASE
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(database: Path, as_json: bool) -> None:
-    """Say how the service is doing; exit 1 where it is down or does not move.
+    """Say how the service is doing; exit 1 where it is down, stuck or misses a folder.
 
     Example: pic-daemon status --database log.db
     """
@@ -193,8 +194,12 @@ def status(database: Path, as_json: bool) -> None:
         problem = "the service was stopped"
     elif found["age_s"] > _SILENT_S:
         problem = f"no heartbeat for {found['age_s']:.0f} s: the service is down or stuck"
+    elif found["age_s"] < -_SILENT_S:  # a service that lives would have beaten since
+        problem = "no heartbeat since the clock was set back: the service is down or stuck"
     elif found["oldest_waiting_s"] > _OVERDUE_S:
         problem = f"a file has been waiting for {found['oldest_waiting_s']:.0f} s"
+    elif found.get("offline"):
+        problem = f"offline: {', '.join(found['offline'])}"
     if as_json:
         click.echo(json.dumps({**found, "healthy": problem is None, "problem": problem}))
     else:

@@ -2,8 +2,10 @@
 
 import math
 import os
+import queue
+import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -85,6 +87,7 @@ _MINIMUM: dict[str, float] = {
     "keep_no_match_days": 1,
     "gate_threshold": 0,
 }
+_ANSWER_S = 10.0  # a watch folder that does not answer within it starts as offline
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -209,10 +212,9 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     if not isinstance(table.get("path"), str | Path):
         raise InputError(f"{where}: a [[watch]] table needs a path.")
     path = base / table["path"]
-    if not os.path.isdir(path):  # unlike Path, never raises
-        raise InputError(f"watch folder {path} does not exist or is no folder.")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise InputError(f"watch folder {path} may not be read by this user.")
+    problem = _within(_ANSWER_S, lambda: _about_folder(path))
+    if problem:
+        raise InputError(f"watch folder {path} {problem}.")
     recursive = table.get("recursive", True)
     if not isinstance(recursive, bool):
         raise InputError(f"{where}: recursive must be true or false.")
@@ -231,8 +233,28 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     if not is_number or not 0.1 <= poll_seconds < math.inf:
         raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
     return Folder(
-        path.resolve(), recursive, **patterns, mode=mode, poll_seconds=poll_seconds
-    )
+        # That of a folder which does not answer cannot be resolved.
+        path.resolve() if problem == "" else path.absolute(),
+        recursive, **patterns, mode=mode, poll_seconds=poll_seconds,
+    )  # fmt: skip
+
+
+def _about_folder(path: Path) -> str:
+    if not os.path.isdir(path):  # unlike Path, never raises
+        return "does not exist or is no folder"
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "may not be read by this user"
+    return ""
+
+
+def _within(seconds: float, ask: Callable[[], str]) -> str | None:
+    """What `ask` returns, or None where that takes longer, as on a mount that hangs."""
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 def _check_second_stage(config: Config) -> None:

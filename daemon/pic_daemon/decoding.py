@@ -4,22 +4,31 @@ A decoder that crashes in native code, hangs, or asks for too much memory ends i
 worker process, which is replaced; the file's Reading says what happened. Files are read
 in groups, as a task costs more than a small picture; each file of a group that came to a
 bad end is to be read alone, so that the guilty one is found.
+
+A process that waits for a file system may be one that not even SIGKILL ends (FUSE, once
+its server has taken the request). pebble waits for such a one with its locks held, and so
+all of its workers are left behind and others take their place.
 """
 
+import logging
 import math
 import multiprocessing
 import resource
 import signal
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
 
-from pic_daemon.folders import stamp_of
 from pic_daemon.reading import Reading, read_images
+
+logger = logging.getLogger("pic_daemon")
 
 MEMORY_LIMIT = 4 << 30
 """Address space of a worker in bytes: several times the largest picture allowed."""
@@ -28,6 +37,8 @@ MEMORY_LIMIT = 4 << 30
 Task = Callable[..., list[Any]]
 
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
+_LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
+_END_S = 10.0  # the longest that the end of the service waits for workers
 
 
 class Decoders:
@@ -46,6 +57,7 @@ class Decoders:
         self._timeout = timeout
         self._done = done
         self._pending: dict[Future[list[Any]], Sequence[str]] = {}
+        self._stirred = time.monotonic()  # when a group last ended, or the first began
 
     def __enter__(self) -> Self:
         # The first worker takes about a second to start, which no file is to wait for.
@@ -58,8 +70,27 @@ class Decoders:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        _shut(self._pool).join(_END_S)
+
+    def look(self) -> None:
+        """Leave the workers behind where none comes back long after it should have."""
+        late = self._stirred + self._timeout + _LATE_S
+        if self._pending and time.monotonic() > late:
+            self.leave_behind()
+
+    def leave_behind(self) -> None:
+        """Have others read what the workers have in hand now, and do not wait for them.
+
+        What a worker was busy with alone is told as an attempt that failed.
+        """
+        logger.warning("worker processes do not come back; others take their place")
+        left, self._pool = self._pool, self._new_pool()
+        _shut(left)
+        problem = f"no answer to a read within {self._timeout:g} s"
+        for future in list(self._pending):
+            if (group := self._pending.pop(future, None)) is not None:
+                self._done(_failed(group, problem) if future.running() else _again(group))
+        self._stirred = time.monotonic()
 
     def run(self, task: Task, path: str, *arguments: object) -> None:
         """Begin `task(path, *arguments)`; `done` gets its list, or a Reading if it failed.
@@ -81,6 +112,8 @@ class Decoders:
         except RuntimeError:  # a worker was killed while idle, which ends the pool
             self._replace_pool()
             future = self._schedule(task, arguments)
+        if not self._pending:
+            self._stirred = time.monotonic()
         self._pending[future] = group
         future.add_done_callback(self._end)
 
@@ -88,8 +121,7 @@ class Decoders:
         return self._pool.schedule(task, args=arguments, timeout=self._timeout)
 
     def _replace_pool(self) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        _shut(self._pool)
         for future in list(self._pending):  # such as the pool lost when it ended
             future.cancel()
         self._pool = self._new_pool()
@@ -97,6 +129,7 @@ class Decoders:
     def _end(self, ended: "Future[list[Any]]") -> None:
         group = self._pending.pop(ended, None)
         if group is not None:
+            self._stirred = time.monotonic()
             self._done(self._readings(group, ended))
 
     def _new_pool(self) -> ProcessPool:
@@ -109,14 +142,35 @@ class Decoders:
             problem = f"decoding took longer than {self._timeout:g} s"
         except ProcessExpired:
             problem = "decoding crashed its worker process"
-        except (BrokenProcessPool, CancelledError):  # no fault of these: read them again
-            return [Reading(path, stamp_of(path), changed=True) for path in group]
+        except (BrokenProcessPool, CancelledError):  # no fault of these
+            return _again(group)
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
-        if len(group) > 1:
-            return [Reading(path, stamp_of(path), suspect=True) for path in group]
-        (path,) = group
-        return [Reading(path, stamp_of(path), error=problem, transient=True)]
+        return _failed(group, problem)
+
+
+def _again(group: Sequence[str]) -> list[Reading]:
+    return [Reading(path, None, changed=True) for path in group]
+
+
+def _failed(group: Sequence[str], problem: str) -> list[Reading]:
+    if len(group) > 1:
+        return [Reading(path, None, suspect=True) for path in group]
+    (path,) = group
+    return [Reading(path, None, error=problem, transient=True)]
+
+
+def _shut(pool: ProcessPool) -> Thread:
+    """A thread that ends a pool, or hangs with it."""
+
+    def end() -> None:
+        with suppress(RuntimeError):
+            pool.stop()  # type: ignore[no-untyped-call]
+            pool.join()
+
+    thread = Thread(target=end, name="ending workers", daemon=True)
+    thread.start()
+    return thread
 
 
 def _start_worker() -> None:

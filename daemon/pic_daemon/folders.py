@@ -56,31 +56,37 @@ class Folder:
             and not any(_fits(parent, self.exclude) for parent in parents)
         )
 
-    def scan(self, below: str | None = None) -> Iterator[tuple[str, FileStamp]]:
-        """Every wanted regular file on the disk now, or only those under `below`.
+    def scan(self) -> Iterator[tuple[str, FileStamp]]:
+        """Every wanted regular file on the disk now, as `walk` finds them."""
+        return (found for found in self.walk(str(self.path)) if found)
+
+    def walk(self, below: str) -> Iterator[tuple[str, FileStamp] | None]:
+        """Every wanted regular file under `below` now, and None for everything else there.
 
         Symbolic links are not followed. Folders that vanish or cannot be read
         meanwhile are passed over: the next scan sees them.
         """
-        pending = [below or str(self.path)]
+        pending = [below]
         while pending:
-            try:
-                entries = os.scandir(pending.pop())
-            except OSError:
-                continue
-            with entries:
-                for entry in entries:
-                    try:
-                        if entry.is_dir(follow_symlinks=False):
-                            if self.recursive and not _fits(entry.name, self.exclude):
-                                pending.append(entry.path)
-                        elif self.wants(entry.path) and entry.is_file(
-                            follow_symlinks=False
-                        ):
-                            status = entry.stat(follow_symlinks=False)
-                            yield entry.path, FileStamp.of(status)
-                    except OSError:
-                        continue
+            for entry in _entries(pending.pop()):
+                found = None
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        if self.recursive and not _fits(entry.name, self.exclude):
+                            pending.append(entry.path)
+                    elif self.wants(entry.path) and entry.is_file(follow_symlinks=False):
+                        found = entry.path, FileStamp.of(entry.stat(follow_symlinks=False))
+                except OSError:
+                    pass
+                yield found
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError:
+        return
 
 
 def stamp_of(path: str) -> FileStamp | None:

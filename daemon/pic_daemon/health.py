@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +14,8 @@ from pic_daemon.errors import InputError
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.systemd import notify, watchdog_seconds
+
+Figures = dict[str, float | int | str | list[str]]
 
 _LATENCIES_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
 
@@ -45,6 +47,10 @@ class Health:
         self._oldest = Gauge(
             "pic_oldest_waiting_seconds", "Age of the oldest of them", registry=registry
         )
+        self._offline = Gauge(
+            "pic_folders_offline", "Folders that are gone or do not answer",
+            registry=registry,
+        )  # fmt: skip
         self._overflows = Counter(
             "pic_overflows", "Times the kernel dropped file events", registry=registry
         )
@@ -125,16 +131,19 @@ class Health:
         """Note that the pipeline moves."""
         self._moved_at = time.monotonic()
 
-    def waiting(self, backlog: int, oldest_s: float) -> dict[str, float | int]:
-        """Note what waits; returns the figures that the match log keeps."""
+    def waiting(self, backlog: int, oldest_s: float, offline: Sequence[str]) -> Figures:
+        """Note what waits and who is offline; returns figures for the match log."""
         self._backlog.set(backlog)
         self._oldest.set(oldest_s)
         counts = ", ".join(f"{count} {status}" for status, count in self.outcomes.items())
-        notify(f"STATUS={backlog} waiting; {counts or 'nothing recorded yet'}")
+        self._offline.set(len(offline))
+        gone = f"; offline: {', '.join(offline)}" if offline else ""
+        notify(f"STATUS={backlog} waiting; {counts or 'nothing recorded yet'}{gone}")
         return {
             "pid": os.getpid(),
             "backlog": backlog,
             "oldest_waiting_s": round(oldest_s, 1),
+            "offline": list(offline),
             **{f"recorded_{status}": n for status, n in self.outcomes.items()},
         }
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import threading
@@ -28,7 +29,8 @@ def post(url: str, header_file: Path | None, timeout: float, message: str) -> No
     """POST `message` to `url`; any 2xx takes it. Raises NotDelivered.
 
     The whole exchange is cut off after `timeout` seconds. Redirects are not followed and
-    the body of the answer is not read.
+    the body of the answer is not read. Over https the certificate must be of an authority
+    that OpenSSL knows here: the system's, and those in the file SSL_CERT_FILE names.
     """
     headers = {
         "Content-Type": "application/json",
@@ -47,12 +49,15 @@ def post(url: str, header_file: Path | None, timeout: float, message: str) -> No
     limit = threading.Timer(timeout, _cut, [connection, late])
     limit.start()
     try:
+        connection.connect()
+        if late.is_set():  # while shaking hands, where there was nothing yet to cut
+            raise TimeoutError
         connection.request("POST", target, message.encode(), headers)
         answer = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
         if late.is_set():
             raise NotDelivered(f"no answer within {timeout:g} s") from error
-        raise NotDelivered(f"{type(error).__name__}: {error}") from error
+        raise NotDelivered(_reason(error)) from error
     finally:
         limit.cancel()
         connection.close()
@@ -61,6 +66,12 @@ def post(url: str, header_file: Path | None, timeout: float, message: str) -> No
     if not 200 <= answer.status < 300:
         note = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
         raise NotDelivered(f"it answered {answer.status}{note}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
@@ -160,7 +171,7 @@ def _try(url: str, timeout: float) -> str:
     try:
         connection.connect()
     except OSError as error:
-        return f"cannot be reached now ({error}); matches would wait for it"
+        return f"cannot be reached now ({_reason(error)}); matches would wait for it"
     finally:
         connection.close()
     return "can be reached"

@@ -138,7 +138,7 @@ def _rgb(image: Image.Image, data: bytes, side: int) -> Image.Image:
         image.draft("RGB", (side, side))
         image.load()
     with contextlib.suppress(*_DECODER_ERRORS):  # corrupt EXIF: stays as stored
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips deeper samples when converting; scale 16 bits to 8 instead.
         samples = np.asarray(image, dtype=np.float32)
@@ -148,7 +148,7 @@ def _rgb(image: Image.Image, data: bytes, side: int) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _plain_jpeg(image: Image.Image, data: bytes, side: int) -> Image.Image | None:

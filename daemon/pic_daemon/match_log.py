@@ -1,7 +1,7 @@
 """The SQLite match log: the only state of the service that survives it.
 
 One writer, one transaction per batch, WAL with synchronous FULL: a row that was
-reported is on the disk.
+reported is on the disk. Only the names of files in hand are not waited for.
 """
 
 import json
@@ -23,6 +23,9 @@ from pic_daemon.model import Model
 from pic_daemon.schema import BUSY_TIMEOUT_S, Status, check, iso_time, migrations
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
+
+UNREAD = "cannot be read:"
+"""How the error of a file begins that met an I/O error."""
 
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
@@ -92,7 +95,6 @@ class MatchLog:
             connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
             db = Database(connection)
             db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA synchronous = FULL")
             (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise InputError(
@@ -134,9 +136,13 @@ class MatchLog:
             )
 
     def take_in_hand(self, paths: Sequence[str]) -> None:
-        """Note the names of files that a decoder gets to see now."""
+        """Note the names of files that a decoder gets to see now.
+
+        Not forced to the disk: a decoder that takes everything down with it leaves the
+        system's cache as it is, and after a loss of power there is nobody to blame.
+        """
         now = iso_time(datetime.now(UTC).timestamp())
-        with self._transaction():
+        with self._transaction(synchronous="NORMAL"):
             self._db.conn.executemany(
                 "INSERT INTO in_hand (path, since) VALUES (?, ?) "
                 "ON CONFLICT (path) DO UPDATE SET since = excluded.since",
@@ -156,7 +162,7 @@ class MatchLog:
 
     def put_down(self, path: str) -> None:
         """Forget that this file was in hand; it needs no row."""
-        with self._transaction():
+        with self._transaction(synchronous="NORMAL"):
             self._forget([path])
 
     def left_in_hand(self) -> list[str]:
@@ -169,6 +175,13 @@ class MatchLog:
             with self._transaction():
                 self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
         return [path for (path,) in rows]
+
+    def struck(self) -> list[str]:
+        """Names with strikes, of files that have no row yet; not those that `text_of`
+        changed, under which nothing can be found.
+        """
+        rows = self._db.execute("SELECT path FROM in_hand WHERE strikes > 0")
+        return [path for (path,) in rows if "\\x" not in path]
 
     def _forget(self, paths: Sequence[str]) -> None:
         self._db.conn.executemany(
@@ -184,7 +197,7 @@ class MatchLog:
         row = self._db.execute(
             "SELECT 1 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            "AND NOT (sha256 = '' AND error LIKE 'cannot be read:%' AND classified_at < ?)",
+            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' AND classified_at < ?)",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, unread_until],
         ).fetchone()
         return row is not None
@@ -276,7 +289,7 @@ class MatchLog:
         ).fetchone()
         return int(last) - rows + 1
 
-    def beat(self, figures: Mapping[str, float | int | str]) -> None:
+    def beat(self, figures: Mapping[str, object]) -> None:
         """Say that the service lives, and how it is doing."""
         now = iso_time(datetime.now(UTC).timestamp())
         with self._transaction():
@@ -303,20 +316,20 @@ class MatchLog:
             return deliveries.try_again(self._db.conn)
 
     def mark_outdated(self) -> int:
-        """Have images decided by another than the latest model or index done again.
+        """Have images decided by another than the present model or index done again.
 
-        Returns how many. Which index that is, and from which score on it is asked, the
-        heartbeat says.
+        Returns how many. Which these are, and from which score on the index is asked, the
+        heartbeat says; without one, the model is that used last, by the clock.
         """
-        latest = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        index, gate = (
+        model, index, gate = (
             f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
-            for name in ("catalog_index", "gate_threshold")
+            for name in ("model", "catalog_index", "gate_threshold")
         )
+        last = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
         asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
         return self._mark(
-            f"(model <> ({latest}) OR (catalog_index IS NOT {index} AND {asked})) "
-            "AND status <> 'failed'"
+            f"(model <> coalesce({model}, ({last})) "
+            f"OR (catalog_index IS NOT {index} AND {asked})) AND status <> 'failed'"
         )
 
     def no_matches_before(
@@ -348,7 +361,8 @@ class MatchLog:
         return int(found.rowcount)
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, synchronous: str = "FULL") -> Iterator[None]:
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
         # IMMEDIATE takes the write lock at once, so that waiting for it is covered
         # by the busy timeout and never fails half-way.
         self._db.execute("BEGIN IMMEDIATE")

@@ -77,6 +77,7 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
 )
 @click.option("--until", callback=_moment, metavar="TIME", help="Before then, likewise.")
 @click.option("--min-score", type=click.FloatRange(0, 1))
+@click.option("--max-score", type=click.FloatRange(0, 1))
 @click.option("--folder", type=_PATH, metavar="DIR", help="In it or anywhere below it.")
 @click.option("--product", metavar="NAME", help="Matched to this catalog item.")
 @click.option(
@@ -111,8 +112,9 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         narrowed["since"],
         narrowed["until"],
         narrowed["min_score"],
-        folder=text_of(os.path.realpath(folder)) if folder else "",
-        product=narrowed["product"] or "",
+        narrowed["max_score"],
+        text_of(os.path.realpath(folder)) if folder else "",
+        narrowed["product"] or "",
     )
     show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
     if follow:

@@ -18,8 +18,9 @@ MAX_BYTES = 1 << 30
 class Reading:
     """What reading `path` gave.
 
-    `stamp` is None where no regular file is there any more. `changed`: the file was
-    written to meanwhile and nothing else here counts. Otherwise either `image` or
+    `stamp` is None where no regular file is there any more, or where `changed`, `suspect`
+    or `transient` say that nobody looked. `changed`: the file was written to meanwhile and
+    nothing else here counts. Otherwise either `image` or
     `error` is set; `sha256` is '' where the bytes could not be had. `transient`: the
     error is of this one attempt, not of the content: another may succeed. `suspect`: the
     group that it was read in came to a bad end; nothing is known until it is read alone.

@@ -2,47 +2,51 @@
 
 With a descriptor and an index, what the score lets through goes through `cascade` first.
 
-One thread owns all state and the database. Decoders and watchdog only put messages
-into its inbox, so that nothing here needs a lock. A crash anywhere is answered by
-the scan at the next start: what has no row yet is done then.
+One thread owns all state and the database, and never looks at a drop folder itself.
+Decoders and scanners only put messages into its inbox, so that nothing here needs a
+lock. A crash anywhere is answered by the scan at the next start: what has no row yet
+is done then.
 """
 
 import logging
 import queue
 import sqlite3
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pic_daemon.backlog import Backlog
 from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
-from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
-from pic_daemon.health import Health
+from pic_daemon.folders import text_of
+from pic_daemon.health import Figures, Health
 from pic_daemon.identification import CloserReading, Confirmation
-from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.match_log import UNREAD, MatchLog, Outcome
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading
 from pic_daemon.recording import Recorder
 from pic_daemon.retention import Retention
+from pic_daemon.scanning import Sight, scanning
 from pic_daemon.schema import Status
+from pic_daemon.scoring import Scored, Scorer
 from pic_daemon.served_files import Loaded, ServedFiles
-from pic_daemon.settle import SettleTracker
 from pic_daemon.systemd import notify
-from pic_daemon.watch import FileHint, FolderHint, Hint, HintsLost, Watches
+from pic_daemon.watch import HintsLost
 
 logger = logging.getLogger("pic_daemon")
 
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
+_BACKLOG_WAIT_S = 0.25  # the same while more files wait than are read: nobody is kept
 _LONGEST_WAIT_S = 60.0
-_SCAN_STEP = 1000  # files compared between two looks into the inbox
-_STRIKES = 2  # attempts at a file that may crash, hang or end in an I/O error
-_STRIKE_WAIT_S = 5.0  # between them
-_LOOK_S = 5.0  # between two looks at the model file and at the folders themselves
+_MESSAGES = 1000  # heeded before the loop looks at its other duties
+_STRIKES = 2  # attempts at a file that ends its worker
+_UNREAD_STRIKES = 3  # attempts at one that cannot be read
+_STRIKE_WAIT_S = 5.0  # before the second attempt, twice as long before the next
+_LOOK_S = 5.0  # between two looks at the model file and at how the folders are
 _BEAT_S = 30.0  # between two heartbeats in the database
 _STUCK_S = 60.0  # beyond the time that decoding may take
 _READ_AHEAD = 2  # batches being read or waiting to be scored
@@ -60,17 +64,7 @@ class Reload:
 
 _Read = Reading | CloserReading | Confirmation
 
-Message = Hint | list[_Read] | Stop | Reload | Loaded
-
-
-@dataclass
-class _InHand:
-    """A file between being chosen and being recorded."""
-
-    seen_at: float
-    settled: bool
-    hinted_again: bool = False
-    alone: bool = False  # to be read in a group of its own
+Message = Sight | list[_Read] | Scored | Stop | Reload | Loaded
 
 
 @dataclass
@@ -89,19 +83,13 @@ class Service:
     passed: Callable[[int], None] = lambda _: None
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
-    _settling: SettleTracker = field(init=False)
-    _ready: deque[str] = field(default_factory=deque)
-    _in_hand: dict[str, _InHand] = field(default_factory=dict)
+    _backlog: Backlog = field(init=False)
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
-    # Each with the folder that it covers as a whole, if it does.
-    _scans: deque[tuple[Folder | None, Iterator[tuple[str, FileStamp]]]] = field(
-        default_factory=deque
-    )
-    _watches: Watches = field(init=False)
+    _scoring: bool = False
     _next_rescan: float = 0.0
-    _next_poll: dict[Folder, float] = field(default_factory=dict)
+    _offline: list[str] = field(default_factory=list)
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
@@ -110,11 +98,11 @@ class Service:
     _stopping: bool = False
 
     def __post_init__(self) -> None:
-        self._settling = SettleTracker(self.config.settle_seconds)
         self._retention = Retention(self.config.keep_no_match_days)
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._recorder = Recorder(self.log, self.config, self.health)
         config, send = self.config, self.inbox.put
+        self._backlog = Backlog(self._recorder, config.settle_seconds, self.passed)
         load = partial(load_model, config.model, config.provider)
         self._files = [ServedFiles("model", [config.model], load, self._swap, send)]
         if self.cascade:
@@ -146,12 +134,12 @@ class Service:
         decoding = self.config.readers, self.config.decode_seconds
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
-            Watches(self.config.folders, self.inbox.put) as self._watches,
+            Scorer(self.inbox.put) as scorer,
+            scanning(self.config.folders, self.inbox.put) as scanners,
         ):
-            # The scan comes after the watches: what arrives between is seen twice
+            # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
-            self._look_at_folders(time.monotonic())
-            self._scan_all()
+            self._backlog.watch(scanners)
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -159,12 +147,12 @@ class Service:
             while self._busy() or not self._stopping:
                 with self.health.timed("choose"):
                     more = not self._stopping and self._choose(decoders)
-                waiting = more or self._in_hand or len(self._settling)
-                if self.until_done and not waiting:
+                # In this order: what the backlog says is past may lie in the inbox.
+                if self.until_done and self._backlog.done() and self.inbox.empty():
                     break
                 self._receive(0.0 if more else self._patience())
                 if self._batch_is_due():
-                    self._finish_batch()
+                    self._begin_scoring(scorer)
                 if self.cascade:
                     self._go_on(self.cascade)
                 self.health.feed_watchdog(self._busy())
@@ -175,31 +163,16 @@ class Service:
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
         waiting = self.cascade.waiting if self.cascade else 0
-        return bool(self._reading or self._batch or waiting)
+        return bool(self._reading or self._batch or self._scoring or waiting)
 
     # What to read next
 
     def _choose(self, decoders: Decoders) -> bool:
         """Hand files to the decoders; returns whether there is more to look at now."""
-        self._look_around(time.monotonic())
+        self._look_around(time.monotonic(), decoders)
         room = _READ_AHEAD * self.config.batch_size - self._reading - len(self._batch)
         room -= self.cascade.waiting if self.cascade else 0
-        steps = _SCAN_STEP
-        chosen: list[str] = []
-        more = False
-        while len(chosen) < room:
-            if self._ready:
-                chosen.append(self._ready.popleft())
-            elif self._scans and steps:
-                steps -= 1
-                found = next(self._scans[0][1], None)
-                if found:
-                    self._consider(*found, complete=False)
-                else:
-                    self._scans.popleft()
-            else:
-                more = bool(self._scans)
-                break
+        chosen, more = self._backlog.choose(room)
         if chosen:
             self._read(chosen, decoders)
         return more
@@ -208,8 +181,9 @@ class Service:
         with self.health.timed("commit"):
             self._recorder.write(lambda: self.log.take_in_hand(chosen))
         self._reading += len(chosen)
-        alone = [path for path in chosen if self._in_hand[path].alone]
-        others = [path for path in chosen if not self._in_hand[path].alone]
+        in_hand = self._backlog.in_hand
+        alone = [path for path in chosen if in_hand[path].alone]
+        others = [path for path in chosen if not in_hand[path].alone]
         for group in (*([path] for path in alone), others):
             decoders.read(group, self.model.info.input_size, self.config.max_pixels)
 
@@ -217,94 +191,47 @@ class Service:
         self._reading += 1
         decoders.run(*task)
 
-    def _look_around(self, now: float) -> None:
+    def _look_around(self, now: float, decoders: Decoders) -> None:
         """Do what is due by the clock."""
-        for path, stamp in self._settling.due(now):
-            self._end_wait(path, stamp, now)
+        self._backlog.end_waits(now)
         if now >= self._next_rescan:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
             for files in self._files:
                 files.look()
-            self._look_at_folders(now)
+            decoders.look()
+            if self._backlog.look_at_folders():
+                decoders.leave_behind()
+            if (offline := self._backlog.folders_offline()) != self._offline:
+                self._offline = offline
+                self._next_beat = now
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
             self._beat()
-        for folder, due in self._next_poll.items():
-            if now >= due:
-                self._next_poll[folder] = now + folder.poll_seconds
-                self._scan(folder)
-        if now >= self._retention.next_due and self._idle():
-            online = [f for f in self.config.folders if self._watches.online(f)]
+        if now >= self._retention.next_due and self._backlog.quiet():
+            online = self._backlog.folders_online()
             self._recorder.write(lambda: self._retention.step(self.log, online, now))
-
-    def _idle(self) -> bool:
-        """Whether there is nothing to classify just now."""
-        return not (self._in_hand or self._scans)
 
     def _beat(self) -> None:
         figures = self._figures()
         self._recorder.write(lambda: self.log.beat(figures))
 
-    def _figures(self) -> dict[str, float | int | str]:
-        times = [file.seen_at for file in self._in_hand.values()]
-        if (settling := self._settling.oldest()) is not None:
-            times.append(settling)
-        oldest = max(0.0, time.time() - min(times)) if times else 0.0
-        waiting = self.health.waiting(len(self._in_hand) + len(self._settling), oldest)
+    def _figures(self) -> Figures:
+        oldest = self._backlog.oldest()
+        waited = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+        waiting = self.health.waiting(len(self._backlog), waited, self._offline)
+        waiting["model"] = self.model.sha256
         if not self.cascade:
-            return {**waiting}
+            return waiting
         index = self.cascade.identifier.index.sha256
-        return {**waiting, "catalog_index": index, "gate_threshold": self._threshold()}
+        gate = self._threshold(self.model)
+        return {**waiting, "catalog_index": index, "gate_threshold": gate}
 
-    def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
-        if path in self._in_hand:
-            return
-        if self.log.knows(path, stamp):
-            self.passed(1)
-            return
-        age = time.time() - stamp.mtime_ns / 1e9
-        still = age >= self.config.settle_seconds
-        if complete or still:
-            self._take(path, settled=still)
-        else:
-            self._settling.wait(path, stamp, time.monotonic(), time.time())
-
-    def _take(self, path: str, settled: bool) -> None:
-        seen_at = self._settling.release(path) or time.time()
-        self._in_hand[path] = _InHand(seen_at, settled)
-        self._ready.append(path)
-
-    def _end_wait(self, path: str, expected: FileStamp, now: float) -> None:
-        stamp = stamp_of(path)
-        if stamp is None:
-            self._settling.release(path)
-            self._recorder.write(lambda: self.log.put_down(path))
-        elif stamp == expected:
-            self._take(path, settled=True)
-        else:
-            self._settling.wait(path, stamp, now, time.time())
-
-    def _scan_all(self) -> None:
+    def _scan_all(self, again: bool = False) -> None:
         self._next_rescan = time.monotonic() + self.config.rescan_seconds
         self.health.rescanned()
-        for folder in self.config.folders:
-            self._scan(folder)
-
-    def _scan(self, folder: Folder) -> None:
-        """Compare a folder with the log, unless that is under way or it is offline."""
-        under_way = any(covered == folder for covered, _ in self._scans)
-        if self._watches.online(folder) and not under_way:
-            self._scans.append((folder, folder.scan()))
-
-    def _look_at_folders(self, now: float) -> None:
-        """Scan folders that came back, and see which must be polled."""
-        for folder in self._watches.look():
-            self._scan(folder)
-        for folder in self.config.folders:
-            if self._watches.polled(folder):
-                self._next_poll.setdefault(folder, now + folder.poll_seconds)
+        self._backlog.scan(again)
 
     # What came in
 
@@ -312,11 +239,12 @@ class Service:
         try:
             with self.health.timed("wait"):
                 message = self.inbox.get(timeout > 0, timeout or None)
-            while True:
+            for _ in range(_MESSAGES):
                 self._handle(message)
                 if self._batch_is_full():
                     return
                 message = self.inbox.get(False)
+            self._handle(message)
         except queue.Empty:
             return
 
@@ -327,24 +255,27 @@ class Service:
                 self.health.moved()
                 for read in message:
                     self._take_in(read)
+            case Scored():
+                self._scoring = False
+                self.health.spent("inference", message.seconds)
+                self.health.moved()
+                self._pass_on(message)
             case Loaded():
                 message.hand_over()
-            case FileHint(path, complete):
-                self._follow(path, complete)
-            case FolderHint(path):
-                self._scan_below(path)
+            case Reload():
+                for served in self._files:
+                    served.load()
+                self._scan_all(again=True)
+            case Stop():
+                self._stopping = True
             case HintsLost():
                 self.health.overflowed()
                 logger.warning("the kernel dropped file events; scanning every folder")
-                self._scans.clear()
-                self._scan_all()
-            case Reload():
-                for files in self._files:
-                    files.load()
-                self._scans.clear()
-                self._scan_all()
-            case Stop():
-                self._stopping = True
+                self._scan_all(again=True)
+            case Exception():
+                raise message
+            case _:
+                self._backlog.heed(message)
 
     def _take_in(self, read: _Read) -> None:
         if isinstance(read, Reading):
@@ -355,66 +286,55 @@ class Service:
         elif self.cascade:
             self.cascade.handle(read)
 
-    def _scan_below(self, path: str) -> None:
-        for folder in self.config.folders:
-            if folder.recursive and path.startswith(f"{folder.path}/"):
-                self._scans.append((None, folder.scan(path)))
-
-    def _follow(self, path: str, complete: bool) -> None:
-        if path in self._in_hand:
-            self._in_hand[path].hinted_again = True
-        elif any(folder.wants(path) for folder in self.config.folders):
-            stamp = stamp_of(path)
-            if stamp:
-                self._consider(path, stamp, complete)
-
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
-        path, stamp = reading.path, reading.stamp
-        if stamp is None:  # gone before it was read
-            self._recorder.write(lambda: self.log.put_down(path))
-            self._let_go(path)
+        path = reading.path
+        unfinished = reading.changed or reading.suspect or reading.transient
+        stamp = reading.stamp or (self._backlog.in_hand[path].stamp if unfinished else None)
+        if stamp is None or (unfinished and not self._backlog.online(path)):
+            # Gone before it was read, or with its folder, where it is found again.
+            self._backlog.drop(path)
         elif reading.suspect:
-            self._in_hand[path].alone = True
-            self._ready.append(path)
-        elif reading.transient and self._may_try_again(path):
-            logger.warning("path=%r: %s; trying once more", text_of(path), reading.error)
-            self._wait_again(path, stamp, _STRIKE_WAIT_S)
+            self._backlog.in_hand[path].alone = True
+            self._backlog.read_again(path)
+        elif reading.transient and (wait := self._next_attempt(reading)):
+            problem = "path=%r: %s; trying again in %g s"
+            logger.warning(problem, text_of(path), reading.error, wait)
+            self._backlog.wait_again(path, stamp, wait)
         elif reading.changed or (
-            reading.error and not reading.transient and not self._in_hand[path].settled
+            reading.error
+            and not reading.transient
+            and not self._backlog.in_hand[path].settled
         ):
-            self._wait_again(path, stamp)
+            self._backlog.wait_again(path, stamp)
         elif reading.image and len(reading.image.pixels) != self.model.info.input_size:
-            self._ready.append(path)  # was read for the model before this one
+            self._backlog.read_again(path)  # was read for the model before this one
         elif reading.sha256 and self._recorder.write(
             lambda: self.log.recognise(path, reading.sha256, stamp)
         ):
-            self._let_go(path)
+            self._backlog.let_go(path)
         else:
             if not self._batch:
                 self._batch_since = time.monotonic()
             self._batch.append(reading)
 
-    def _may_try_again(self, path: str) -> bool:
-        """Count an attempt that failed on its own; whether another is due."""
-        return self._recorder.write(lambda: self.log.strike(path)) < _STRIKES
-
-    def _wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
-        seen_at = self._in_hand.pop(path).seen_at
-        self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
-
-    def _let_go(self, path: str) -> None:
-        self.passed(1)
-        if self._in_hand.pop(path).hinted_again:
-            self._follow(path, complete=True)
+    def _next_attempt(self, reading: Reading) -> float | None:
+        """Count an attempt that failed on its own; seconds to the next, None: no more."""
+        strikes = self._recorder.write(lambda: self.log.strike(reading.path))
+        unread = reading.error and reading.error.startswith(UNREAD)
+        most = _UNREAD_STRIKES if unread else _STRIKES
+        return _STRIKE_WAIT_S * 2 ** (strikes - 1) if strikes < most else None
 
     def _swap(self, model: Model) -> None:
         if model.sha256 == self.model.sha256:
             return
-        if self._batch:
-            self._finish_batch()
+        if model.info.input_size != self.model.info.input_size:
+            for reading in self._batch:
+                self._backlog.read_again(reading.path)
+            self._batch.clear()
         self.model = model
         self._recorder.write(lambda: self.log.use_model(model))
+        self._beat()
         self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
@@ -425,32 +345,42 @@ class Service:
 
     def _batch_is_due(self) -> bool:
         """Full, or nothing else is coming, or the oldest has waited long enough."""
-        if not self._batch:
+        if self._scoring or not self._batch:
             return False
-        waited = time.monotonic() - self._batch_since
-        return self._batch_is_full() or not self._reading or waited >= _BATCH_WAIT_S
+        waited = time.monotonic() >= self._batch_ends()
+        return self._batch_is_full() or not self._reading or waited
 
-    def _finish_batch(self) -> None:
-        readings, self._batch = self._batch, []
-        with self.health.timed("inference"):
-            verdicts = iter(self.model.judge([r.image for r in readings if r.image]))
-        now = time.time()
+    def _batch_ends(self) -> float:
+        """When a batch that is not full is scored all the same."""
+        more = self._backlog.more()
+        return self._batch_since + (_BACKLOG_WAIT_S if more else _BATCH_WAIT_S)
+
+    def _begin_scoring(self, scorer: Scorer) -> None:
+        size = self.config.batch_size
+        batch, self._batch = self._batch[:size], self._batch[size:]
+        self._batch_since = time.monotonic()
+        self._scoring = True
+        scorer.begin(self.model, batch)
+
+    def _pass_on(self, scored: Scored) -> None:
+        """Record a batch, but for what the cascade is to look at."""
+        model, now = scored.model, time.time()
+        threshold = self._threshold(model)
         outcomes = []
-        for reading in readings:
-            verdict = next(verdicts) if reading.image else None
-            outcome = self._outcome(reading, verdict, now)
+        for reading, verdict in zip(scored.readings, scored.verdicts, strict=True):
+            outcome = self._outcome(reading, verdict, threshold, now)
             score = verdict.score if verdict and not verdict.reason else -1.0
-            if self.cascade and score >= self._threshold():
-                self.cascade.take(Passed(outcome, self.model))
+            if self.cascade and score >= threshold:
+                self.cascade.take(Passed(outcome, model))
             else:
                 outcomes.append(outcome)
         if outcomes:
-            self._record(outcomes, self.model)
+            self._record(outcomes, model)
 
-    def _threshold(self) -> float:
-        """What the model's score must reach, to match or to be looked at again."""
-        gate = self.cascade.gate(self.model) if self.cascade else None
-        return self.model.info.threshold if gate is None else gate
+    def _threshold(self, model: Model) -> float:
+        """What a model's score must reach, to match or to be looked at again."""
+        gate = self.cascade.gate(model) if self.cascade else None
+        return model.info.threshold if gate is None else gate
 
     def _go_on(self, cascade: Cascade) -> None:
         """Describe what waits, if it is due, and record what is decided."""
@@ -465,24 +395,25 @@ class Service:
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
         self._recorder.record(outcomes, model)
         for outcome in outcomes:
-            self._let_go(outcome.path)
+            self._backlog.let_go(outcome.path)
 
-    def _outcome(self, reading: Reading, verdict: Verdict | None, now: float) -> Outcome:
-        assert reading.stamp
-        image = reading.image
+    def _outcome(
+        self, reading: Reading, verdict: Verdict | None, threshold: float, now: float
+    ) -> Outcome:
+        image, in_hand = reading.image, self._backlog.in_hand[reading.path]
         status: Status = verdict.status if verdict else "failed"
         return Outcome(
             path=reading.path,
             sha256=reading.sha256,
-            stamp=reading.stamp,
+            stamp=reading.stamp or in_hand.stamp,
             status="no-match" if verdict and self.cascade else status,
-            seen_at=self._in_hand[reading.path].seen_at,
+            seen_at=in_hand.seen_at,
             classified_at=now,
             width=image.width if image else None,
             height=image.height if image else None,
             format=image.format if image else None,
             score=verdict.score if verdict else None,
-            threshold=self._threshold() if image else None,
+            threshold=threshold if image else None,
             error=verdict.reason if verdict else reading.error,
         )
 
@@ -493,13 +424,12 @@ class Service:
             waits = self._batch or (self.cascade and self.cascade.waiting)
             return _BATCH_WAIT_S if waits else _LONGEST_WAIT_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
-        if (due := self._settling.next_due()) is not None:
+        if (due := self._backlog.next_due()) is not None:
             moments.append(due)
-        moments += self._next_poll.values()
-        if self._idle():
+        if self._backlog.quiet():
             moments.append(self._retention.next_due)
-        if self._batch:
-            moments.append(self._batch_since + _BATCH_WAIT_S)
+        if self._batch and not self._scoring:  # else a message comes
+            moments.append(self._batch_ends())
         if self.cascade and (due := self.cascade.due()) is not None:
             moments.append(due)
         wait = min(moments) - now

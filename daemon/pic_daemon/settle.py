@@ -46,6 +46,11 @@ class SettleTracker:
         self._waiting[path] = _Waiting(stamp, due, waiting.seen_at if waiting else seen_at)
         heapq.heappush(self._queue, (due, path))
 
+    def awaits(self, path: str, stamp: FileStamp) -> bool:
+        """Whether `path` is still watched, and was last seen with this stamp."""
+        waiting = self._waiting.get(path)
+        return waiting is not None and waiting.stamp == stamp
+
     def release(self, path: str) -> float | None:
         """Stop waiting for `path`; returns when it was first noticed, if it was here."""
         waiting = self._waiting.pop(path, None)

@@ -1,7 +1,9 @@
 """Tell systemd how the service is doing (sd_notify(3)); silent elsewhere."""
 
+import logging
 import os
 import socket
+import sys
 
 
 def notify(state: str) -> None:
@@ -19,3 +21,29 @@ def notify(state: str) -> None:
 def watchdog_seconds() -> float:
     """How long systemd waits for a sign of life (sd_watchdog_enabled(3)); 0: for ever."""
     return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+
+
+def log_format() -> logging.Formatter:
+    """Lines that begin with their level: in journald's form where it reads stderr.
+
+    sd-daemon(3): ``<4>`` is a warning, which ``journalctl -p warning`` finds.
+    """
+    journal = os.environ.get("JOURNAL_STREAM")  # systemd.exec(5)
+    if journal and sys.stderr:
+        stderr = os.fstat(sys.stderr.fileno())
+        if journal == f"{stderr.st_dev}:{stderr.st_ino}":
+            return _JournalFormatter("%(message)s")
+    return logging.Formatter("%(levelname)s %(message)s")
+
+
+class _JournalFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = next(p for least, p in _PRIORITIES if record.levelno >= least)
+        lines = super().format(record).splitlines() or [""]
+        return "\n".join(f"<{level}>{line}" for line in lines)
+
+
+_PRIORITIES = (
+    (logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)  # fmt: skip

@@ -2,7 +2,7 @@
 
 Events only shorten latency: the kernel drops them when a burst overflows its
 queue, and a folder filled before its watch existed announces nothing. Comparing
-the disk with the match log is what finds every file; see `service`.
+the disk with the match log is what finds every file; see `scanning`.
 """
 
 import errno
@@ -10,10 +10,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -25,9 +24,9 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver, ObservedWatch
+from watchdog.observers.api import BaseObserver
 
-from pic_daemon.folders import Folder, Mount, mount_of
+from pic_daemon.folders import FileStamp, Folder, Mount, mount_of, stamp_of
 from pic_daemon.inotify_limits import watches_left, watches_needed
 
 logger = logging.getLogger("pic_daemon")
@@ -38,22 +37,14 @@ class FileHint:
     """Something happened to the file; `complete` if it was closed or renamed into place."""
 
     path: str
+    stamp: FileStamp
     complete: bool
-
-
-@dataclass(frozen=True)
-class FolderHint:
-    """A folder appeared, perhaps already filled: scan it."""
-
-    path: str
 
 
 @dataclass(frozen=True)
 class HintsLost:
     """The kernel dropped events: scan everything."""
 
-
-Hint = FileHint | FolderHint | HintsLost
 
 _WATCHDOG_LOG = logging.getLogger("watchdog.observers.inotify_c")
 
@@ -69,120 +60,123 @@ _EVENTS: list[type[FileSystemEvent]] = [
 ]  # fmt: skip
 
 
-@dataclass
-class _Watched:
-    """What is known of a folder: where it was mounted at first, and its watch."""
+class FolderWatch:
+    """The watch on one folder, while it is there; all but `online` is for one thread.
 
-    mount: Mount
-    inode: int | None = None
-    watch: ObservedWatch | None = None
-    polled: bool = False
-    said_offline: bool = False
+    `send` gets hints of files that the folder wants, `scan` the path of a folder that
+    appeared below, perhaps already filled; both from a thread of this folder's own.
 
-
-class Watches:
-    """Watches on the folders that are there; `send` gets hints from another thread.
-
-    A folder is offline while it is missing, or while another file system than at
-    first is mounted where it was.
+    The folder is offline while it is missing, or while another file system than at first
+    is mounted where it was.
     """
 
-    def __init__(self, folders: Sequence[Folder], send: Callable[[Hint], None]) -> None:
-        self._handler = _Handler(send)
-        self._overflow = _OverflowListener(send)
-        self._observer = _observer()
+    def __init__(
+        self,
+        folder: Folder,
+        send: Callable[[FileHint], None],
+        scan: Callable[[str], None],
+    ) -> None:
+        self.polled = folder.mode == "poll"  # nothing announces what arrives
+        self._folder = folder
+        self._handler = _Handler(folder, send, scan)
+        self._mount: Mount | None = None
+        self._inode: int | None = None
+        self._observer: BaseObserver | None = None
+        self._said_offline = False
         self._next_count = 0.0
-        self._states = {
-            folder: _Watched(mount_of(folder.path), polled=folder.mode == "poll")
-            for folder in folders
-        }
 
-    def __enter__(self) -> Self:
-        _WATCHDOG_LOG.addHandler(self._overflow)
-        self._observer.start()
-        return self
+    @property
+    def online(self) -> bool:
+        """Whether the folder was there when last looked at."""
+        return self._inode is not None
 
-    def __exit__(self, *_: object) -> None:
-        _WATCHDOG_LOG.removeHandler(self._overflow)
-        self._observer.stop()
-        self._observer.join()
-
-    def look(self) -> list[Folder]:
-        """Bring the watches in line with the disk; returns folders that came (back)."""
-        came = [
-            folder for folder, state in self._states.items() if self._came(folder, state)
-        ]
-        if time.monotonic() >= self._next_count:
+    def look(self) -> bool:
+        """Bring the watch in line with the disk; returns whether the folder came (back)."""
+        came = self._came()
+        if self._observer and time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + _COUNT_EVERY_S
-            if watches_left() == 0:
-                for folder, state in self._states.items():
-                    if state.watch and not state.polled:
-                        self._poll(folder, state, errno.ENOSPC)
+            if watches_left() == 0 and not self.polled:
+                self._poll(errno.ENOSPC)
         return came
 
-    def online(self, folder: Folder) -> bool:
-        """Whether the folder was there when last looked at."""
-        return self._states[folder].inode is not None
+    def end(self) -> None:
+        """Take the watch away."""
+        if self._observer:
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
 
-    def polled(self, folder: Folder) -> bool:
-        """Whether nothing announces what arrives in the folder."""
-        return self._states[folder].polled
-
-    def _came(self, folder: Folder, state: _Watched) -> bool:
-        inode = self._inode(folder, state)
-        if inode == state.inode and not self._watch_ended(state):
+    def _came(self) -> bool:
+        inode = self._inode_there()
+        as_said = inode == self._inode and (inode is not None or self._said_offline)
+        if as_said and not self._watch_ended():
             return False
-        if state.watch:
-            with suppress(KeyError, OSError):  # its watch may have ended with the folder
-                self._observer.unschedule(state.watch)
-            state.watch = None
-        state.inode = inode
+        self.end()
+        self._inode = inode
         if inode is None:
-            logger.warning("folder %s is offline", folder.path)
-            state.said_offline = True
+            logger.warning("folder %s is offline", self._folder.path)
+            self._said_offline = True
             return False
-        if state.said_offline:
-            logger.info("folder %s is back", folder.path)
-            state.said_offline = False
-        if not state.polled:
-            self._watch(folder, state)
+        if self._said_offline:
+            logger.info("folder %s is back", self._folder.path)
+            self._said_offline = False
+        if not self.polled:
+            self._begin()
         return True
 
-    def _watch_ended(self, state: _Watched) -> bool:
+    def _watch_ended(self) -> bool:
         """Whether a folder made anew under its old inode number has lost its watch."""
-        return state.watch is not None and not any(
-            emitter.watch == state.watch and emitter.is_alive()
-            for emitter in self._observer.emitters
+        observer = self._observer
+        return observer is not None and not (
+            observer.is_alive() and any(e.is_alive() for e in observer.emitters)
         )
 
-    def _inode(self, folder: Folder, state: _Watched) -> int | None:
+    def _inode_there(self) -> int | None:
         try:
-            inode = os.stat(folder.path).st_ino
+            inode = os.stat(self._folder.path).st_ino
         except OSError:
             return None
-        return inode if mount_of(folder.path) == state.mount else None
+        mount = mount_of(self._folder.path)
+        self._mount = self._mount or mount
+        return inode if mount == self._mount else None
 
-    def _watch(self, folder: Folder, state: _Watched) -> None:
+    def _begin(self) -> None:
         try:
             # watchdog passes over sub-folders that it cannot watch, without a word.
             left = watches_left()
-            if left is not None and watches_needed(folder) > left:
+            if left is not None and watches_needed(self._folder) > left:
                 raise OSError(errno.ENOSPC, "inotify watch limit reached")
-            state.watch = self._observer.schedule(
+            # An observer of its own: its threads walk and stat what is in the folder.
+            self._observer = _observer()
+            self._observer.start()
+            self._observer.schedule(
                 self._handler,
-                str(folder.path),
-                recursive=folder.recursive,
+                str(self._folder.path),
+                recursive=self._folder.recursive,
                 event_filter=_EVENTS,
             )
         except OSError as error:
-            self._poll(folder, state, error.errno or 0)
+            self.end()
+            self._poll(error.errno or 0)
 
-    def _poll(self, folder: Folder, state: _Watched, reason: int) -> None:
-        state.polled = True
+    def _poll(self, reason: int) -> None:
+        self.polled = True
         logger.warning(
             "folder %s cannot be watched: %s; scanning it every %g s",
-            folder.path, _REMEDIES.get(reason, os.strerror(reason)), folder.poll_seconds,
+            self._folder.path, _REMEDIES.get(reason, os.strerror(reason)),
+            self._folder.poll_seconds,
         )  # fmt: skip
+
+
+@contextmanager
+def hearing_overflows(send: Callable[[HintsLost], None]) -> Iterator[None]:
+    """Have `send` told of every queue overflow."""
+    listener = _OverflowListener(send)
+    _WATCHDOG_LOG.addHandler(listener)
+    try:
+        yield
+    finally:
+        _WATCHDOG_LOG.removeHandler(listener)
 
 
 def _observer() -> BaseObserver:
@@ -195,8 +189,15 @@ def _observer() -> BaseObserver:
 
 
 class _Handler(FileSystemEventHandler):
-    def __init__(self, send: Callable[[Hint], None]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        send: Callable[[FileHint], None],
+        scan: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
         self._send = send
+        self._scan = scan
 
     def dispatch(self, event: FileSystemEvent) -> None:
         moved = isinstance(event, FileMovedEvent | DirMovedEvent)
@@ -204,15 +205,17 @@ class _Handler(FileSystemEventHandler):
         if not path:
             return  # moved out of the tree
         if event.is_directory:
-            self._send(FolderHint(path))
-        else:
-            self._send(FileHint(path, moved or isinstance(event, FileClosedEvent)))
+            if self._folder.recursive:
+                self._scan(path)
+        elif self._folder.wants(path) and (stamp := stamp_of(path)):
+            complete = moved or isinstance(event, FileClosedEvent)
+            self._send(FileHint(path, stamp, complete))
 
 
 class _OverflowListener(logging.Handler):
     """watchdog reports a queue overflow only in its log; turn that into a hint."""
 
-    def __init__(self, send: Callable[[Hint], None]) -> None:
+    def __init__(self, send: Callable[[HintsLost], None]) -> None:
         super().__init__(logging.WARNING)
         self._send = send
 

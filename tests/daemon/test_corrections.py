@@ -84,21 +84,24 @@ def test_a_log_from_before_corrections_is_refused(shop: Shop) -> None:
         read_corrections(shop.home / "none.db")
 
 
-def test_a_log_of_the_version_before_gets_its_tables_and_indexes(tmp_path: Path) -> None:
+def test_a_log_of_an_earlier_version_gets_its_tables_and_indexes(tmp_path: Path) -> None:
     MatchLog.open(tmp_path / "log.db").close()
     db = sqlite3.connect(tmp_path / "log.db")
+    schema = "SELECT sql FROM sqlite_schema WHERE type = 'index' ORDER BY sql"
+    whole = db.execute(schema).fetchall()
     db.executescript(
         """
         DROP TABLE corrections; DROP TABLE watched; DROP INDEX images_by_status;
-        DROP INDEX matches_by_product;
+        DROP INDEX images_by_product;
         CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match';
         DELETE FROM _sqlite_migrations WHERE name IN
-            ('add_watched', 'add_corrections', 'add_indexes_for_the_page');
+            ('add_watched', 'add_corrections', 'add_indexes_for_the_page',
+             'widen_indexes_for_the_page');
         """
     )
-    db.close()
     MatchLog.open(tmp_path / "log.db").close()
-    db = sqlite3.connect(tmp_path / "log.db")
+    assert db.execute(schema).fetchall() == whole
     names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-    assert {"corrections", "watched", "images_by_status", "matches_by_product"} <= names
+    assert {"corrections", "watched", "images_by_status", "images_by_product"} <= names
     assert "matches_by_time" not in names
+    db.close()

@@ -1,9 +1,11 @@
 import os
+import tempfile
 from pathlib import Path
 
+import pytest
 from conftest import write_image
 
-from pic_daemon.folders import Folder, mount_of, stamp_of, text_of
+from pic_daemon.folders import Folder, mount_of, set_aside, stamp_of, text_of
 
 
 def names(folder: Folder) -> set[str]:
@@ -42,6 +44,19 @@ def test_links_pipes_and_folders_named_like_images_are_no_files(tmp_path: Path) 
 
 def test_a_folder_that_vanished_holds_nothing(tmp_path: Path) -> None:
     assert names(Folder(tmp_path / "gone")) == set()
+
+
+def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other file system at hand")
+    path = str(write_image(tmp_path / "a.png", 25))
+    stamp = stamp_of(path)
+    assert stamp
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        moved = set_aside(path, stamp, Path(folder))
+        assert moved == Path(folder) / "a.png" and moved.stat().st_size == stamp.bytes
+    assert stamp_of(path) is None
 
 
 def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:

@@ -30,6 +30,14 @@ def test_prometheus_is_told_outcomes_latency_and_model(
         assert f'pic_images_total{{status="{status}"}} 1.0' in text
     assert 'provider="CPUExecutionProvider"' in text
     assert "pic_rescans_total 1.0" in text
+    for still in (
+        "backlog",
+        "oldest_waiting_seconds",
+        "overflows_total",
+        "folders_offline",
+    ):
+        assert f"pic_{still} 0.0" in text
+    assert 'pic_latency_seconds_bucket{le="+Inf"} 3.0' in text
 
 
 def metrics(address: str) -> str:
@@ -80,6 +88,12 @@ def test_status_tells_a_service_that_lives_from_one_that_does_not(
     silent = run_tool("pic-daemon", *asked, "--json")
     assert silent.returncode == 1
     assert "the service is down or stuck" in json.loads(silent.stdout)["problem"]
+    log = sqlite3.connect(daemon.database)
+    log.execute("UPDATE heartbeat SET at = '2999-01-01T00:00:00.000Z'")
+    log.commit()
+    log.close()
+    set_back = run_tool("pic-daemon", *asked)
+    assert (set_back.returncode, "clock was set back" in set_back.stdout) == (1, True)
 
 
 def test_a_file_from_the_future_is_classified(daemon: DaemonProcess) -> None:

@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import shutil
 import socket
 import sqlite3
+import ssl
 import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from typing import Any
 import pytest
 from conftest import DaemonProcess, write_image
 
+from pic_daemon.config import Config
 from pic_daemon.errors import InputError
-from pic_daemon.hooks import NotDelivered, post, read_header, run_command
+from pic_daemon.hooks import NotDelivered, describe_hooks, post, read_header, run_command
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -74,6 +78,50 @@ def receiver() -> Iterator[Receiver]:
     server.server_close()
 
 
+@dataclass(frozen=True)
+class SecureReceiver:
+    """A receiver behind TLS; `show` has it present another certificate from now on."""
+
+    receiver: Receiver
+    context: ssl.SSLContext
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.receiver.server_port}/matches"
+
+    def show(self, certificate: Path) -> None:
+        self.context.load_cert_chain(certificate)
+
+
+@pytest.fixture
+def secure(receiver: Receiver) -> SecureReceiver:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    receiver.socket = context.wrap_socket(
+        receiver.socket, server_side=True, do_handshake_on_connect=False
+    )  # so each thread shakes hands on its own
+    return SecureReceiver(receiver, context)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Callable[..., Path]:
+    """Make a key and a certificate that it signed itself, in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("the openssl command is not installed")
+
+    def make(name: str, address: str = "127.0.0.1") -> Path:
+        key, file = tmp_path / f"{name}.key", tmp_path / f"{name}.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", f"/CN={name}",
+             "-addext", f"subjectAltName=IP:{address}", "-keyout", key, "-out", file],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        file.write_text(file.read_text() + key.read_text())
+        return file
+
+    return make
+
+
 def queued(daemon: DaemonProcess) -> list[tuple[str, str | None]]:
     """Hook and time due of every delivery that is still there."""
     with closing(sqlite3.connect(daemon.database)) as db:
@@ -103,6 +151,24 @@ def test_a_webhook_that_fails_half_of_the_time_is_told_of_every_match(
     assert type(message.pop("delivery")) is int
     assert message == {name: row[name] for name in message}
     assert {"score", "sha256", "catalog_item", "classified_at"} <= set(message)
+
+
+def test_a_program_that_fails_half_of_the_time_is_told_of_every_match(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    told, tried = tmp_path / "told.jsonl", tmp_path / "tried"
+    script = tmp_path / "tell.sh"
+    script.write_text(f"#!/bin/sh\necho >> {tried}\n[ $(($(wc -l < {tried}) % 2)) = 0 ] || "
+                      f"exit 1\nexec cat >> {told}\n")  # fmt: skip
+    script.chmod(0o755)
+    daemon.start("--command", script)
+    for number in range(12):
+        write_image(daemon.drop / f"{number}.png", 150 + number)
+    daemon.wait_for_rows(12)
+    daemon.wait_until(lambda: told.exists() and not queued(daemon))
+    messages = [json.loads(line) for line in told.read_text().splitlines()]
+    assert names(messages) == {f"{number}.png" for number in range(12)}
+    assert len(tried.read_text()) == 2 * len(messages)
 
 
 def test_a_kill_between_telling_and_noting_it_tells_again(
@@ -183,6 +249,48 @@ def test_the_header_from_the_file_is_sent_and_a_redirect_is_not_followed(
     with pytest.raises(NotDelivered, match=r"302 \(redirects are not followed"):
         post(receiver.url, secret, 5, "{}")
     assert receiver.asked == ["/matches?of=shop"] * 2
+
+
+def test_over_https_nothing_is_told_until_the_certificate_is_trusted(
+    daemon: DaemonProcess,
+    secure: SecureReceiver,
+    certificate: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trusted = certificate("shop")
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    secure.show(certificate("stranger"))
+    daemon.start("--webhook", secure.url)
+    write_image(daemon.drop / "a.png", 200)
+    reason = "failed: its certificate is not accepted: self-signed certificate; it is tried"
+    daemon.wait_until(lambda: daemon.log.read_text().count(reason) >= 2)
+    assert [hook for hook, due in queued(daemon) if due] == ["webhook"]
+    assert not secure.receiver.asked
+    secure.show(trusted)
+    daemon.wait_until(lambda: not queued(daemon))
+    assert names(secure.receiver.taken) == {"a.png"}
+
+
+def test_a_certificate_for_another_address_is_not_accepted(
+    secure: SecureReceiver,
+    certificate: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = certificate("elsewhere", "192.0.2.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(elsewhere))
+    secure.show(elsewhere)
+    with pytest.raises(NotDelivered, match="not accepted: IP address mismatch"):
+        post(secure.url, None, 5, "{}")
+    (line,) = describe_hooks(Config((), elsewhere, elsewhere, webhook=secure.url))
+    assert "cannot be reached now (its certificate is not accepted: IP" in line
+    assert not secure.receiver.asked
+
+
+def test_a_receiver_that_never_shakes_hands_is_cut_off() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1]
+        with pytest.raises(NotDelivered, match=r"no answer within 0\.5 s|timed out"):
+            post(f"https://127.0.0.1:{port}/", None, 0.5, "{}")
 
 
 def test_an_answer_that_never_ends_is_cut_off() -> None:

@@ -1,6 +1,7 @@
 """Files that no service wants to meet: each costs its own row, and no more."""
 
 import os
+import re
 import socket
 import struct
 import zlib
@@ -39,12 +40,13 @@ def write_readable(folder: Path) -> set[bytes]:
     Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
     more = [image.rotate(90), image.rotate(180)]
     image.save(folder / "moving.webp", save_all=True, append_images=more)
+    image.save(folder / "moving.gif", save_all=True, append_images=more)
     image.save(folder / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     image.save(folder / "is-a-png.jpg", "PNG")
     image.save(os.fsencode(folder) + b"/not-utf8-\xff\xfe.png", "PNG")
     image.save(folder / "new\nline.png")
-    return {b"cmyk.jpg", b"deep.png", b"moving.webp", b"exif.jpg", b"is-a-png.jpg",
-            b"not-utf8-\\xff\\xfe.png", b"new\nline.png"}  # fmt: skip
+    return {b"cmyk.jpg", b"deep.png", b"moving.webp", b"moving.gif", b"exif.jpg",
+            b"is-a-png.jpg", b"not-utf8-\\xff\\xfe.png", b"new\nline.png"}  # fmt: skip
 
 
 def write_unreadable(folder: Path) -> set[bytes]:
@@ -95,13 +97,23 @@ def test_each_odd_file_has_its_row_and_the_service_lives(daemon: DaemonProcess) 
     assert "crashed" not in daemon.log.read_text()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_says_so(daemon: DaemonProcess) -> None:
+def test_a_file_that_may_not_be_read_is_tried_again_and_then_says_so(
+    daemon: DaemonProcess,
+) -> None:
     write_image(daemon.drop / "secret.png", 200).chmod(0)
-    daemon.start()
-    (row,) = daemon.wait_for_rows(1)
-    assert row["status"] == "failed"
-    assert "Permission denied" in str(row["error"])
+    late = write_image(daemon.drop / "late.png", 200)
+    late.chmod(0)
+    # Root may read everything, but for these two rights.
+    bounds = "--bounding-set=-dac_override,-dac_read_search"
+    daemon.start(under=["setpriv", bounds, "--inh-caps=-all"] if os.geteuid() == 0 else [])
+    daemon.wait_until(lambda: daemon.log.read_text().count("trying again in 5 s") == 2)
+    late.chmod(0o600)
+    rows = {Path(str(row["path"])).name: row for row in daemon.wait_for_rows(2)}
+    assert rows["late.png"]["status"] == "match"
+    assert rows["secret.png"]["status"] == "failed"
+    assert rows["secret.png"]["error"] == "cannot be read: Permission denied"
+    waits = re.findall(r"secret.*trying again in (\d+) s", daemon.log.read_text())
+    assert waits == ["5", "10"]
 
 
 def test_a_picture_beyond_a_workers_memory_fails_for_want_of_it(

@@ -76,6 +76,22 @@ def test_the_view_holds_matches_alone(log: MatchLog, model: Model) -> None:
     ]  # fmt: skip
 
 
+def test_the_present_model_is_known_though_the_clock_was_set_back(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model)
+    present = replace(model, sha256="c" * 64)
+    log.use_model(present)
+    log.record([match("/drop/b.png")], present)
+    log._db.execute(
+        "UPDATE models SET last_used_at = '2999' WHERE sha256 = ?", [model.sha256]
+    )
+    log._db.conn.commit()
+    log.beat({"model": present.sha256})
+    assert log.mark_outdated() == 1
+    assert log.knows("/drop/b.png", STAMP) and not log.knows("/drop/a.png", STAMP)
+
+
 def test_a_path_and_content_has_one_row_however_often_it_is_recorded(
     log: MatchLog, model: Model
 ) -> None:
@@ -126,6 +142,8 @@ def test_a_file_that_crashed_its_decoders_is_left_alone_until_asked(
 
 
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
+    log.take_in_hand(["/drop/a.png"])
+    log.record([match("/drop/a.png")], model)
     modes = [log._db.execute(f"PRAGMA {p}").fetchone()[0]
              for p in ("journal_mode", "synchronous", "foreign_keys")]  # fmt: skip
     assert modes == ["wal", 2, 1]

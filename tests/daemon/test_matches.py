@@ -61,6 +61,7 @@ def filled(log: MatchLog, model: Model) -> MatchLog:
         (("--since", "1970-01-01T00:00:02"), "5 2"),
         (("--until", "1970-01-01T00:00:02"), "1"),
         (("--min-score", "0.65"), "5 1"),
+        (("--max-score", "0.65"), "2"),
         (("--folder", "/drop/b", "--status", "all"), "no 2"),
         (("--folder", "/drop/a/../bb/"), "5"),
         (("--product", "hat"), "2"),

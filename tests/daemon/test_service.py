@@ -1,10 +1,15 @@
 """The service as a real process on real folders."""
 
+import os
 import shutil
 import signal
+import subprocess
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from conftest import DaemonProcess, write_image, write_model
 from PIL import Image
 
@@ -99,6 +104,56 @@ def test_files_renamed_and_folders_moved_in_are_found(
     temporary.rename(daemon.drop / "renamed.png")
     names = statuses(daemon.wait_for_rows(3))
     assert names == dict.fromkeys(["moved.png", "nested.png", "renamed.png"], "match")
+
+
+def test_a_file_moved_in_from_another_file_system_is_found(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other file system at hand")
+    daemon.start()
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        shutil.move(write_image(Path(folder) / "a.png", 230), daemon.drop / "a.png")
+    assert statuses(daemon.wait_for_rows(1)) == {"a.png": "match"}
+
+
+def test_a_hard_link_is_found_without_a_rescan(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    daemon.start()
+    (daemon.drop / "link.png").hardlink_to(write_image(tmp_path / "a.png", 230))
+    assert statuses(daemon.wait_for_rows(1)) == {"link.png": "match"}
+    assert len(daemon.rows()) == 1
+
+
+def test_an_archive_unpacked_with_its_old_times_is_complete(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for number in range(60):
+            path = write_image(tmp_path / "x.png", number + 1, side=200)
+            os.utime(path, (1e9, 1e9))  # old enough to count as settled at once
+            archive.add(path, f"{number % 7}/deep/{number}.png")
+    daemon.start()
+    subprocess.run(["tar", "-xf", tmp_path / "all.tar", "-C", daemon.drop], check=True)
+    rows = daemon.wait_for_rows(60)
+    assert {row["status"] for row in rows} == {"no-match"}
+    assert len({row["path"] for row in rows}) == len(rows) == 60
+
+
+def test_a_file_that_failed_half_written_is_one_row_again_when_it_is_completed(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    data = write_image(tmp_path / "x.png", 230, side=400).read_bytes()
+    daemon.start()
+    path = daemon.drop / "late.png"
+    path.write_bytes(data[: len(data) // 2])
+    assert daemon.wait_for_rows(1)[0]["status"] == "failed"
+    with path.open("ab") as file:
+        file.write(data[len(data) // 2 :])
+    daemon.wait_until(lambda: daemon.rows()[0]["status"] == "match")
+    assert len(daemon.rows()) == 1
 
 
 def test_a_tree_copied_while_watches_are_still_being_made_is_complete(

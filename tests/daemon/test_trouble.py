@@ -1,12 +1,16 @@
 """Trouble around the service, made for real: it waits, says so, and loses nothing."""
 
 import os
+import select
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +134,25 @@ def test_a_decoder_that_crashes_twice_costs_its_file_a_failed_row_and_no_more(
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_the_strike_of_a_file_that_is_gone_is_put_away(
+    daemon: DaemonProcess, tmp_path: Path, running: bool
+) -> None:
+    slow = write_slow_image(tmp_path / "slow.png")
+    daemon.start("--workers", 1)
+    slow = slow.rename(daemon.drop / "slow.png")
+    daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGKILL))
+    daemon.wait_until(lambda: daemon.in_hand() == {"slow.png": 1})
+    if running:
+        slow.unlink()
+    else:
+        daemon.stop()
+        slow.unlink()
+        daemon.start()
+    daemon.wait_until(lambda: daemon.in_hand() == {})
+    assert daemon.rows() == []
+
+
 def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
@@ -139,7 +162,7 @@ def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
     daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGSTOP))
     (row,) = daemon.wait_for_rows(1)
     assert row["status"] == "no-match"  # nearly uniform
-    assert "decoding took longer than 20 s; trying once more" in daemon.log.read_text()
+    assert "decoding took longer than 20 s; trying again in 5 s" in daemon.log.read_text()
 
 
 def test_a_worker_killed_while_idle_is_replaced(daemon: DaemonProcess) -> None:
@@ -266,23 +289,130 @@ def test_another_file_system_over_the_folder_means_offline(daemon: DaemonProcess
     assert sorted(names) == ["late.png", "ours.png"]
 
 
+@contextmanager
+def lowered(limit: Path, value: int) -> Iterator[None]:
+    """A sysctl at this value; a shell puts it back, even if these tests are killed."""
+    before = limit.read_text().strip()
+    put_back = ["sh", "-c", 'read _; echo "$0" > "$1"', before, str(limit)]
+    guard = subprocess.Popen(put_back, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        limit.write_text(str(value))
+        if limit.read_text().strip() != str(value):
+            pytest.skip(f"{limit} cannot be lowered here")
+        yield
+    except PermissionError:
+        pytest.skip(f"lowering {limit} needs root")
+    finally:
+        guard.communicate()
+
+
+@contextmanager
+def mounted(source: Path, folder: Path) -> Iterator[None]:
+    mount = ["mount", "--bind", str(source), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_returns(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    for number in range(5):
+        write_image(disk / f"{number}.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.start()
+        before = daemon.wait_for_rows(5)
+    write_image(daemon.drop / "under-the-mount.png", 200)
+    daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+    write_image(disk / "meanwhile.png", 200)
+    with mounted(disk, daemon.drop):
+        daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+        after = daemon.wait_for_rows(6)
+        assert after[:5] == before
+        assert str(after[5]["path"]).endswith("meanwhile.png")
+        assert daemon.stop() == 0
+
+
+def test_a_read_only_database_is_named_at_the_start(
+    daemon: DaemonProcess,
+    small_disk: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    daemon.database = small_disk / "log.db"
+    daemon.start()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    daemon.stop()
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    service = "--watch", daemon.drop, "--model", daemon.model
+    result = run_tool("pic-daemon", "run", *service, "--database", daemon.database)
+    assert result.returncode == 2
+    assert f"database {daemon.database}: it or its folder is not writable" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@contextmanager
+def ext4_disk(home: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A disk of its own, and what makes the kernel find a fault: then it is read-only."""
+    image, folder = home / "disk.img", home / "ext4"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(folder)]
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("an ext4 of its own needs root, mkfs.ext4 and a loop device")
+    try:
+        device = Path(
+            f"/sys/dev/block/{os.major(dev := folder.stat().st_dev)}:{os.minor(dev)}"
+        )
+        fault = Path("/sys/fs/ext4") / device.resolve().name / "trigger_fs_error"
+        if not fault.exists():
+            pytest.skip("this kernel cannot be told to find a fault")
+        yield folder, lambda: fault.write_text("a test")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_becomes_read_only_is_waited_for_and_nothing_is_lost(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    with ext4_disk(tmp_path) as (disk, find_fault):
+        daemon.database = disk / "log.db"
+        daemon.start()
+        write_image(daemon.drop / "before.png", 200)
+        daemon.wait_for_rows(1)
+        find_fault()
+        write_image(daemon.drop / "late.png", 200)
+        waits = "waiting until it can be written"
+        daemon.wait_until(lambda: waits in daemon.log.read_text())
+        assert daemon.stop() == 1
+        assert "Traceback" not in daemon.log.read_text()
+    remount = ["mount", "-o", "loop", str(tmp_path / "disk.img"), str(disk)]
+    subprocess.run(["fsck.ext4", "-fy", str(tmp_path / "disk.img")], capture_output=True)
+    subprocess.run(remount, check=True)
+    try:
+        daemon.start()
+        assert len(daemon.wait_for_rows(2)) == 2
+        assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     daemon: DaemonProcess,
 ) -> None:
-    limit = Path("/proc/sys/fs/inotify/max_user_watches")
-    before = limit.read_text()
     for number in range(40):
         (daemon.drop / str(number)).mkdir()
-    try:
-        limit.write_text("20")
-    except OSError:
-        pytest.skip("lowering the limit of watches needs root")
-    try:
-        if limit.read_text().strip() != "20":
-            pytest.skip("the limit of watches cannot be lowered here")
+    with lowered(Path("/proc/sys/fs/inotify/max_user_watches"), 20):
         daemon.start()
-    finally:
-        limit.write_text(before)
     assert "raise fs.inotify.max_user_watches with sysctl" in daemon.log.read_text()
     write_image(daemon.drop / "7" / "a.png", 200)
     daemon.wait_for_rows(1)
@@ -325,3 +455,128 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     os.kill(daemon.pid, signal.SIGCONT)
     daemon.wait_for_rows(1)
     assert "the kernel dropped file events" in daemon.log.read_text()
+
+
+def swallow(device: int, done: threading.Event) -> None:
+    """Serve a FUSE device: say hello (fuse.h, FUSE_INIT), and answer nothing else."""
+    while not done.is_set():
+        if select.select([device], [], [], 0.1)[0]:
+            request = os.read(device, 1 << 20)
+            _, operation, unique = struct.unpack_from("IIQ", request)
+            if operation == 26:
+                hello = struct.pack("IIII", 7, 31, 0, 0) + bytes(48)
+                os.write(device, struct.pack("IiQ", 16 + len(hello), 0, unique) + hello)
+
+
+@contextmanager
+def hung_mount(folder: Path, served: bool = False) -> Iterator[None]:
+    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs.
+
+    `served`: a server takes the requests, so that SIGKILL does not end who waits.
+    """
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
+    except OSError:
+        pytest.skip("a mount that hangs needs /dev/fuse and root")
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    mount = ["mount", "-i", "-t", "fuse", "-o", options, "hung", str(folder)]
+    try:
+        if subprocess.run(mount, pass_fds=[device], capture_output=True).returncode:
+            pytest.skip("mounting needs root")
+        done = threading.Event()
+        server = threading.Thread(target=swallow, args=[device, done])
+        if served:
+            server.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if served:
+                server.join()
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    finally:
+        os.close(device)  # then what hung in it gets an error
+
+
+def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(
+    daemon: DaemonProcess,
+    tmp_path: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    polled, announced = tmp_path / "polled", tmp_path / "announced"
+    config = tmp_path / "daemon.toml"
+    config.write_text(
+        f'[[watch]]\npath = "{daemon.drop}"\n[[watch]]\npath = "{announced}"\n'
+        f'[[watch]]\npath = "{polled}"\nmode = "poll"\npoll_seconds = 0.1\n'
+    )
+    for folder in (polled, announced):
+        write_image(folder / "before.png", 200)
+    daemon.start("--config", config, "--settle-seconds", 2, watch=False)
+    daemon.wait_for_rows(2)
+    for folder in (polled, announced):
+        # Not settled yet, so that they are to be looked at again while it hangs.
+        (folder / "link.png").hardlink_to(write_image(tmp_path / "a.png", 25))
+    time.sleep(0.5)
+    with hung_mount(polled), hung_mount(announced):
+        for number in range(5):
+            write_image(daemon.drop / f"{number}.png", 200)
+        daemon.wait_for_rows(7)
+        for folder in (polled, announced):
+            says = f"folder {folder} does not answer"
+            daemon.wait_until(lambda says=says: says in daemon.log.read_text())
+        write_image(daemon.drop / "late.png", 200)
+        daemon.wait_for_rows(8)
+        status = ("pic-daemon", "status", "--database", daemon.database)
+        daemon.wait_until(lambda: str(polled) in run_tool(*status).stdout)
+        assert run_tool(*status).returncode == 1
+    write_image(polled / "after.png", 200)
+    rows = daemon.wait_for_rows(11)
+    assert len({row["path"] for row in rows}) == len(rows) == 11
+    assert {row["status"] for row in rows} == {"match", "no-match"}
+    log = daemon.log.read_text()
+    assert log.count("does not answer") == log.count("answers again") == 2
+    assert daemon.stop() == 0
+
+
+def test_workers_that_a_mount_holds_for_ever_are_left_behind(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    hung = tmp_path / "hung"
+    slow = write_slow_image(tmp_path / "slow.png")
+    hung.mkdir()
+    config = tmp_path / "daemon.toml"
+    tables = (f'[[watch]]\npath = "{folder}"\n' for folder in (daemon.drop, hung))
+    config.write_text("".join(tables))
+    daemon.start("--config", config, "--workers", 1, watch=False)
+    write_image(daemon.drop / "first.png", 200)
+    daemon.wait_for_rows(1)
+    # What waits behind a slow picture is read when the mount hangs already.
+    slow.rename(hung / "slow.png")
+    write_image(tmp_path / "next.png", 200).rename(hung / "next.png")
+    daemon.wait_until(lambda: "next.png" in daemon.in_hand())
+    with hung_mount(hung, served=True):
+        late = write_image(daemon.drop / "late.png", 200)
+        daemon.wait_until(lambda: str(late) in {row["path"] for row in daemon.rows()})
+        assert "worker processes do not come back" in daemon.log.read_text()
+    rows = {Path(str(row["path"])).name: row for row in daemon.wait_for_rows(4)}
+    assert rows["late.png"]["status"] == rows["next.png"]["status"] == "match"
+    assert daemon.in_hand() == {}
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_hangs_at_the_start_is_offline_until_it_answers(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    hung = tmp_path / "hung"
+    write_image(hung / "a.png", 200)
+    write_image(daemon.drop / "b.png", 200)
+    config = tmp_path / "daemon.toml"
+    tables = (f'[[watch]]\npath = "{folder}"\n' for folder in (daemon.drop, hung))
+    config.write_text("".join(tables))
+    with hung_mount(hung):
+        daemon.start("--config", config, watch=False)
+        daemon.wait_for_rows(1)
+        assert f"folder {hung} does not answer; it is offline" in daemon.log.read_text()
+    rows = daemon.wait_for_rows(2)
+    assert [Path(str(row["path"])).name for row in rows] == ["b.png", "a.png"]
+    assert daemon.stop() == 0

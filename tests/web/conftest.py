@@ -17,6 +17,5 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shop.stranger(5001, "today/stranger.jpg", at=40, score=0.3)
     shop.broken("today/broken.jpg", "the file is empty", at=30)
     shop.copy_of(4, "today/a & <b>.jpg", at=20, score=0.8)
-    shop.log.beat({"backlog": 7, "oldest_waiting_s": 2.5})
     with serving(shop) as url:
         yield Site(shop, url)

@@ -77,6 +77,7 @@ def test_failures_have_a_page_with_their_reasons(site: Site) -> None:
 
 
 def test_the_dashboard_counts_by_day_and_says_how_the_service_does(site: Site) -> None:
+    site.shop.log.beat({"backlog": 7, "oldest_waiting_s": 2.5})  # now, however late it is
     text = re.sub(r"<[^>]+>|\s+", " ", site.get("/dashboard").text)
     assert re.search(r"Waiting +7 +the oldest for 2 s", text)
     assert "running" in text
@@ -104,6 +105,23 @@ def test_a_record_and_a_list_are_given_as_json_and_csv(site: Site) -> None:
     assert listed == ["a & <b>.jpg", "tea.jpg"]
     assert site.get(as_csv).headers["content-disposition"].startswith("attachment")
     assert [Path(row["path"]).name for row in site.get(as_json).json()["rows"]] == listed
+
+
+def test_a_list_longer_than_a_page_is_given_whole(site: Site) -> None:
+    page = site.get("/matches").text
+    as_csv, as_json = (
+        unescape(link) for link in re.findall(r'href="(/log/\S+)"', page)
+        if "status__exact" in link
+    )  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(site.get(as_csv).text)))
+    assert len({row["id"] for row in rows}) == len(rows) == 42
+    assert as_json.endswith("&_size=max")  # a thousand rows
+    found, link = [], site.url + as_json.replace("&_size=max", "&_size=30")
+    while link:
+        answer = httpx.get(link).json()
+        found += [str(row["id"]) for row in answer["rows"]]
+        link = answer["next_url"]
+    assert found == [row["id"] for row in rows]
 
 
 def test_pictures_are_small_jpegs_of_what_was_recorded(site: Site) -> None:

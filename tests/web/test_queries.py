@@ -136,8 +136,9 @@ PLACE = "2026-11-20T00:20:00.000Z"
      ({"status": "failed"}, "images_by_status"),
      ({"status": "no-match", "from": "2026-11-20T00:10"}, "images_by_status"),
      ({"status": "all", "min": "0.5"}, "images_by_status"),
-     ({"product": "item-1.jpg"}, "matches_by_product"),
-     ({"product": "item-1.jpg", "folder": "/drop/a"}, "matches_by_product")],
+     ({"product": "item-1.jpg"}, "images_by_product"),
+     ({"product": "item-1.jpg", "status": "all"}, "images_by_product"),
+     ({"product": "item-1.jpg", "folder": "/drop/a"}, "images_by_product")],
 )  # fmt: skip
 def test_a_page_is_read_in_order_from_an_index(
     db: sqlite3.Connection, filters: dict[str, str], index: str, cursor: Cursor | None
@@ -148,6 +149,20 @@ def test_a_page_is_read_in_order_from_an_index(
     assert reads and all(f"USING INDEX {index} " in step for step in reads), steps
     if cursor:
         assert all("classified_at" in step for step in reads), steps
+
+
+@pytest.mark.parametrize("status", ["match", "no-match", "all"])
+def test_a_score_is_compared_in_the_index_before_any_row_is_looked_up(
+    db: sqlite3.Connection, status: str
+) -> None:
+    given = {"status": status, "min": "0.25", "max": "0.5"}
+    sql, values = statement(db, Filters.of(given), Cursor(PLACE, 60), 31)
+    # Were the score not in it, the index would not cover what finds the rows.
+    found = sql.replace("SELECT *", "SELECT id, classified_at")
+    steps = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {found}", values)]
+    reads = [step for step in steps if "images" in step]
+    assert reads
+    assert all("USING COVERING INDEX images_by_status " in step for step in reads), steps
 
 
 def test_the_rows_of_a_small_folder_are_found_by_path(db: sqlite3.Connection) -> None:

@@ -80,7 +80,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     "--lr",
     type=click.FloatRange(0, min_open=True),
     help="At the start; falls to zero along a half cosine [classify: cnn 0.08, resnet50 "
-    "0.01; describe: cnn 0.001, resnet50 0.0001].",
+    "0.01, after a head start 0.0005; describe: cnn 0.001, resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",
@@ -188,6 +188,7 @@ def _config(**options: Any) -> "RunConfig":
     batch = 1024 if describes and architecture.stages and not stages else None
     if not describes and options["dimensions"]:
         raise InputError("--dimensions goes with --task describe.")
+    fitted_lr = architecture.fitted_lr if options["head_start"] else None
     config = RunConfig(
         **paths,  # type: ignore[arg-type]
         arch=options["arch"],
@@ -196,7 +197,7 @@ def _config(**options: Any) -> "RunConfig":
         train_images=options["train_images"],
         val_images=options["val_images"],
         batch_size=options["batch_size"] or batch or architecture.batch_size,
-        lr=options["lr"] or architecture.lr,
+        lr=options["lr"] or fitted_lr or architecture.lr,
         momentum=architecture.momentum,
         head_start=options["head_start"],
         stages=stages,

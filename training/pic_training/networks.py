@@ -23,7 +23,8 @@ class Architecture:
     `trunk` builds what turns normalised images into `features` numbers each;
     `stages` names the parts of it that fine-tuning may freeze, first to last. `mean`
     and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are the
-    defaults for the optimizer.
+    defaults for the optimizer, `fitted_lr` that of the rate where the head was fitted
+    first, which a higher one undoes (bench/results/published-protocol.md).
     """
 
     trunk: Callable[[str], nn.Module]
@@ -35,6 +36,7 @@ class Architecture:
     lr: float
     momentum: float
     batch_size: int
+    fitted_lr: float | None = None
 
 
 class Normalised(nn.Module):
@@ -204,6 +206,7 @@ ARCHITECTURES = {
         lr=0.01,
         momentum=0.9,
         batch_size=32,
+        fitted_lr=0.0005,
     ),
 }
 
@@ -218,6 +221,7 @@ DESCRIBERS = {
         lr=0.0001,
         momentum=0.9,
         batch_size=128,
+        fitted_lr=None,
     ),
 }
 """The same networks with what suits describing: `lr` and `momentum` are Adam's

@@ -126,7 +126,7 @@ async def _list(
         status, context["problem"] = 503, _trouble(error)
     else:
         query = {k: v for k, v in filters.query().items() if k not in fixed}
-        own = f"/{page}?"
+        own, asked = f"/{page}?", filters.for_datasette()
         context |= found | {
             "filters": filters,
             "narrowed": bool(set(query) - {"status"}),
@@ -136,8 +136,8 @@ async def _list(
             "older": found["older"] and own + urlencode({**query, "after": found["older"]}),
             "top": own + urlencode(query),
             "paged": cursor is not None,
-            "csv": f"/{LOG}/images.csv?{filters.for_datasette()}&_stream=1&_dl=1",
-            "json": f"/{LOG}/images.json?{filters.for_datasette()}&_shape=objects",
+            "csv": f"/{LOG}/images.csv?{asked}&_stream=1&_dl=1",
+            "json": f"/{LOG}/images.json?{asked}&_shape=objects&_size=max",
         }
     return await _html(datasette, request, f"{page}.html", context, status)
 

@@ -148,6 +148,7 @@ def statement(
 ) -> tuple[str, list[Any]]:
     """The query of a page and its values: each status is read in order from its index.
 
+    That index holds the score too, so that only rows whose score passes are looked up.
     A folder with few rows is found by path and sorted instead.
     """
     by_path = bool(filters.folder) and not filters.product and _is_small(db, filters.folder)
@@ -234,10 +235,10 @@ def products(db: sqlite3.Connection) -> list[str]:
     rows = db.execute(
         """
         WITH RECURSIVE item (name) AS (
-            SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
+            SELECT min(catalog_item) FROM images INDEXED BY images_by_product
             WHERE status = 'match' AND catalog_item > ''
             UNION ALL
-            SELECT (SELECT min(catalog_item) FROM images INDEXED BY matches_by_product
+            SELECT (SELECT min(catalog_item) FROM images INDEXED BY images_by_product
                     WHERE status = 'match' AND catalog_item > item.name)
             FROM item WHERE item.name IS NOT NULL
         )

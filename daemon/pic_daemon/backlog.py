@@ -1,0 +1,206 @@
+"""Files that were noticed and have no row yet, and which of them are to be read next.
+
+A file comes from a scan or a hint, waits until it is complete, and is in hand from then
+on until it has its row. What lies in a folder that is offline is let go: the scan at the
+folder's return finds it again.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pic_daemon.folders import FileStamp, Folder, text_of
+from pic_daemon.recording import Recorder
+from pic_daemon.scanning import Found, Scanner, SeenAgain
+from pic_daemon.settle import SettleTracker
+from pic_daemon.watch import FileHint
+
+_SCAN_STEP = 1000  # files compared between two looks into the inbox
+
+
+@dataclass
+class InHand:
+    """A file between being chosen and being recorded; `seen_at` is a POSIX time."""
+
+    seen_at: float
+    stamp: FileStamp  # when it was chosen
+    settled: bool
+    hinted_again: FileStamp | None = None
+    alone: bool = False  # to be read in a group of its own
+
+
+class Backlog:
+    """Belongs to the service's loop; `passed` is told how many files need no more work."""
+
+    def __init__(
+        self, recorder: Recorder, settle_seconds: float, passed: Callable[[int], None]
+    ) -> None:
+        self.in_hand: dict[str, InHand] = {}
+        self._recorder = recorder
+        self._settle_seconds = settle_seconds
+        self._passed = passed
+        self._settling = SettleTracker(settle_seconds)
+        self._ready: deque[str] = deque()
+        self._found: deque[Found] = deque()
+        self._scanners: list[Scanner] = []  # deepest folder first
+
+    def __len__(self) -> int:
+        return len(self.in_hand) + len(self._settling)
+
+    def watch(self, scanners: Iterable[Scanner]) -> None:
+        """Take files from these; such as have a strike and are gone are forgotten."""
+        self._scanners = sorted(scanners, key=lambda s: -len(s.within))
+        for path in self._recorder.write(self._recorder.log.struck):
+            self._see_again(path, None)
+
+    def scan(self, again: bool = False) -> None:
+        """Compare folders and log; for those being scanned not, or once more after it."""
+        for scanner in self._scanners:
+            scanner.scan(again)
+
+    def look_at_folders(self) -> bool:
+        """Find out which folders answer; whether one ceased to that has files in hand."""
+        ceased = [scanner for scanner in self._scanners if scanner.judge()]
+        return any(self._scanner_of(path) in ceased for path in self.in_hand)
+
+    def folders_offline(self) -> list[str]:
+        """The names of the folders that are gone or do not answer."""
+        return [text_of(str(s.folder.path)) for s in self._scanners if not s.online]
+
+    def folders_online(self) -> list[Folder]:
+        """The folders that are there and answer."""
+        return [scanner.folder for scanner in self._scanners if scanner.online]
+
+    def online(self, path: str) -> bool:
+        """Whether the folder of this file is there and answers."""
+        scanner = self._scanner_of(path)
+        return scanner is not None and scanner.online
+
+    def quiet(self) -> bool:
+        """Whether nothing is to be read or compared just now."""
+        return not (self.in_hand or self._found)
+
+    def more(self) -> bool:
+        """Whether files wait for their turn to be read."""
+        return bool(self._ready or self._found)
+
+    def done(self) -> bool:
+        """Whether all is dealt with, but for what may still lie in the inbox."""
+        scanned = all(s.online and not s.busy for s in self._scanners)
+        return scanned and not len(self) and not self._found
+
+    def oldest(self) -> float | None:
+        """POSIX time at which the file that waits longest was noticed."""
+        times = [file.seen_at for file in self.in_hand.values()]
+        if (settling := self._settling.oldest()) is not None:
+            times.append(settling)
+        return min(times, default=None)
+
+    def next_due(self) -> float | None:
+        """When `end_waits` has something to do, in monotonic seconds."""
+        return self._settling.next_due()
+
+    def end_waits(self, now: float) -> None:
+        """Have files looked at that should be complete by now."""
+        for path, stamp in self._settling.due(now):
+            self._see_again(path, stamp)
+
+    def choose(self, room: int) -> tuple[list[str], bool]:
+        """At most `room` files to read now, and whether there is more to look at."""
+        chosen: list[str] = []
+        steps = _SCAN_STEP
+        while len(chosen) < room:
+            if self._ready:
+                path = self._ready.popleft()
+                if self.online(path):
+                    chosen.append(path)
+                else:
+                    self.drop(path)
+            elif self._found and steps:
+                steps -= 1
+                self._compare(self._found[0])
+            else:
+                return chosen, bool(self._found)
+        return chosen, False
+
+    def heed(self, sight: Found | SeenAgain | FileHint) -> None:
+        """Take note of what a scanner saw."""
+        match sight:
+            case Found(files=files):
+                if files:
+                    self._found.append(sight)
+            case SeenAgain(seen):
+                for path, expected, stamp in seen:
+                    self._seen(path, expected, stamp)
+            case FileHint(path, stamp, complete):
+                self._consider(path, stamp, complete)
+
+    def read_again(self, path: str) -> None:
+        """Have a file in hand read once more at once."""
+        self._ready.append(path)
+
+    def wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
+        """Have a file in hand stand still once more, `longer` seconds beyond the usual."""
+        seen_at = self.in_hand.pop(path).seen_at
+        self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
+
+    def drop(self, path: str) -> None:
+        """Forget a file that needs no row now; a scan finds it if it is there later."""
+        self._recorder.write(lambda: self._recorder.log.put_down(path))
+        if path in self.in_hand:
+            self.let_go(path)
+
+    def let_go(self, path: str) -> None:
+        """Be done with a file in hand, unless something happened to it meanwhile."""
+        self._passed(1)
+        if stamp := self.in_hand.pop(path).hinted_again:
+            self._consider(path, stamp, complete=False)
+
+    def _compare(self, found: Found) -> None:
+        """Compare the next file that a scan met with the log."""
+        if found.files and found.scanner.online:
+            self._consider(*found.files.popleft(), complete=False)
+        else:
+            self._found.popleft()
+            found.scanner.go_on()
+
+    def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
+        if in_hand := self.in_hand.get(path):
+            if stamp != in_hand.stamp:
+                in_hand.hinted_again = stamp
+            return
+        if self._recorder.log.knows(path, stamp):
+            self._passed(1)
+            return
+        age = time.time() - stamp.mtime_ns / 1e9
+        still = age >= self._settle_seconds
+        if complete or still:
+            self._take(path, stamp, settled=still)
+        else:
+            self._settling.wait(path, stamp, time.monotonic(), time.time())
+
+    def _take(self, path: str, stamp: FileStamp, settled: bool) -> None:
+        seen_at = self._settling.release(path) or time.time()
+        self.in_hand[path] = InHand(seen_at, stamp, settled)
+        self._ready.append(path)
+
+    def _see_again(self, path: str, expected: FileStamp | None) -> None:
+        if scanner := self._scanner_of(path):
+            scanner.see_again(path, expected)
+
+    def _seen(self, path: str, expected: FileStamp | None, stamp: FileStamp | None) -> None:
+        if path in self.in_hand:
+            return  # a hint was faster
+        if stamp is None:
+            self._settling.release(path)
+            if self.online(path):
+                self.drop(path)
+        elif expected and self._settling.awaits(path, expected):
+            if stamp == expected:
+                self._take(path, stamp, settled=True)
+            else:
+                self._settling.wait(path, stamp, time.monotonic(), time.time())
+
+    def _scanner_of(self, path: str) -> Scanner | None:
+        return next((s for s in self._scanners if path.startswith(s.within)), None)
