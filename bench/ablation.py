@@ -148,7 +148,8 @@ def prepare(data: Path, decoys: str, work: Path, samples: int, share: float) -> 
     sources = replace(sources, pictures=tuple(kept))
     images = []
     for split, count in (("train", samples), ("val", min(10_000, samples // 4))):
-        rendered = SampleSet(sources, split, count, CNN.size, 0, Augmentation())
+        plain = Augmentation(variety=False)
+        rendered = SampleSet(sources, split, count, CNN.size, 0, plain)
         images.append(torch.cat([batch for batch, _ in rendered.load(0, 64, 2)]))
     order = SampleSet(sources, "train", samples, CNN.size, 0, Augmentation()).order(
         "catalog", 0

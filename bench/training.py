@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -106,7 +107,7 @@ def print_known(run: Path, work: Path) -> None:
     )  # fmt: skip
     samples = SampleSet(
         sources, "train", config.val_images, config.architecture.size, config.seed,
-        config.augmentation,
+        replace(config.augmentation, variety=False),
     )  # fmt: skip
     outputs, labels = [], []
     with torch.no_grad():

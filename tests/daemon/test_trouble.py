@@ -406,6 +406,7 @@ def test_a_disk_that_becomes_read_only_is_waited_for_and_nothing_is_lost(
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.alone
 def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     daemon: DaemonProcess,
 ) -> None:

@@ -6,7 +6,7 @@ import torch
 from pictures import product, write_products
 from PIL import Image
 
-from pic_training.augmentation import Augmentation, augment, sample
+from pic_training.augmentation import Augmentation, augment, sample, vary
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather
 
@@ -47,6 +47,29 @@ def test_training_draws_anew_each_epoch_and_validation_never(sources: Sources) -
     assert torch.equal(drawn(sources, "val", epoch=1)[0], val)
     assert not torch.equal(drawn(sources, "val", seed=1)[0], val)
     assert not torch.equal(drawn(sources, epoch=0)[0][1::2], val[1::2])
+
+
+def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
+    def plain(split: Split) -> torch.Tensor:
+        samples = SampleSet(sources, split, 40, 64, 0, Augmentation(variety=False))
+        return torch.cat([images for images, _ in samples.load(0, 16, 0)])
+
+    known, varied = plain("train"), drawn(sources)[0]
+    same = (known == varied).flatten(1).all(dim=1)
+    assert same[1::2].all()  # the catalog never
+    assert 1 <= same[::2].sum() <= 10  # nor two decoys in nine
+    assert torch.equal(plain("val"), drawn(sources, "val")[0])
+
+
+def test_a_varied_decoy_is_made_of_decoys_alone() -> None:
+    one = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    other = one + 100
+    for seed in range(60):
+        made = vary(one, lambda: other, np.random.default_rng(seed))
+        assert made.shape == one.shape
+        for row, (mine, theirs) in zip(made, zip(one, other, strict=True), strict=True):
+            halves = {*mine.flat}, {*theirs[:2].flat, *mine[2:].flat}
+            assert {*row.flat} in halves
 
 
 def test_an_alteration_keeps_to_its_ranges() -> None:

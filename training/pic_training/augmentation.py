@@ -3,9 +3,11 @@
 Catalog and other images go through the same alterations with the same
 probabilities, so that a network can learn nothing from the alteration itself.
 Compression is that of a real JPEG file, decoded by the daemon's own decoder.
+Decoys to train on are then made into new ones: any change leaves a decoy a decoy.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,10 @@ from PIL import Image
 from pic_daemon.images import Pixels, decode, to_pixels
 
 _UNCOMPRESSED = 95  # quality of a file that is not meant to lose anything
+
+HALVED = RECOLOURED = 1 / 3
+MIRRORED = 1 / 2
+"""Shares of the decoys that `vary` puts together, recolours and mirrors."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Augmentation:
     the factor `crop_aspect` either way, anywhere. Resize: the longer side becomes
     `side` pixels (log-uniform, never enlarged), and half of the time the picture is
     then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
-    is not applied and a file is wanted, it is saved at quality 95.
+    is not applied and a file is wanted, it is saved at quality 95. `variety`: decoys to
+    train on go through `vary` besides.
     """
 
     probability: float = 0.8
@@ -33,6 +40,7 @@ class Augmentation:
     crop_aspect: float = 1.25
     side: tuple[int, int] = (48, 256)
     quality: tuple[int, int] = (10, 95)
+    variety: bool = True
 
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
@@ -49,6 +57,24 @@ def sample(
     if quality is None:  # nothing for a codec to leave behind
         return to_pixels(image, size)
     return decode(compress(image, quality), size).pixels
+
+
+def vary(
+    pixels: Pixels, another: Callable[[], Pixels], draw: np.random.Generator
+) -> Pixels:
+    """A decoy made into one that no folder holds; uint8, shape (size, size, 3).
+
+    Its left half may become that of `another` decoy, its channels may change places, it
+    may be mirrored. A few thousand decoys are soon known by heart; unseen ones are then
+    taken for catalog (bench/results/ablation.md).
+    """
+    halved, recoloured, mirrored = draw.random(3) < (HALVED, RECOLOURED, MIRRORED)
+    if halved:
+        half = pixels.shape[1] // 2
+        pixels = np.concatenate([another()[:, :half], pixels[:, half:]], axis=1)
+    if recoloured:
+        pixels = pixels[..., draw.permutation(3)]
+    return pixels[:, ::-1] if mirrored else pixels
 
 
 def alter(

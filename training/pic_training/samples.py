@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from pic_training.augmentation import Augmentation, sample
+from pic_training.augmentation import Augmentation, sample, vary
 from pic_training.distributed import ALONE, Processes
 from pic_training.sources import Kind, Source, Sources, Split
 
@@ -40,6 +40,11 @@ class SampleSet:
     seed: int
     augmentation: Augmentation
     copies: int = 1
+
+    @property
+    def varied(self) -> bool:
+        """Whether decoys are made into new ones; not where copies are to be told apart."""
+        return self.augmentation.variety and self.split == "train" and self.copies == 1
 
     def batches(self, batch_size: int) -> int:
         """How many batches cover the set."""
@@ -126,6 +131,7 @@ class _Batches(Dataset[Batch]):
         self._key = samples.key(epoch)
         self._source = samples.sources_of(epoch)
         self._position = {p.path: n for n, p in enumerate(samples.sources.pictures)}
+        self._decoys = samples.sources.of("other", samples.split)
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)
@@ -137,8 +143,18 @@ class _Batches(Dataset[Batch]):
         return torch.from_numpy(images), labels
 
     def _draw(self, index: int) -> NDArray[np.uint8]:
-        image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
+        pixels = self._sample(self._source(index), draw)
+        if index % 2 or not self._samples.varied:
+            return pixels
+
+        def another() -> NDArray[np.uint8]:
+            return self._sample(self._decoys[draw.integers(len(self._decoys))], draw)
+
+        return vary(pixels, another, draw)
+
+    def _sample(self, source: Source, draw: np.random.Generator) -> NDArray[np.uint8]:
+        image = self._samples.sources.image(source)
         return sample(image, draw, self._samples.augmentation, self._samples.size)
 
 
