@@ -6,7 +6,6 @@ catalog. Everything else a server needs stands in the file's metadata.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,16 +131,13 @@ class Model:
 
 
 def load_model(path: Path, provider: Provider = "auto", threads: int = 0) -> Model:
-    """Load and try a model file. `threads` = 0: half of the cores.
+    """Load and try a model file. `threads` = 0 lets onnxruntime use every core.
 
-    Decoders want the other half: on two cores a second thread costs a backlog a tenth of
-    its speed and gains a single picture 0.7 ms (bench/results/throughput.md).
     ``auto`` takes CUDA where it loads and the CPU elsewhere; ``cuda`` insists.
     Raises InputError where the file is missing, not ONNX, not ours or too new, or
     where CUDA was insisted on and does not load.
     """
-    half = max(1, (os.cpu_count() or 1) // 2)
-    opened = open_session(path, provider, threads or half)
+    opened = open_session(path, provider, threads)
     info = ModelInfo.from_metadata(opened.metadata, path)
     model = Model(
         path,

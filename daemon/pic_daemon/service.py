@@ -50,6 +50,7 @@ _LOOK_S = 5.0  # between two looks at the model file and at how the folders are
 _BEAT_S = 30.0  # between two heartbeats in the database
 _STUCK_S = 60.0  # beyond the time that decoding may take
 _READ_AHEAD = 2  # batches being read or waiting to be scored
+_SCORED_AHEAD = 2  # batches being scored or waiting in the scorer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Service:
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
     _batch_since: float = 0.0
-    _scoring: bool = False
+    _scoring: int = 0
     _next_rescan: float = 0.0
     _offline: list[str] = field(default_factory=list)
     _files: list[ServedFiles[Any]] = field(init=False)
@@ -258,7 +259,7 @@ class Service:
                 for read in message:
                     self._take_in(read)
             case Scored():
-                self._scoring = False
+                self._scoring -= 1
                 self.health.spent("inference", message.seconds)
                 self.health.moved()
                 self._pass_on(message)
@@ -346,8 +347,14 @@ class Service:
         return len(self._batch) >= self.config.batch_size
 
     def _batch_is_due(self) -> bool:
-        """Full, or nothing else is coming, or the oldest has waited long enough."""
-        if self._scoring or not self._batch:
+        """Full, or nothing else is coming, or the oldest has waited long enough.
+
+        While one is scored another waits if it is full: the network is not to idle while
+        the rows of the one before are written.
+        """
+        if self._scoring:
+            return self._scoring < _SCORED_AHEAD and self._batch_is_full()
+        if not self._batch:
             return False
         waited = time.monotonic() >= self._batch_ends()
         return self._batch_is_full() or not self._reading or waited
@@ -361,7 +368,7 @@ class Service:
         size = self.config.batch_size
         batch, self._batch = self._batch[:size], self._batch[size:]
         self._batch_since = time.monotonic()
-        self._scoring = True
+        self._scoring += 1
         scorer.begin(self.model, batch)
 
     def _pass_on(self, scored: Scored) -> None:
