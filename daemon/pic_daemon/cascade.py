@@ -29,18 +29,12 @@ from pic_daemon.identification import (
     look_closer,
     worth_confirming,
 )
-from pic_daemon.images import Part
-from pic_daemon.margins import within_margins
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.onnx_session import Provider
 from pic_daemon.served_files import Loaded, ServedFiles
 
 logger = logging.getLogger("pic_daemon")
-
-GATE_PART: Part = within_margins
-"""What the classifier scores beside the whole picture where it is a gate: it was not
-trained on borders and frames, which would keep copies from the second stage."""
 
 _WAIT_S = 0.02  # the longest a picture waits for others to be described with it
 _NO_NUMBERS = "the descriptor gave no numbers for this picture"

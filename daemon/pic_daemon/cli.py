@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pic_daemon.bulk import classify_folder
-from pic_daemon.cascade import GATE_PART, Cascade, Identifier, load_identifier
+from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
@@ -361,8 +361,7 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
 def _classify_batch(
     model: Model, identifier: Identifier | None, paths: Sequence[Path]
 ) -> list[dict[str, Any]]:
-    size, part = model.info.input_size, GATE_PART if identifier else None
-    readings = [read_image(str(p.resolve()), size, MAX_PIXELS, part) for p in paths]
+    readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
     verdicts = iter(model.judge([r.image for r in readings if r.image]))
     rows = []
     for path, reading in zip(paths, readings, strict=True):

@@ -26,7 +26,6 @@ from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
 
-from pic_daemon.images import Part
 from pic_daemon.reading import Reading, read_images
 
 logger = logging.getLogger("pic_daemon")
@@ -100,17 +99,12 @@ class Decoders:
         """
         self._begin([path], task, path, *arguments)
 
-    def read(
-        self, paths: Sequence[str], size: int, max_pixels: int, part: Part | None = None
-    ) -> None:
-        """Begin to read files to size x size pixels; their Readings come to `done`.
-
-        `part` can be pickled.
-        """
+    def read(self, paths: Sequence[str], size: int, max_pixels: int) -> None:
+        """Begin to read files to size x size pixels; their Readings come to `done`."""
         share = min(_GROUP, math.ceil(len(paths) / self._workers))
         for start in range(0, len(paths), share or 1):
             group = paths[start : start + share]
-            self._begin(group, read_images, group, size, max_pixels, part)
+            self._begin(group, read_images, group, size, max_pixels)
 
     def _begin(self, group: Sequence[str], task: Task, *arguments: object) -> None:
         try:

@@ -9,7 +9,6 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
 Pixels = NDArray[np.uint8]
-Part = Callable[[Image.Image], Image.Image | None]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 PATTERNS = (
@@ -63,15 +61,13 @@ class DecodedImage:
     """One decoded file: `pixels` is uint8, shape (size, size, 3), RGB, 0..255.
 
     `width` and `height` are those of the stored image in pixels, before any
-    EXIF rotation; `format` is Pillow's name, such as ``JPEG``. `part` is like `pixels`,
-    of the part of the picture that was asked for, if it has one.
+    EXIF rotation; `format` is Pillow's name, such as ``JPEG``.
     """
 
     pixels: Pixels
     width: int
     height: int
     format: str
-    part: Pixels | None = None
 
     @property
     def blank(self) -> bool:
@@ -81,12 +77,9 @@ class DecodedImage:
         return bool(planes.std(axis=1, dtype=np.float32).max() < BLANK_LEVELS)
 
 
-def decode(
-    data: bytes, size: int, max_pixels: int = MAX_PIXELS, part: Part | None = None
-) -> DecodedImage:
+def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Decode a file's bytes and stretch the picture to size x size pixels.
 
-    `part` finds a part of the picture that is wanted as well, None where there is none.
     Raises ImageError where the bytes are no image or hold more than max_pixels.
     """
     with warnings.catch_warnings():
@@ -95,13 +88,10 @@ def decode(
             with _open(data, max_pixels) as source:
                 width, height = source.size
                 name = source.format or "unknown"
-                picture = _rgb(source, data, size)
-                pixels = to_pixels(picture, size)
-                inner = part and part(picture)
-                inner_pixels = to_pixels(inner, size) if inner else None
+                pixels = to_pixels(_rgb(source, data, size), size)
         except _DECODER_ERRORS as error:
             raise ImageError(_reason(error)) from error
-    return DecodedImage(pixels, width, height, name, inner_pixels)
+    return DecodedImage(pixels, width, height, name)
 
 
 def open_rgb(

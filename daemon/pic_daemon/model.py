@@ -107,23 +107,13 @@ class Model:
         """
         if not images:
             return []
-        scores = self.best_scores(images).tolist()
+        scores = self.score(np.stack([image.pixels for image in images])).tolist()
         return [
             Verdict("no-match", 0.0, "nearly uniform picture: nothing to recognise")
             if image.blank
             else Verdict("match" if score >= self.info.threshold else "no-match", score)
             for image, score in zip(images, scores, strict=True)
         ]
-
-    def best_scores(self, images: Sequence[DecodedImage]) -> NDArray[np.float32]:
-        """The score of each picture or of its part, whichever is higher; shape (N,)."""
-        parts = [(n, i.part) for n, i in enumerate(images) if i.part is not None]
-        views = [*(image.pixels for image in images), *(part for _, part in parts)]
-        scores = self.score(np.stack(views))
-        whole, inner = np.split(scores, [len(images)])
-        places = [number for number, _ in parts]
-        whole[places] = np.maximum(whole[places], inner)
-        return whole
 
     def metadata_json(self) -> str:
         """The metadata as one JSON object."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pic_daemon.folders import FileStamp
-from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, Part, decode
+from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, decode
 
 MAX_BYTES = 1 << 30
 """Largest file read into memory, in bytes."""
@@ -38,27 +38,23 @@ class Reading:
     seconds: float = 0.0
 
 
-def read_images(
-    paths: Sequence[str], size: int, max_pixels: int, part: Part | None = None
-) -> list[Reading]:
+def read_images(paths: Sequence[str], size: int, max_pixels: int) -> list[Reading]:
     """Read several files one after the other, as `read_image` does."""
     readings = []
     for path in paths:
         begun = time.perf_counter()
-        reading = read_image(path, size, max_pixels, part)
+        reading = read_image(path, size, max_pixels)
         readings.append(replace(reading, seconds=time.perf_counter() - begun))
     return readings
 
 
-def read_image(
-    path: str, size: int, max_pixels: int = MAX_PIXELS, part: Part | None = None
-) -> Reading:
-    """Read, hash and `decode` one file to size x size pixels; never raises OSError."""
+def read_image(path: str, size: int, max_pixels: int = MAX_PIXELS) -> Reading:
+    """Read, hash and decode one file to size x size pixels; never raises OSError."""
     reading, data = read_bytes(path)
     if not reading.sha256:
         return reading
     try:
-        return replace(reading, image=decode(data, size, max_pixels, part))
+        return replace(reading, image=decode(data, size, max_pixels))
     except ImageError as error:
         return replace(reading, error=str(error))
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from pic_daemon.backlog import Backlog
-from pic_daemon.cascade import GATE_PART, Cascade, Passed
+from pic_daemon.cascade import Cascade, Passed
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import text_of
@@ -185,10 +185,8 @@ class Service:
         in_hand = self._backlog.in_hand
         alone = [path for path in chosen if in_hand[path].alone]
         others = [path for path in chosen if not in_hand[path].alone]
-        how = self.model.info.input_size, self.config.max_pixels
-        part = GATE_PART if self.cascade else None
         for group in (*([path] for path in alone), others):
-            decoders.read(group, *how, part)
+            decoders.read(group, self.model.info.input_size, self.config.max_pixels)
 
     def _run(self, decoders: Decoders, *task: Any) -> None:
         self._reading += 1

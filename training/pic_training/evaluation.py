@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pic_daemon.cascade import GATE_PART, Identifier
+from pic_daemon.cascade import Identifier
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.identification import CANDIDATES, Closeup, joint_score, look_at
-from pic_daemon.images import DecodedImage, decode, open_rgb
+from pic_daemon.images import Pixels, decode, open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import threshold_for
 from pic_training.augmentation import Augmentation, augment
@@ -47,7 +47,8 @@ _Job = tuple["Sample", Source, Path, int, int, int | None]
 class _Features:
     """What every method needs of one edited picture."""
 
-    image: DecodedImage
+    pixels: Pixels
+    blank: bool
     hashes: list[Bits | None]
     closeup: Closeup | None
 
@@ -349,20 +350,17 @@ class _Scorer:
     def score(self, samples: list[Sample]) -> Scored:
         """Every method's scores; a blank picture has none, whatever the method."""
         ours: list[float] = []
-        gate: list[float] = []
         blank: list[bool] = []
         hashes: list[list[Bits | None]] = []
         rows: list[_Row] = []
         features = self._features(samples)
         while chunk := list(islice(features, _CHUNK)):
-            images = [one.image for one in chunk]
-            ours += self._model.score(np.stack([i.pixels for i in images])).tolist()
-            blank += [image.blank for image in images]
+            ours += self._model.score(np.stack([one.pixels for one in chunk])).tolist()
+            blank += [one.blank for one in chunk]
             hashes += [one.hashes for one in chunk]
             if self._identifier:
                 closeups = [one.closeup for one in chunk if one.closeup]
                 rows += self._identified(self._identifier, closeups)
-                gate += self._model.best_scores(images).tolist()
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
         named: dict[str, NDArray[np.bool_]] = {}
@@ -374,7 +372,7 @@ class _Scorer:
         found = None
         if self._identifier:
             found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
-            passed = np.array(gate) >= self._model.info.gate_threshold
+            passed = scores[OURS] >= self._model.info.gate_threshold
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
             scores[UNGATED] = found.joint[found.best]
             scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
@@ -412,10 +410,10 @@ def _features(job: _Job) -> _Features:
     sample, source, file, seed, size, closer = job
     data = sample_file(sample, source, file, seed)
     image, _ = open_rgb(data, 256)
-    decoded = decode(data, size, part=GATE_PART if closer else None)
+    decoded = decode(data, size)
     closeup = look_at(data, closer) if closer else None
     hashes = [peer.hash(image) for peer in peers()]
-    return _Features(decoded, hashes, closeup)
+    return _Features(decoded.pixels, decoded.blank, hashes, closeup)
 
 
 def _proposed(rows: Sequence[_Row], paths: Sequence[str]) -> Proposed:
