@@ -46,7 +46,9 @@ class Variant:
     """How to train. `repeats` goes over a share of the samples several times instead of
     over all once; `items` weighs naming the catalog picture; `hard` is the share of the
     decoys that is drawn again from those with the highest loss; `mirror` turns half of all
-    samples left to right; `blend` is the share of the decoys that is laid over another."""
+    samples left to right; `blend` is the share of the decoys that is laid over another;
+    `varied` makes new decoys of old: half of them mirrored, a third with their colour
+    channels in another order, a third with another's half in the place of their own."""
 
     lr: float = CNN.lr
     batch: int = CNN.batch_size
@@ -64,6 +66,7 @@ class Variant:
     pooled: bool = False
     mirror: bool = False
     blend: float = 0.0
+    varied: bool = False
     seed: int = 0
 
 
@@ -87,6 +90,9 @@ VARIANTS = {
     "naming the item, weight 0.2": replace(DEFAULT, items=0.2),
     "a quarter of the samples, four times": replace(DEFAULT, repeats=4),
     "max-pooling after each convolution": replace(DEFAULT, pooled=True),
+    "half of the samples mirrored": replace(DEFAULT, mirror=True),
+    "half of the decoys blended": replace(DEFAULT, blend=0.5),
+    "varied decoys": replace(DEFAULT, varied=True),
     "AdamW, dropout 0.5": replace(ADAMW, dropout=0.5),
     "AdamW, weight decay 0.1": replace(ADAMW, weight_decay=0.1),
     "AdamW, half of the samples mirrored": replace(ADAMW, mirror=True),
@@ -193,12 +199,7 @@ def train(variant: Variant, data: Data) -> Normalised:
     order = some.repeat(variant.repeats)
     for step in range(len(order) // variant.batch):
         index = order[step * variant.batch : (step + 1) * variant.batch]
-        images, labels = data.train[index], (index % 2).float()
-        if variant.mirror:
-            images[::4] = images[::4].flip(2)
-            images[1::4] = images[1::4].flip(2)
-        if variant.blend:
-            images = blended(images, labels, variant.blend)
+        images, labels = altered(data.train[index], variant), (index % 2).float()
         for group in optimizer.param_groups:
             group["lr"] = rate(variant, step / steps)
         optimizer.zero_grad()
@@ -248,13 +249,32 @@ def again(
     order[places] = worst[: len(places)]
 
 
-def blended(images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-    """The batch with a share of its decoys laid over others, half and half."""
-    decoys = (labels == 0).nonzero().squeeze(1)
-    some = decoys[: round(share * len(decoys))]
-    both = images[some].float() + images[decoys.flip(0)[: len(some)]].float()
-    images[some] = (both / 2).to(torch.uint8)
+def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """A batch, even ones decoys, once `variant` has mirrored and mixed it."""
+    if variant.mirror:
+        images[::4] = images[::4].flip(2)
+        images[1::4] = images[1::4].flip(2)
+    decoys = images[::2].clone()
+    if variant.blend:
+        some = round(variant.blend * len(decoys))
+        both = decoys[:some].float() + decoys.flip(0)[:some].float()
+        images[: 2 * some : 2] = (both / 2).to(torch.uint8)
+    if variant.varied:
+        images[::2] = varied(decoys)
     return images
+
+
+def varied(decoys: torch.Tensor) -> torch.Tensor:
+    """Decoys recoloured, mirrored and put together anew."""
+    dice = torch.rand(3, len(decoys))
+    halves = decoys.roll(1, 0)
+    left = dice[0] < 1 / 3
+    decoys[left, :, :32] = halves[left, :, :32]
+    swapped = dice[1] < 1 / 3
+    decoys[swapped] = decoys[swapped][..., torch.randperm(3)]
+    mirrored = dice[2] < 1 / 2
+    decoys[mirrored] = decoys[mirrored].flip(2)
+    return decoys
 
 
 def pooled_trunk(_: str) -> nn.Module:

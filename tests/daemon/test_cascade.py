@@ -98,6 +98,18 @@ def test_what_the_gate_keeps_out_is_not_looked_up(
     assert found["dark.jpg"]["threshold"] == 0.5
 
 
+def test_the_gate_looks_within_a_border_as_well(
+    daemon: DaemonProcess, indexed: Indexed, descriptor_file: Path
+) -> None:
+    daemon.start(
+        "--describe", descriptor_file, "--index", indexed(1, 2), "--gate-threshold", 0.5
+    )
+    framed = ImageOps.expand(product(1), 90, fill=(9, 9, 9))  # dark as a whole
+    drop(daemon, "framed.jpg", framed)
+    (row,) = daemon.wait_for_rows(1)
+    assert (row["status"], row["catalog_item"]) == ("match", "product-00001.jpg")
+
+
 def test_a_nearly_uniform_picture_never_matches(
     daemon: DaemonProcess, indexed: Indexed, descriptor_file: Path
 ) -> None:
