@@ -33,10 +33,16 @@ def tables(report: Path) -> None:
     for name, named in naming.items():
         print(f"| {name} | {named['trained']:.1%} | {named['held_out']:.1%} |")
     last = list(naming)[-1:]
-    print(f"\n| edit | {' | '.join([*methods, *(f'{n}: item first' for n in last)])} |")
-    print(f"|---|{'---|' * (len(methods) + len(last))}")
+    served = figures["hard_at_own_threshold"]
+    beside = [f"{n}, as served" for n in last if n in served]
+    beside += [f"{n}: item first" for n in last]
+    print(f"\n| edit | {' | '.join([*methods, *beside])} |")
+    print(f"|---|{'---|' * (len(methods) + len(beside))}")
     for number, edit in enumerate(methods["model"]["per_edit"]):
         cells = [m["per_edit"][edit]["recall"]["value"] for m in methods.values()]
+        cells += [
+            served[n]["per_edit"][edit]["recall"]["value"] for n in last if n in served
+        ]
         cells += [methods[name]["named_per_edit"][number] for name in last]
         print(f"| {edit} | {' | '.join(f'{cell:.1%}' for cell in cells)} |")
 

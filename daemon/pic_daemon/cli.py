@@ -362,7 +362,8 @@ def _classify_batch(
     model: Model, identifier: Identifier | None, paths: Sequence[Path]
 ) -> list[dict[str, Any]]:
     readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
-    verdicts = iter(model.judge([r.image for r in readings if r.image]))
+    gate = model.info.gate_threshold if identifier else None
+    verdicts = iter(model.judge([r.image for r in readings if r.image], gate))
     rows = []
     for path, reading in zip(paths, readings, strict=True):
         verdict = next(verdicts) if reading.image else None

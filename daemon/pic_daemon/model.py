@@ -14,9 +14,11 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from PIL import Image
 
 from pic_daemon.errors import InputError
-from pic_daemon.images import DecodedImage, Pixels
+from pic_daemon.images import DecodedImage, Pixels, to_pixels
+from pic_daemon.margins import within_margins
 from pic_daemon.onnx_session import (
     Format,
     Provider,
@@ -100,14 +102,36 @@ class Model:
         (scores,) = self.session.run(["score"], {"images": images})
         return np.asarray(scores, dtype=np.float32)
 
-    def judge(self, images: Sequence[DecodedImage]) -> list[Verdict]:
+    def gate_score(self, images: Pixels, gate: float) -> NDArray[np.float32]:
+        """As `score`, for another stage that decides about scores from `gate` on.
+
+        What is below it is scored again within its even margins, where it has any, and
+        counts by the greater score: a border is all that many networks see of a picture.
+        """
+        scores = self.score(images)
+        framed = {
+            n: to_pixels(within, images.shape[1])
+            for n in np.flatnonzero(scores < gate)
+            if (within := within_margins(Image.fromarray(images[n])))
+        }
+        if framed:
+            again = self.score(np.stack(list(framed.values())))
+            scores[list(framed)] = np.maximum(scores[list(framed)], again)
+        return scores
+
+    def judge(
+        self, images: Sequence[DecodedImage], gate: float | None = None
+    ) -> list[Verdict]:
         """Score decoded images in one batch and say what each score means.
 
-        A nearly uniform picture never matches, whatever the network says of it.
+        A nearly uniform picture never matches, whatever the network says of it. With a
+        `gate` the scores are those of `gate_score`.
         """
         if not images:
             return []
-        scores = self.score(np.stack([image.pixels for image in images])).tolist()
+        pixels = np.stack([image.pixels for image in images])
+        found = self.score(pixels) if gate is None else self.gate_score(pixels, gate)
+        scores = found.tolist()
         return [
             Verdict("no-match", 0.0, "nearly uniform picture: nothing to recognise")
             if image.blank

@@ -46,14 +46,16 @@ class Scorer:
     ) -> None:
         self._thread.shutdown()
 
-    def begin(self, model: Model, readings: Sequence[Reading]) -> None:
-        """Begin to score a batch, after those begun before."""
-        self._thread.submit(self._score, model, readings)
+    def begin(
+        self, model: Model, readings: Sequence[Reading], gate: float | None = None
+    ) -> None:
+        """Begin to score a batch, after those begun before; `gate` as for `Model.judge`."""
+        self._thread.submit(self._score, model, readings, gate)
 
-    def _score(self, model: Model, readings: Sequence[Reading]) -> None:
+    def _score(self, model: Model, readings: Sequence[Reading], gate: float | None) -> None:
         begun = time.perf_counter()
         try:
-            verdicts = iter(model.judge([r.image for r in readings if r.image]))
+            verdicts = iter(model.judge([r.image for r in readings if r.image], gate))
             each = [next(verdicts) if r.image else None for r in readings]
             self._send(Scored(model, readings, each, time.perf_counter() - begun))
         except Exception as error:  # a batch that nobody scores must not go unnoticed

@@ -367,7 +367,8 @@ class Service:
         batch, self._batch = self._batch[:size], self._batch[size:]
         self._batch_since = time.monotonic()
         self._scoring += 1
-        scorer.begin(self.model, batch)
+        gate = self.cascade.gate(self.model) if self.cascade else None
+        scorer.begin(self.model, batch, gate)
 
     def _pass_on(self, scored: Scored) -> None:
         """Record a batch, but for what the cascade is to look at."""

@@ -32,6 +32,24 @@ def test_the_verdict_takes_the_threshold_itself_as_a_match(model_file: Path) -> 
     assert [verdict.status for verdict in model.judge(images)] == ["match", "no-match"]
 
 
+def test_before_a_gate_a_framed_picture_counts_by_what_is_within_the_frame(
+    model_file: Path,
+) -> None:
+    model = load_model(model_file)
+    bright = np.random.default_rng(0).integers(200, 256, (SIZE, SIZE, 3), np.uint8)
+    framed, dark = bright // 8, bright // 4
+    framed[4:-4, 4:-4] = bright[4:-4, 4:-4]
+    framed[:4], framed[-4:], framed[:, :4], framed[:, -4:] = 0, 0, 0, 0
+    images = np.stack([framed, dark, bright])
+    plain, gated = model.score(images), model.gate_score(images, gate=0.5)
+    assert plain[0] < 0.3
+    assert gated[0] > 0.8
+    assert gated[1:] == pytest.approx(plain[1:])
+    assert model.gate_score(images, gate=0.1) == pytest.approx(plain)
+    verdicts = model.judge([DecodedImage(p, 40, 40, "PNG") for p in images], gate=0.5)
+    assert [verdict.score for verdict in verdicts] == pytest.approx(gated)
+
+
 def test_the_provider_in_use_and_its_reason_are_known(model_file: Path) -> None:
     model = load_model(model_file)
     assert model.provider in {"CPUExecutionProvider", "CUDAExecutionProvider"}

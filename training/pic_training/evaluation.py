@@ -350,17 +350,21 @@ class _Scorer:
     def score(self, samples: list[Sample]) -> Scored:
         """Every method's scores; a blank picture has none, whatever the method."""
         ours: list[float] = []
+        passed: list[bool] = []
         blank: list[bool] = []
         hashes: list[list[Bits | None]] = []
         rows: list[_Row] = []
         features = self._features(samples)
         while chunk := list(islice(features, _CHUNK)):
-            ours += self._model.score(np.stack([one.pixels for one in chunk])).tolist()
+            pixels = np.stack([one.pixels for one in chunk])
+            ours += self._model.score(pixels).tolist()
             blank += [one.blank for one in chunk]
             hashes += [one.hashes for one in chunk]
             if self._identifier:
                 closeups = [one.closeup for one in chunk if one.closeup]
                 rows += self._identified(self._identifier, closeups)
+                least = self._model.info.gate_threshold
+                passed += (self._model.gate_score(pixels, least) >= least).tolist()
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
         named: dict[str, NDArray[np.bool_]] = {}
@@ -372,7 +376,6 @@ class _Scorer:
         found = None
         if self._identifier:
             found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
-            passed = scores[OURS] >= self._model.info.gate_threshold
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
             scores[UNGATED] = found.joint[found.best]
             scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
