@@ -48,7 +48,8 @@ class Variant:
     decoys that is drawn again from those with the highest loss; `mirror` turns half of all
     samples left to right; `blend` is the share of the decoys that is laid over another;
     `varied` makes new decoys of old: half of them mirrored, a third with their colour
-    channels in another order, a third with another's half in the place of their own."""
+    channels in another order, and the share `halved` with another's half in the place of
+    their own."""
 
     lr: float = CNN.lr
     batch: int = CNN.batch_size
@@ -67,6 +68,7 @@ class Variant:
     mirror: bool = False
     blend: float = 0.0
     varied: bool = False
+    halved: float = 1 / 3
     seed: int = 0
 
 
@@ -93,6 +95,7 @@ VARIANTS = {
     "half of the samples mirrored": replace(DEFAULT, mirror=True),
     "half of the decoys blended": replace(DEFAULT, blend=0.5),
     "varied decoys": replace(DEFAULT, varied=True),
+    "decoys mirrored and recoloured": replace(DEFAULT, varied=True, halved=0.0),
     "AdamW, dropout 0.5": replace(ADAMW, dropout=0.5),
     "AdamW, weight decay 0.1": replace(ADAMW, weight_decay=0.1),
     "AdamW, half of the samples mirrored": replace(ADAMW, mirror=True),
@@ -260,15 +263,15 @@ def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
         both = decoys[:some].float() + decoys.flip(0)[:some].float()
         images[: 2 * some : 2] = (both / 2).to(torch.uint8)
     if variant.varied:
-        images[::2] = varied(decoys)
+        images[::2] = varied(decoys, variant.halved)
     return images
 
 
-def varied(decoys: torch.Tensor) -> torch.Tensor:
+def varied(decoys: torch.Tensor, halved: float) -> torch.Tensor:
     """Decoys recoloured, mirrored and put together anew."""
     dice = torch.rand(3, len(decoys))
     halves = decoys.roll(1, 0)
-    left = dice[0] < 1 / 3
+    left = dice[0] < halved
     decoys[left, :, :32] = halves[left, :, :32]
     swapped = dice[1] < 1 / 3
     decoys[swapped] = decoys[swapped][..., torch.randperm(3)]

@@ -1,7 +1,7 @@
 """Which product, and is it really that one: the figures of the cascade, in one run.
 
     python bench/identify.py MODEL.onnx --catalog DIR --others DIR --describe FILE
-        --index FILE --output DIR [--part figures|cost|curve ...]
+        --index FILE --output DIR [--part figures|gate|cost|curve ...]
 
 `--others` holds pictures that none of the files has learnt from: look-alikes, and general
 pictures whose names begin with one of `--general`. The parts:
@@ -9,6 +9,7 @@ pictures whose names begin with one of `--general`. The parts:
 figures: what `pic-evaluate` measures with these options, its report in `--output`; recall
 at lower rates, as far as the samples support them; and what other ways to join cosine and
 agreement would have decided on the same scores.
+gate: what the classifier lets through at its own gate threshold and at lower ones.
 cost: images/s of `pic-classify --recursive` on folders of which 1%, 10% and 100% are
 copies, the others general pictures, with the cascade and with the classifier alone; and of
 the descriptor with the look-up alone, in batches, a process a core reading.
@@ -46,6 +47,7 @@ from pic_daemon.descriptor import load_descriptor
 from pic_daemon.identification import Candidate, joint_score, look_at
 from pic_daemon.images import decode, open_rgb
 from pic_daemon.indexing import workers
+from pic_daemon.model import Model, load_model
 from pic_daemon.promise import rate, supported_rate, threshold_for
 from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation, Proposed
@@ -59,6 +61,8 @@ GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 TRAINED = np.array([edit.trained for edit in EDITS])
 RATE = 0.001
 RATES = (0.01, 0.001, 0.0001)
+PARTS = ("figures", "gate", "cost", "curve")
+GATES = (0.2, 0.1, 0.05, 0.01, 0.001)
 SHARES = (0.01, 0.1, 1.0)
 CONFIRMED = (0, 1, 2, 3, 5, 10)
 Scores = NDArray[np.float64]
@@ -75,8 +79,8 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--index", required=True, type=_FILE)
 @click.option("--output", required=True, type=click.Path(path_type=Path))
 @click.option("--general", multiple=True, default=GENERAL, show_default=True)
-@click.option("--part", "parts", multiple=True, default=("figures", "cost", "curve"),
-              type=click.Choice(["figures", "cost", "curve"]))  # fmt: skip
+@click.option("--part", "parts", multiple=True, default=PARTS,
+              type=click.Choice(PARTS))  # fmt: skip
 @click.option("--per-edit", default=200, show_default=True)
 @click.option("--per-decoy", default=15, show_default=True)
 @click.option("--published", default=1000, show_default=True)
@@ -101,6 +105,8 @@ def main(model: Path, catalog: Path, others: Path, describe: Path, index: Path,
         tables(output)
         at_rates(evaluation)
         compare_rules(evaluation)
+    if "gate" in parts:
+        gate(load_model(model), [catalog / name for name in items], strangers, alike)
     if "cost" in parts:
         copies = [catalog / name for name in items]
         cost(model, describe, index, copies, strangers or alike, files)
@@ -214,6 +220,34 @@ def fitted(copies: Proposed, decoys: Proposed) -> dict[str, Rule]:
 def logit(share: Scores) -> Scores:
     share = np.clip(share, 1e-6, 1 - 1e-6)
     return np.asarray(np.log(share / (1 - share)))
+
+
+# Gate
+
+
+def gate(model: Model, copies: Sequence[Path], strangers: Sequence[Path],
+         alike: Sequence[Path]) -> None:  # fmt: skip
+    scores: dict[str, list[Scores]] = {"trained edits": [], "held-out edits": []}
+    for number, edit in enumerate(EDITS):
+        some = np.random.default_rng(number).choice(len(copies), 60, replace=False)
+        scores["trained edits" if edit.trained else "held-out edits"].append(
+            gate_scores(model, [copies[n] for n in some], number)
+        )
+    for name, others in (("general", strangers), ("look-alikes", alike)):
+        scores[name] = [gate_scores(model, others[:400], _ALL_THREE)]
+    print("\nLet through, 60 copies an edit, the others cropped, resized and compressed:\n")
+    print("| gate | " + " | ".join(scores) + " |\n" + "|---" * (len(scores) + 1) + "|")
+    own = model.info.gate_threshold
+    for least in (own, *(g for g in GATES if g < own)):
+        shares = [np.mean(np.concatenate(s) >= least) for s in scores.values()]
+        print(f"| {least:.4g} | " + " | ".join(f"{s:.1%}" for s in shares) + " |")
+
+
+def gate_scores(model: Model, paths: Sequence[Path], edit: int) -> Scores:
+    size = model.info.input_size
+    files = [edited(path, edit, number) for number, path in enumerate(paths)]
+    pixels = np.stack([decode(file, size).pixels for file in files])
+    return model.gate_score(pixels, 1.0).astype(float)  # all have the second look
 
 
 # Cost
