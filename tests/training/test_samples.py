@@ -1,4 +1,5 @@
 import io
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -57,19 +58,19 @@ def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
     known, varied = plain("train"), drawn(sources)[0]
     same = (known == varied).flatten(1).all(dim=1)
     assert same[1::2].all()  # the catalog never
-    assert 1 <= same[::2].sum() <= 10  # nor two decoys in nine
+    assert 2 <= same[::2].sum() <= 13  # 13 decoys in 36 stay as they are
     assert torch.equal(plain("val"), drawn(sources, "val")[0])
 
 
-def test_a_varied_decoy_is_made_of_decoys_alone() -> None:
-    one = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    other = one + 100
-    for seed in range(60):
-        made = vary(one, lambda: other, np.random.default_rng(seed))
-        assert made.shape == one.shape
-        for row, (mine, theirs) in zip(made, zip(one, other, strict=True), strict=True):
-            halves = {*mine.flat}, {*theirs[:2].flat, *mine[2:].flat}
-            assert {*row.flat} in halves
+def test_a_varied_decoy_is_the_same_picture_mirrored_or_recoloured() -> None:
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    expected = {
+        flipped[..., order].tobytes()
+        for flipped in (picture, picture[:, ::-1])
+        for order in permutations(range(3))
+    }
+    made = {vary(picture, np.random.default_rng(n)).tobytes() for n in range(200)}
+    assert made == expected
 
 
 def test_an_alteration_keeps_to_its_ranges() -> None:

@@ -7,7 +7,6 @@ Decoys to train on are then made into new ones: any change leaves a decoy a deco
 """
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +16,9 @@ from pic_daemon.images import Pixels, decode, to_pixels
 
 _UNCOMPRESSED = 95  # quality of a file that is not meant to lose anything
 
-HALVED = RECOLOURED = 1 / 3
 MIRRORED = 1 / 2
-"""Shares of the decoys that `vary` puts together, recolours and mirrors."""
+RECOLOURED = 1 / 3
+"""Shares of the decoys that `vary` mirrors and recolours."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,14 @@ def sample(
     return decode(compress(image, quality), size).pixels
 
 
-def vary(
-    pixels: Pixels, another: Callable[[], Pixels], draw: np.random.Generator
-) -> Pixels:
+def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
     """A decoy made into one that no folder holds; uint8, shape (size, size, 3).
 
-    Its left half may become that of `another` decoy, its channels may change places, it
-    may be mirrored. A few thousand decoys are soon known by heart; unseen ones are then
-    taken for catalog (bench/results/ablation.md).
+    It may be mirrored, and its channels may change places. A few thousand decoys are soon
+    known by heart; unseen ones are then taken for catalog. Halves of two put together
+    helped less: their seam gives them away (bench/results/ablation.md).
     """
-    halved, recoloured, mirrored = draw.random(3) < (HALVED, RECOLOURED, MIRRORED)
-    if halved:
-        half = pixels.shape[1] // 2
-        pixels = np.concatenate([another()[:, :half], pixels[:, half:]], axis=1)
+    mirrored, recoloured = draw.random(2) < (MIRRORED, RECOLOURED)
     if recoloured:
         pixels = pixels[..., draw.permutation(3)]
     return pixels[:, ::-1] if mirrored else pixels

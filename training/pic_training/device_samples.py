@@ -17,14 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pic_training.augmentation import (
-    HALVED,
-    MIRRORED,
-    RECOLOURED,
-    Augmentation,
-    alter,
-    compress,
-)
+from pic_training.augmentation import MIRRORED, RECOLOURED, Augmentation, alter, compress
 from pic_training.distributed import ALONE, Processes
 from pic_training.samples import Batch, SampleSet, start_worker
 from pic_training.sources import Source
@@ -135,46 +128,30 @@ class DeviceSamples:
         def uniform(low: float = 0.0, high: float = 1.0) -> torch.Tensor:
             return torch.rand(count, device=device, generator=draw) * (high - low) + low
 
-        def pieces(picture: torch.Tensor) -> _Pieces:
-            version = (uniform() * self.pool.pixels.shape[1]).long()
-            size = self.pool.sizes[picture, version]
-            cropped = uniform() < ranges.probability
-            area = torch.where(cropped, uniform(*ranges.crop_area), 1.0)
-            stretch = ranges.crop_aspect ** torch.where(cropped, uniform(-1, 1), 0.0)
-            share = torch.stack([(area / stretch).sqrt(), (area * stretch).sqrt()], dim=1)
-            length = torch.minimum((size * share).round().long().clamp_min(1), size)
-            place = torch.stack([uniform(), uniform()], dim=1)
-            start = (place * (size - length + 1)).long()
-            return _Pieces(picture, version, start, length)
-
+        picture = self._pictures(epoch).to(device)
+        version = (uniform() * self.pool.pixels.shape[1]).long()
+        size = self.pool.sizes[picture, version]
+        cropped = uniform() < ranges.probability
+        area = torch.where(cropped, uniform(*ranges.crop_area), 1.0)
+        stretch = ranges.crop_aspect ** torch.where(cropped, uniform(-1, 1), 0.0)
+        share = torch.stack([(area / stretch).sqrt(), (area * stretch).sqrt()], dim=1)
+        length = torch.minimum((size * share).round().long().clamp_min(1), size)
+        place = torch.stack([uniform(), uniform()], dim=1)
+        start = (place * (size - length + 1)).long()
         label = torch.arange(count, device=device) % 2
-        own = pieces(self._pictures(epoch).to(device))
-        catalog = len(self.samples.sources.of("catalog", "train"))
-        decoys = len(self.pool.pixels) - catalog
-        another = pieces(catalog + (uniform() * decoys).long())
         varied = (label == 0) & self.samples.varied
-        halved, mirrored = (varied & (uniform() < s) for s in (HALVED, MIRRORED))
+        mirrored = varied & (uniform() < MIRRORED)
+        recoloured = varied & (uniform() < RECOLOURED)
         orders = torch.tensor([*permutations(range(3))], device=device)
-        channels = torch.where(
-            (varied & (uniform() < RECOLOURED))[:, None],
-            orders[(uniform() * len(orders)).long()],
-            orders[0],
-        )
-        half = self.samples.size // 2
+        channels = orders[(uniform() * len(orders)).long() * recoloured]
         for number in range(first, self.samples.batches(batch_size)):
             mine = self.samples.share(number, batch_size, processes)
-            part = torch.arange(mine.start, mine.stop, device=device)
-            images = self._cut(own, part)
-            left = halved[part]
-            images[left, :, :half] = self._cut(another, part[left])[:, :, :half]
+            part = slice(mine.start, mine.stop)
+            pixels = self.pool.pixels[picture[part], version[part]]
+            images = resample(pixels, start[part], length[part], self.samples.size)
             images = images.gather(3, channels[part][:, None, None].expand_as(images))
             flipped = mirrored[part][:, None, None, None]
             yield torch.where(flipped, images.flip(2), images), label[part].float()
-
-    def _cut(self, pieces: "_Pieces", part: torch.Tensor) -> torch.Tensor:
-        pixels = self.pool.pixels[pieces.picture[part], pieces.version[part]]
-        start, length = pieces.start[part], pieces.length[part]
-        return resample(pixels, start, length, self.samples.size)
 
     def _pictures(self, epoch: int) -> torch.Tensor:
         """The picture behind each sample, by its place in the pool, shape (N,)."""
@@ -188,16 +165,6 @@ class DeviceSamples:
         number = torch.arange(self.samples.count)
         rounds = [order[number // 2 % len(order)] for order in orders]
         return torch.where(number % 2 == 1, rounds[1], rounds[0])
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """What is cut out for each sample: of which picture and version, where, how large."""
-
-    picture: torch.Tensor
-    version: torch.Tensor
-    start: torch.Tensor
-    length: torch.Tensor
 
 
 def resample(

@@ -131,7 +131,6 @@ class _Batches(Dataset[Batch]):
         self._key = samples.key(epoch)
         self._source = samples.sources_of(epoch)
         self._position = {p.path: n for n, p in enumerate(samples.sources.pictures)}
-        self._decoys = samples.sources.of("other", samples.split)
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)
@@ -143,19 +142,11 @@ class _Batches(Dataset[Batch]):
         return torch.from_numpy(images), labels
 
     def _draw(self, index: int) -> NDArray[np.uint8]:
+        image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
-        pixels = self._sample(self._source(index), draw)
-        if index % 2 or not self._samples.varied:
-            return pixels
-
-        def another() -> NDArray[np.uint8]:
-            return self._sample(self._decoys[draw.integers(len(self._decoys))], draw)
-
-        return vary(pixels, another, draw)
-
-    def _sample(self, source: Source, draw: np.random.Generator) -> NDArray[np.uint8]:
-        image = self._samples.sources.image(source)
-        return sample(image, draw, self._samples.augmentation, self._samples.size)
+        pixels = sample(image, draw, self._samples.augmentation, self._samples.size)
+        is_decoy = index % 2 == 0
+        return vary(pixels, draw) if is_decoy and self._samples.varied else pixels
 
 
 def start_worker(_: int) -> None:
