@@ -51,7 +51,7 @@ class Variant:
     channels in another order, and the share `halved` with another's half in the place of
     their own."""
 
-    lr: float = CNN.lr
+    lr: float = 0.08
     batch: int = CNN.batch_size
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -80,7 +80,7 @@ VARIANTS = {
     "constant rate": replace(DEFAULT, cosine=False),
     "warm-up over a tenth": replace(DEFAULT, warmup=0.1),
     "momentum 0.9, a tenth of the rate": replace(
-        DEFAULT, momentum=0.9, lr=CNN.lr / 10, batch=64
+        DEFAULT, momentum=0.9, lr=0.008, batch=64
     ),
     "AdamW, 0.0005, batch 128": ADAMW,
     "batch 64, rate 0.1": replace(DEFAULT, batch=64, lr=0.1),

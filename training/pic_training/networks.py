@@ -192,7 +192,7 @@ ARCHITECTURES = {
         size=64,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        lr=0.08,
+        lr=0.05,
         momentum=0.0,
         batch_size=32,
     ),
