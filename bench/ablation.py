@@ -79,9 +79,7 @@ VARIANTS = {
     "the same, another seed": replace(DEFAULT, seed=1),
     "constant rate": replace(DEFAULT, cosine=False),
     "warm-up over a tenth": replace(DEFAULT, warmup=0.1),
-    "momentum 0.9, a tenth of the rate": replace(
-        DEFAULT, momentum=0.9, lr=0.008, batch=64
-    ),
+    "momentum 0.9, a tenth of the rate": replace(DEFAULT, momentum=0.9, lr=0.008, batch=64),
     "AdamW, 0.0005, batch 128": ADAMW,
     "batch 64, rate 0.1": replace(DEFAULT, batch=64, lr=0.1),
     "weight decay 0.0005": replace(DEFAULT, weight_decay=5e-4),
