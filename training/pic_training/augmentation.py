@@ -63,7 +63,7 @@ def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
 
     It may be mirrored, and its channels may change places. A few thousand decoys are soon
     known by heart; unseen ones are then taken for catalog. Halves of two put together
-    helped less: their seam gives them away (bench/results/ablation.md).
+    helped less, perhaps for their seam (bench/results/ablation.md).
     """
     mirrored, recoloured = draw.random(2) < (MIRRORED, RECOLOURED)
     if recoloured:
