@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -44,6 +45,11 @@ class Receiver(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/matches?of=shop"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A certificate that is refused is what some tests are about, not worth a trace.
+        if not isinstance(sys.exception(), ssl.SSLError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
