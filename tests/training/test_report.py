@@ -1,13 +1,37 @@
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pic_training.report import draw_plot
-from pic_training.run_folder import EpochMetrics
+from pic_training.run_folder import EpochMetrics, best_of
+from pic_training.tasks import judge_classes
+
+EPOCH = EpochMetrics(
+    epoch=1, train_loss=1.0, train_accuracy=0.5, val_loss=1.0, val_accuracy=0.5,
+    val_calibrated_loss=1.0, seconds=1.0, images_per_second=1.0, val_seconds=1.0,
+    network_share=1.0,
+)  # fmt: skip
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
-    history = [EpochMetrics(n, 1 / n, 0.5, 1 / n, 0.5, 1.0, 1.0, 1.0, 1.0) for n in (1, 2)]
+    history = [replace(EPOCH, epoch=n, train_loss=1 / n, val_loss=1 / n) for n in (1, 2)]
     draw_plot(history, tmp_path / "plot.png")
     image = Image.open(tmp_path / "plot.png").convert("RGB")
     assert len(image.getcolors(1 << 20) or []) > 50
+
+
+def test_an_epoch_that_tells_more_apart_is_kept_though_it_is_sure_of_too_much() -> None:
+    draw = np.random.default_rng(0)
+    labels = (np.arange(4000) % 2).astype(np.float32)
+    truth = draw.normal(2 * labels - 1, 1).astype(np.float32)  # its logit is 2 x
+    blurred = truth + draw.normal(0, 1, 4000).astype(np.float32)
+    calibrated, sharper = judge_classes(blurred, labels), judge_classes(8 * truth, labels)
+    assert sharper.accuracy > calibrated.accuracy
+    assert sharper.loss > calibrated.loss
+    history = [
+        replace(EPOCH, epoch=n, val_loss=j.loss, val_calibrated_loss=j.calibrated_loss)
+        for n, j in ((1, calibrated), (2, sharper))
+    ]
+    assert best_of(history).epoch == 2

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pic_daemon.promise import Floats, Interval, Labels, threshold_for
-from pic_training.run_folder import EpochMetrics, RunConfig, write_json
+from pic_training.run_folder import EpochMetrics, RunConfig, best_of, write_json
 from pic_training.threshold import (
     calibration_error,
     confusion,
@@ -48,7 +48,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     else:
         specific, scores = _calibrated(scores, labels, test)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
-    best = min(result.history, key=lambda m: m.val_loss)
+    best = best_of(result.history)
     seconds = sum(m.seconds for m in result.history)
     report = {
         "threshold": threshold,
@@ -80,6 +80,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         report["at_one_half"] = {
             "accuracy": best.val_accuracy,
             "loss": best.val_loss,
+            "calibrated_loss": best.val_calibrated_loss,
             "samples": len(labels),
         }
     write_json(folder / "report.json", report)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +74,8 @@ class EpochMetrics:
     Accuracy is of the decision at one half where the run classifies. Where it
     describes, it is the share of samples whose nearest neighbour is a copy of the same
     picture: in the batch for training, among the catalog's originals for validation.
+    `val_calibrated_loss` is the validation loss once the logits are divided by the
+    temperature that makes it least, as in the exported model; describing, `val_loss`.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples.
@@ -84,10 +86,19 @@ class EpochMetrics:
     train_accuracy: float
     val_loss: float
     val_accuracy: float
+    val_calibrated_loss: float
     seconds: float
     images_per_second: float
     val_seconds: float
     network_share: float
+
+
+def best_of(history: Sequence[EpochMetrics]) -> EpochMetrics:
+    """The epoch whose network is kept: the first with the least calibrated loss.
+
+    A network that is sure of too much is not worse for it: its temperature mends that.
+    """
+    return min(history, key=lambda m: m.val_calibrated_loss)
 
 
 def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:

@@ -19,6 +19,7 @@ from pic_training.metric_learning import (
 )
 from pic_training.networks import Normalised
 from pic_training.run_folder import RunConfig
+from pic_training.threshold import fit_temperature, log_loss
 
 Floats = NDArray[np.float32]
 
@@ -27,13 +28,14 @@ Floats = NDArray[np.float32]
 class Judged:
     """The validation samples as a network sees them.
 
-    `scores`, float32, shape (N,): the higher, the likelier from the catalog. Loss and
+    `scores`, float32, shape (N,): the higher, the likelier from the catalog. Losses and
     accuracy as in EpochMetrics; `right`, shape (N,), says of each catalog sample
     whether it was taken for the right item (classifying: for the right class).
     """
 
     scores: Floats
     loss: float
+    calibrated_loss: float
     accuracy: float
     right: NDArray[np.bool_]
 
@@ -81,19 +83,25 @@ def _description_loss(
     return loss, nearest_is_copy(embeddings.detach(), labels).sum()
 
 
-def _judge_classes(logits: Floats, labels: Floats, _: Known | None) -> Judged:
-    loss = binary_cross_entropy_with_logits(
-        torch.from_numpy(logits), torch.from_numpy(labels)
+def judge_classes(logits: Floats, labels: Floats, _: Known | None = None) -> Judged:
+    """By logits, float32, shape (N,), and labels, 1 for catalog and 0 for others."""
+    exact, positive = logits.astype(np.float64), labels > 0.5
+    calibrated = exact / fit_temperature(exact, positive)
+    right = (logits > 0) == positive
+    return Judged(
+        logits,
+        log_loss(exact, positive),
+        log_loss(calibrated, positive),
+        float(right.mean()),
+        right,
     )
-    right = (logits > 0) == (labels > 0.5)
-    return Judged(logits, float(loss), float(right.mean()), right)
 
 
 def _judge_embeddings(embeddings: Floats, labels: Floats, known: Known | None) -> Judged:
     assert known is not None
     scores, right, loss = resemblance(embeddings, known)
-    return Judged(scores, loss, float(right[labels > 0.5].mean()), right)
+    return Judged(scores, loss, loss, float(right[labels > 0.5].mean()), right)
 
 
-_CLASSIFY = Task(_sgd, _classification_loss, fit_head, _judge_classes, False)
+_CLASSIFY = Task(_sgd, _classification_loss, fit_head, judge_classes, False)
 _DESCRIBE = Task(_adam, _description_loss, whiten_head, _judge_embeddings, True)

@@ -28,6 +28,7 @@ from pic_training.progress import progress_bar
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
+    best_of,
     replacing,
     write_metrics,
 )
@@ -301,15 +302,15 @@ class _Run:
             train_accuracy=progress.correct / self.train_set.count,
             val_loss=judged.loss,
             val_accuracy=judged.accuracy,
+            val_calibrated_loss=judged.calibrated_loss,
             seconds=progress.seconds,
             network_share=1 - progress.waited / max(progress.seconds, 1e-9),
             images_per_second=self.train_set.count / max(progress.seconds, 1e-9),
             val_seconds=time.monotonic() - started,
         )
-        best = min((m.val_loss for m in progress.history), default=float("inf"))
         progress.history.append(metrics)
         progress.next_epoch()
-        if metrics.val_loss < best or len(progress.history) == 1:
+        if best_of(progress.history) is metrics:
             with (
                 replacing(self.folder / "validation.npz") as path,
                 path.open("wb") as file,
@@ -414,7 +415,11 @@ class _Run:
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.learner.device, weights_only=True)
         self.learner.restore(state)
-        history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
+        history = [
+            # Checkpoints of earlier versions chose by the loss as it was.
+            EpochMetrics(**{"val_calibrated_loss": m["val_loss"], **m})
+            for m in state["progress"].pop("history")
+        ]
         self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
