@@ -36,7 +36,7 @@ from training import choose  # noqa: E402
 from pic_training.augmentation import Augmentation  # noqa: E402
 from pic_training.networks import ARCHITECTURES, Normalised  # noqa: E402
 from pic_training.samples import SampleSet  # noqa: E402
-from pic_training.sources import gather  # noqa: E402
+from pic_training.sources import Split, gather  # noqa: E402
 
 CNN = ARCHITECTURES["cnn"]
 
@@ -49,7 +49,8 @@ class Variant:
     samples left to right; `blend` is the share of the decoys that is laid over another;
     `varied` makes new decoys of old: half of them mirrored, a third with their colour
     channels in another order, and the share `halved` with another's half in the place of
-    their own."""
+    their own; `gamma` is the share of these whose channels are each bent by an exponent
+    of their own. `decoy_area` is the least share of its area that a decoy is cropped to."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -69,10 +70,13 @@ class Variant:
     blend: float = 0.0
     varied: bool = False
     halved: float = 1 / 3
+    gamma: float = 0.0
+    decoy_area: float = 0.5
     seed: int = 0
 
 
 DEFAULT = Variant()
+RECOLOURED = replace(DEFAULT, varied=True, halved=0.0)
 ADAMW = replace(DEFAULT, adamw=True, lr=0.0005, batch=128)
 VARIANTS = {
     "default: SGD, half cosine, fresh samples": DEFAULT,
@@ -93,7 +97,10 @@ VARIANTS = {
     "half of the samples mirrored": replace(DEFAULT, mirror=True),
     "half of the decoys blended": replace(DEFAULT, blend=0.5),
     "varied decoys": replace(DEFAULT, varied=True),
-    "decoys mirrored and recoloured": replace(DEFAULT, varied=True, halved=0.0),
+    "decoys mirrored and recoloured": RECOLOURED,
+    "those, cropped to a tenth besides": replace(RECOLOURED, decoy_area=0.1),
+    "those, half of them bent besides": replace(RECOLOURED, gamma=0.5),
+    "those, both": replace(RECOLOURED, decoy_area=0.1, gamma=0.5),
     "AdamW, dropout 0.5": replace(ADAMW, dropout=0.5),
     "AdamW, weight decay 0.1": replace(ADAMW, weight_decay=0.1),
     "AdamW, half of the samples mirrored": replace(ADAMW, mirror=True),
@@ -104,9 +111,9 @@ VARIANTS = {
 @dataclass(frozen=True)
 class Data:
     """Rendered samples: images uint8 (N, 64, 64, 3), odd ones of the catalog, whose
-    picture is numbered by `items`."""
+    picture is numbered by `items`; `train` by the least area that decoys are cropped to."""
 
-    train: torch.Tensor
+    train: dict[float, torch.Tensor]
     items: torch.Tensor
     val: torch.Tensor
 
@@ -125,15 +132,21 @@ def main(
     data: Path, decoys: str, work: Path, samples: int, pictures: float,
     only: tuple[str, ...],
 ) -> None:  # fmt: skip
-    prepared = prepare(data, decoys, work, samples, pictures)
+    variants = {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if not only or any(part in name for part in only)
+    }
+    areas = {variant.decoy_area for variant in variants.values()}
+    prepared = prepare(data, decoys, work, samples, pictures, areas)
     print("| | accuracy | loss | recall at 0.1 | at 0.01 | at 0.001 | images/s |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name, variant in VARIANTS.items():
-        if not only or any(part in name for part in only):
-            print(f"| {name} | {row(variant, prepared)} |", flush=True)
+    for name, variant in variants.items():
+        print(f"| {name} | {row(variant, prepared)} |", flush=True)
 
 
-def prepare(data: Path, decoys: str, work: Path, samples: int, share: float) -> Data:
+def prepare(data: Path, decoys: str, work: Path, samples: int, share: float,
+            areas: set[float]) -> Data:  # fmt: skip
     others = data / ("others" if (data / "others").exists() else "other")
     for split in ("train", "val"):
         choose(others / split, work / f"others-{split}", decoys)
@@ -147,23 +160,29 @@ def prepare(data: Path, decoys: str, work: Path, samples: int, share: float) -> 
         some = [p for p in sources.pictures if p.kind == kind and p.split == "train"]
         kept += some[::every]
     sources = replace(sources, pictures=tuple(kept))
-    images = []
-    for split, count in (("train", samples), ("val", min(10_000, samples // 4))):
-        plain = Augmentation(variety=False)
-        rendered = SampleSet(sources, split, count, CNN.size, 0, plain)
-        images.append(torch.cat([batch for batch, _ in rendered.load(0, 64, 2)]))
+
+    def render(split: Split, count: int, area: float = 0.5) -> torch.Tensor:
+        ranges = Augmentation(variety=False, crop_area=(area, 1.0))
+        rendered = SampleSet(sources, split, count, CNN.size, 0, ranges)
+        return torch.cat([batch for batch, _ in rendered.load(0, 64, 2)])
+
+    plain = render("train", samples)
+    train = {0.5: plain}
+    for area in areas - {0.5}:
+        train[area] = plain.clone()
+        train[area][::2] = render("train", samples, area)[::2]
     order = SampleSet(sources, "train", samples, CNN.size, 0, Augmentation()).order(
         "catalog", 0
     )
     number = {p.path: n for n, p in enumerate(sources.of("catalog", "train"))}
     items = [number[order[i // 2 % len(order)].path] for i in range(samples)]
-    return Data(images[0], torch.tensor(items), images[1])
+    return Data(train, torch.tensor(items), render("val", min(10_000, samples // 4)))
 
 
 def row(variant: Variant, data: Data) -> str:
     started = time.monotonic()
     network = train(variant, data)
-    speed = len(data.train) / (time.monotonic() - started)
+    speed = len(data.items) / (time.monotonic() - started)
     with torch.no_grad():
         logits = torch.cat([network(part) for part in data.val.split(500)])
     labels = torch.arange(len(logits)) % 2
@@ -180,6 +199,7 @@ def row(variant: Variant, data: Data) -> str:
 
 def train(variant: Variant, data: Data) -> Normalised:
     torch.manual_seed(variant.seed)
+    samples = data.train[variant.decoy_area]
     network = Normalised(replace(CNN, trunk=pooled_trunk, features=384)
                          if variant.pooled else CNN)  # fmt: skip
     namer = nn.Linear(CNN.features, int(data.items.max()) + 1)
@@ -195,12 +215,12 @@ def train(variant: Variant, data: Data) -> Normalised:
             weight_decay=variant.weight_decay, fused=True,
         )  # fmt: skip
     average = copy.deepcopy(network) if variant.ema else network
-    steps = len(data.train) // variant.batch
+    steps = len(samples) // variant.batch
     some = torch.arange(steps // variant.repeats * variant.batch)
     order = some.repeat(variant.repeats)
     for step in range(len(order) // variant.batch):
         index = order[step * variant.batch : (step + 1) * variant.batch]
-        images, labels = altered(data.train[index], variant), (index % 2).float()
+        images, labels = altered(samples[index], variant), (index % 2).float()
         for group in optimizer.param_groups:
             group["lr"] = rate(variant, step / steps)
         optimizer.zero_grad()
@@ -261,20 +281,23 @@ def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
         both = decoys[:some].float() + decoys.flip(0)[:some].float()
         images[: 2 * some : 2] = (both / 2).to(torch.uint8)
     if variant.varied:
-        images[::2] = varied(decoys, variant.halved)
+        images[::2] = varied(decoys, variant)
     return images
 
 
-def varied(decoys: torch.Tensor, halved: float) -> torch.Tensor:
-    """Decoys recoloured, mirrored and put together anew."""
-    dice = torch.rand(3, len(decoys))
+def varied(decoys: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """Decoys recoloured, mirrored, bent and put together anew."""
+    dice = torch.rand(4, len(decoys))
     halves = decoys.roll(1, 0)
-    left = dice[0] < halved
+    left = dice[0] < variant.halved
     decoys[left, :, :32] = halves[left, :, :32]
     swapped = dice[1] < 1 / 3
     decoys[swapped] = decoys[swapped][..., torch.randperm(3)]
     mirrored = dice[2] < 1 / 2
     decoys[mirrored] = decoys[mirrored].flip(2)
+    bent = dice[3] < variant.gamma
+    exponents = torch.empty(int(bent.sum()), 1, 1, 3).uniform_(-0.5, 0.5).exp()
+    decoys[bent] = ((decoys[bent] / 255) ** exponents * 255).round().to(torch.uint8)
     return decoys
 
 

@@ -20,7 +20,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     write_products(folder / "catalog", range(8))
     write_products(folder / "others", range(100, 120))
     sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
-    return SampleSet(sources, "train", 1500, 64, 3, Augmentation())
+    return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_batches_are_balanced_fresh_each_epoch_and_resumable(
     on_device: DeviceSamples,
 ) -> None:
     first = list(on_device.load(0, 64))
-    assert [len(labels) for _, labels in first[-2:]] == [64, 1500 % 64]
-    assert sum(float(labels.sum()) for _, labels in first) == 750
+    assert [len(labels) for _, labels in first[-2:]] == [64, 4000 % 64]
+    assert sum(float(labels.sum()) for _, labels in first) == 2000
     resumed = next(on_device.load(0, 64, first=5))
     assert torch.equal(resumed[0], first[5][0])
     assert not torch.equal(next(on_device.load(1, 64))[0], first[0][0])

@@ -7,7 +7,7 @@ Decoys to train on are then made into new ones: any change leaves a decoy a deco
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,13 @@ _UNCOMPRESSED = 95  # quality of a file that is not meant to lose anything
 
 MIRRORED = 1 / 2
 RECOLOURED = 1 / 3
-"""Shares of the decoys that `vary` mirrors and recolours."""
+BENT = 1 / 2
+"""Shares of the decoys that `vary` mirrors, recolours and bends."""
+
+BEND = 0.5
+"""Greatest natural logarithm, either way, of the exponent that bends a channel."""
+
+_DECOY_AREA = 0.1  # least share of its area that a decoy to train on is cropped to
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Augmentation:
     `side` pixels (log-uniform, never enlarged), and half of the time the picture is
     then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
     is not applied and a file is wanted, it is saved at quality 95. `variety`: decoys to
-    train on go through `vary` besides.
+    train on go through `vary` besides, and are cropped `of_decoys`.
     """
 
     probability: float = 0.8
@@ -40,6 +46,10 @@ class Augmentation:
     side: tuple[int, int] = (48, 256)
     quality: tuple[int, int] = (10, 95)
     variety: bool = True
+
+    def of_decoys(self) -> "Augmentation":
+        """For decoys to train on: a tenth of a picture is another picture."""
+        return replace(self, crop_area=(_DECOY_AREA, self.crop_area[1]))
 
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
@@ -61,13 +71,18 @@ def sample(
 def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
     """A decoy made into one that no folder holds; uint8, shape (size, size, 3).
 
-    It may be mirrored, and its channels may change places. A few thousand decoys are soon
-    known by heart; unseen ones are then taken for catalog. Halves of two put together
-    helped less, perhaps for their seam (bench/results/ablation.md).
+    It may be mirrored, its channels may change places, and each may be bent by an
+    exponent of its own, as gamma does. A few thousand decoys are soon known by heart;
+    unseen ones are then taken for catalog. Halves of two put together helped less,
+    perhaps for their seam (bench/results/ablation.md).
     """
-    mirrored, recoloured = draw.random(2) < (MIRRORED, RECOLOURED)
+    mirrored, recoloured, bent = draw.random(3) < (MIRRORED, RECOLOURED, BENT)
     if recoloured:
         pixels = pixels[..., draw.permutation(3)]
+    if bent:
+        exponents = np.exp(draw.uniform(-BEND, BEND, 3))
+        levels = (np.arange(256)[:, None] / 255) ** exponents * 255
+        pixels = levels.round().astype(np.uint8)[pixels, range(3)]
     return pixels[:, ::-1] if mirrored else pixels
 
 

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pic_training.augmentation import MIRRORED, RECOLOURED, Augmentation, alter, compress
+from pic_training.augmentation import (
+    BEND,
+    BENT,
+    MIRRORED,
+    RECOLOURED,
+    Augmentation,
+    alter,
+    compress,
+)
 from pic_training.distributed import ALONE, Processes
 from pic_training.samples import Batch, SampleSet, start_worker
 from pic_training.sources import Source
@@ -81,6 +89,8 @@ class _Versions(Dataset[list[NDArray[np.uint8]]]):
     def __getitem__(self, number: int) -> list[NDArray[np.uint8]]:
         image = self._samples.sources.image(self._sources[number])
         ranges = self._samples.augmentation
+        if self._samples.varied and self._sources[number].kind == "other":
+            ranges = ranges.of_decoys()
         return [
             _version(image, np.random.default_rng([self._samples.seed, number, v]), ranges)
             for v in range(self._versions)
@@ -131,27 +141,34 @@ class DeviceSamples:
         picture = self._pictures(epoch).to(device)
         version = (uniform() * self.pool.pixels.shape[1]).long()
         size = self.pool.sizes[picture, version]
+        label = torch.arange(count, device=device) % 2
+        varied = (label == 0) & self.samples.varied
         cropped = uniform() < ranges.probability
-        area = torch.where(cropped, uniform(*ranges.crop_area), 1.0)
+        least, most = ranges.crop_area
+        lowest = torch.where(varied, ranges.of_decoys().crop_area[0], least)
+        area = torch.where(cropped, lowest + uniform() * (most - lowest), 1.0)
         stretch = ranges.crop_aspect ** torch.where(cropped, uniform(-1, 1), 0.0)
         share = torch.stack([(area / stretch).sqrt(), (area * stretch).sqrt()], dim=1)
         length = torch.minimum((size * share).round().long().clamp_min(1), size)
         place = torch.stack([uniform(), uniform()], dim=1)
         start = (place * (size - length + 1)).long()
-        label = torch.arange(count, device=device) % 2
-        varied = (label == 0) & self.samples.varied
         mirrored = varied & (uniform() < MIRRORED)
         recoloured = varied & (uniform() < RECOLOURED)
         orders = torch.tensor([*permutations(range(3))], device=device)
         channels = orders[(uniform() * len(orders)).long() * recoloured]
+        bent = varied & (uniform() < BENT)
+        bend = torch.stack([uniform(-BEND, BEND) for _ in range(3)], dim=1)
+        exponents = (bend * bent[:, None]).exp()
         for number in range(first, self.samples.batches(batch_size)):
             mine = self.samples.share(number, batch_size, processes)
             part = slice(mine.start, mine.stop)
             pixels = self.pool.pixels[picture[part], version[part]]
             images = resample(pixels, start[part], length[part], self.samples.size)
             images = images.gather(3, channels[part][:, None, None].expand_as(images))
+            images = (images / 255) ** exponents[part][:, None, None] * 255
             flipped = mirrored[part][:, None, None, None]
-            yield torch.where(flipped, images.flip(2), images), label[part].float()
+            images = torch.where(flipped, images.flip(2), images)
+            yield images.round().to(torch.uint8), label[part].float()
 
     def _pictures(self, epoch: int) -> torch.Tensor:
         """The picture behind each sample, by its place in the pool, shape (N,)."""

@@ -144,9 +144,10 @@ class _Batches(Dataset[Batch]):
     def _draw(self, index: int) -> NDArray[np.uint8]:
         image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
-        pixels = sample(image, draw, self._samples.augmentation, self._samples.size)
-        is_decoy = index % 2 == 0
-        return vary(pixels, draw) if is_decoy and self._samples.varied else pixels
+        ranges, size = self._samples.augmentation, self._samples.size
+        if self._samples.varied and index % 2 == 0:
+            return vary(sample(image, draw, ranges.of_decoys(), size), draw)
+        return sample(image, draw, ranges, size)
 
 
 def start_worker(_: int) -> None:
