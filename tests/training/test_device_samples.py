@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     folder = tmp_path_factory.mktemp("sources")
-    write_products(folder / "catalog", range(8))
-    write_products(folder / "others", range(100, 120))
+    write_products(folder / "catalog", range(60))
+    write_products(folder / "others", range(100, 160))
     sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
     return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
 
@@ -73,6 +73,11 @@ def test_samples_are_distributed_as_those_of_the_cpu(
             levels = np.linspace(0.1, 0.9, 9)
             gap = np.abs(np.quantile(one, levels) - np.quantile(other, levels)).max()
             assert gap < 0.25 * other.std(), (name, kind)
+
+
+def test_no_piece_is_smaller_than_the_cpu_makes_it(on_device: DeviceSamples) -> None:
+    longer = on_device.pool.crops.amax(dim=2)
+    assert 47 <= longer.min() < 60
 
 
 def test_a_distribution_that_differs_would_be_noticed(

@@ -59,7 +59,13 @@ def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
     known, varied = plain("train"), drawn(sources)[0]
     same = (known == varied).flatten(1).all(dim=1)
     assert same[1::2].all()  # the catalog never
-    assert same[::2].sum() <= 8  # few decoys are neither cropped nor changed
+    samples = SampleSet(sources, "train", 40, 64, 0, Augmentation())
+    wider = Augmentation().of_decoys()
+    for number in range(0, 40, 2):
+        image = sources.image(samples.sources_of(0)(number))
+        draw = np.random.default_rng([*samples.key(0), number])
+        expected = vary(sample(image, draw, wider, 64), draw)
+        assert np.array_equal(varied[number], expected)
     assert torch.equal(plain("val"), drawn(sources, "val")[0])
 
 
@@ -74,11 +80,22 @@ def test_a_varied_decoy_is_the_same_picture_mirrored_recoloured_or_bent() -> Non
     assert {m.tobytes() for m in made} > expected
     bent = [m for m in made if m.tobytes() not in expected]
     assert 70 < len(bent) < 130
-    for one in bent:
-        # Each channel of one is a channel of the picture, its order of brightness kept.
-        ranks = {np.argsort(np.argsort(channel)).tobytes() for channel in
-                 one.reshape(-1, 3).T.astype(int)}  # fmt: skip
-        assert len(ranks) <= 2
+
+
+def test_a_bent_channel_follows_an_exponent_of_its_own() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    darkest = ramp[0, 0]
+    found = set()
+    for number in range(60):
+        made = vary(ramp, np.random.default_rng(number))
+        upright = made if (made[0, 0] == darkest).all() else made[:, ::-1]
+        levels = upright.reshape(256, 3)[40:250].astype(float) / 255
+        inputs = np.log(np.arange(40, 250) / 255)[:, None]
+        exponents = (np.log(levels) * inputs).sum(0) / (inputs**2).sum()
+        assert np.abs(np.log(levels) - inputs * exponents).max() < 0.1
+        assert np.abs(np.log(exponents)).max() < 0.52
+        found.update(exponents.round(2).tolist())
+    assert len(found) > 40 and min(found) < 0.7 and max(found) > 1.4
 
 
 def test_a_decoy_to_train_on_is_cropped_to_a_tenth_and_a_copy_never_below_half() -> None:

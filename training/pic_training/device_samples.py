@@ -2,8 +2,8 @@
 
 Every picture is rendered on the CPU in several versions, resized and compressed by
 the real codec, because nothing else leaves a real codec's traces. The versions lie on
-the device as uint8. There each sample takes one of them, cuts it as the CPU's
-augmentation would, and resamples it with Pillow's own filter, in batches.
+the device as uint8, each with the crop that it was rendered for. There each sample takes
+one of them, cuts that crop anywhere, and resamples it with Pillow's own filter, in batches.
 """
 
 import io
@@ -44,12 +44,14 @@ class Pool:
     """Versions of the pictures to draw from, on the device.
 
     `pixels`: uint8, shape (P, V, side, side, 3), each in the upper left corner;
-    `sizes`: int64, shape (P, V, 2), height and width. Pictures are those of the
-    catalog, then the others, in the order of `Sources.of`.
+    `sizes`: int64, shape (P, V, 2), height and width; `crops`, the same, of the piece
+    to be cut from it. Pictures are those of the catalog, then the others, in the order
+    of `Sources.of`.
     """
 
     pixels: torch.Tensor
     sizes: torch.Tensor
+    crops: torch.Tensor
 
 
 def render_pool(
@@ -61,7 +63,8 @@ def render_pool(
     shape = (len(sources), versions, side, side, 3)
     pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
     sizes = torch.zeros((*shape[:2], 2), dtype=torch.int64)
-    loader: DataLoader[list[NDArray[np.uint8]]] = DataLoader(
+    crops = torch.zeros_like(sizes)
+    loader: DataLoader[list[_Version]] = DataLoader(
         _Versions(samples, sources, versions),
         batch_size=None,
         num_workers=workers,
@@ -69,15 +72,19 @@ def render_pool(
     )
     for number, rendered in enumerate(loader):
         padded = np.zeros(shape[1:], np.uint8)
-        for version, image in enumerate(rendered):
+        for version, (image, crop) in enumerate(rendered):
             height, width = image.shape[:2]
             padded[version, :height, :width] = image
             sizes[number, version] = torch.tensor([height, width])
+            crops[number, version] = torch.tensor(crop)
         pixels[number] = torch.from_numpy(padded)
-    return Pool(pixels, sizes.to(device))
+    return Pool(pixels, sizes.to(device), crops.to(device))
 
 
-class _Versions(Dataset[list[NDArray[np.uint8]]]):
+_Version = tuple[NDArray[np.uint8], tuple[int, int]]
+
+
+class _Versions(Dataset[list[_Version]]):
     def __init__(self, samples: SampleSet, sources: list[Source], versions: int) -> None:
         self._samples = samples
         self._sources = sources
@@ -86,7 +93,7 @@ class _Versions(Dataset[list[NDArray[np.uint8]]]):
     def __len__(self) -> int:
         return len(self._sources)
 
-    def __getitem__(self, number: int) -> list[NDArray[np.uint8]]:
+    def __getitem__(self, number: int) -> list[_Version]:
         image = self._samples.sources.image(self._sources[number])
         ranges = self._samples.augmentation
         if self._samples.varied and self._sources[number].kind == "other":
@@ -99,21 +106,24 @@ class _Versions(Dataset[list[NDArray[np.uint8]]]):
 
 def _version(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation
-) -> NDArray[np.uint8]:
-    """The whole picture resized and compressed as a piece cut from it would be."""
-    longer = 1.0
-    if draw.random() < ranges.probability:  # the piece whose longer side is resized
+) -> _Version:
+    """The whole picture resized and compressed as a piece cut from it would be.
+
+    With it that piece's height and width in its pixels.
+    """
+    share = np.ones(2)
+    if draw.random() < ranges.probability:
         area = draw.uniform(*ranges.crop_area)
         stretch = ranges.crop_aspect ** draw.uniform(-1, 1)
-        shape = np.array([image.width * np.sqrt(area * stretch),
-                          image.height * np.sqrt(area / stretch)])  # fmt: skip
-        longer = min(1.0, float(shape.max()) / max(image.size))
+        share = np.sqrt([area / stretch, area * stretch]).clip(max=1)
+    longer = float((share * image.size[::-1]).max()) / max(image.size)
     low, high = (round(side / longer) for side in ranges.side)
     whole = replace(ranges, crop_area=(1, 1), crop_aspect=1, side=(low, high))
     image, quality = alter(image, draw, whole)
     if quality is not None:
         image = Image.open(io.BytesIO(compress(image, quality))).convert("RGB")
-    return np.asarray(image)
+    height, width = (np.array(image.size[::-1]) * share).round().clip(1).astype(int)
+    return np.asarray(image), (int(height), int(width))
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class DeviceSamples:
         """
         device = self.pool.pixels.device
         draw = torch.Generator(device).manual_seed(self.samples.seed * 100_003 + epoch)
-        count, ranges = self.samples.count, self.samples.augmentation
+        count = self.samples.count
 
         def uniform(low: float = 0.0, high: float = 1.0) -> torch.Tensor:
             return torch.rand(count, device=device, generator=draw) * (high - low) + low
@@ -143,13 +153,7 @@ class DeviceSamples:
         size = self.pool.sizes[picture, version]
         label = torch.arange(count, device=device) % 2
         varied = (label == 0) & self.samples.varied
-        cropped = uniform() < ranges.probability
-        least, most = ranges.crop_area
-        lowest = torch.where(varied, ranges.of_decoys().crop_area[0], least)
-        area = torch.where(cropped, lowest + uniform() * (most - lowest), 1.0)
-        stretch = ranges.crop_aspect ** torch.where(cropped, uniform(-1, 1), 0.0)
-        share = torch.stack([(area / stretch).sqrt(), (area * stretch).sqrt()], dim=1)
-        length = torch.minimum((size * share).round().long().clamp_min(1), size)
+        length = self.pool.crops[picture, version]
         place = torch.stack([uniform(), uniform()], dim=1)
         start = (place * (size - length + 1)).long()
         mirrored = varied & (uniform() < MIRRORED)

@@ -75,7 +75,7 @@ class EpochMetrics:
     describes, it is the share of samples whose nearest neighbour is a copy of the same
     picture: in the batch for training, among the catalog's originals for validation.
     `val_calibrated_loss` is the validation loss once the logits are divided by the
-    temperature that makes it least, as in the exported model; describing, `val_loss`.
+    temperature that makes it least; describing, it is `val_loss`.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples.

@@ -75,6 +75,8 @@ def calibration_error(probabilities: Floats, labels: Labels) -> float:
 def gate_for(scores: Floats, labels: Labels, threshold: float) -> float:
     """The score that all but GATE_LOSS of the copies reach, and at most `threshold`.
 
+    Of a thousand copies or fewer that is all but the worst: a gate that turns away too
+    little costs time, one that turns away too much costs matches.
     From there on a second stage, which names the product, is to decide.
     """
     return min(threshold, float(np.quantile(scores[labels], GATE_LOSS)))

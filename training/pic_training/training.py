@@ -323,7 +323,8 @@ class _Run:
         self._say(
             f"epoch {metrics.epoch}/{self.config.epochs}: "
             f"loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
-            f"validation loss {metrics.val_loss:.4f}, "
+            f"validation loss {metrics.val_loss:.4f} "
+            f"(calibrated {metrics.val_calibrated_loss:.4f}), "
             f"accuracy {metrics.val_accuracy:.2%}; "
             f"{metrics.images_per_second:.0f} images/s, "
             f"{metrics.network_share:.0%} of the time in the network"
@@ -415,11 +416,7 @@ class _Run:
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.learner.device, weights_only=True)
         self.learner.restore(state)
-        history = [
-            # Checkpoints of earlier versions chose by the loss as it was.
-            EpochMetrics(**{"val_calibrated_loss": m["val_loss"], **m})
-            for m in state["progress"].pop("history")
-        ]
+        history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
         self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
