@@ -145,6 +145,18 @@ def test_another_run_is_never_overwritten(
     assert sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir()) == before
 
 
+def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
+    run_tool: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(finished, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    del config["augmentation"]["decoy_area"]
+    (older / "config.json").write_text(json.dumps(config))
+    result = run_tool("pic-train", *options(folders, older), "--resume")
+    assert result.returncode == 2
+    assert "by a version that altered its samples otherwise" in result.stderr
+
+
 def test_without_the_train_extra_it_says_what_to_install(
     folders: Path, tmp_path: Path
 ) -> None:

@@ -112,6 +112,11 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
             raise InputError(f"{folder} holds no run to resume.")
         before, now = read_json(stored), json.loads(json.dumps(asdict(config)))
         changed = [key for key in now if before.get(key) != now[key]]
+        if changed == ["augmentation"]:  # no option: versions differ in it
+            raise InputError(
+                f"{folder} was begun by a version that altered its samples otherwise; "
+                "finish it with that version, or start again in a new folder."
+            )
         if changed:
             key = changed[0]
             raise InputError(
