@@ -44,13 +44,14 @@ CNN = ARCHITECTURES["cnn"]
 @dataclass(frozen=True)
 class Variant:
     """How to train. `repeats` goes over a share of the samples several times instead of
-    over all once; `items` weighs naming the catalog picture; `hard` is the share of the
-    decoys that is drawn again from those with the highest loss; `mirror` turns half of all
-    samples left to right; `blend` is the share of the decoys that is laid over another;
-    `varied` makes new decoys of old: half of them mirrored, a third with their colour
-    channels in another order, and the share `halved` with another's half in the place of
-    their own; `gamma` is the share of these whose channels are each bent by an exponent
-    of their own. `decoy_area` is the least share of its area that a decoy is cropped to."""
+    over all once; `naming` is that of pic-train, in the end zero if `naming_falls`; `hard`
+    is the share of the decoys that is drawn again from those with the highest loss;
+    `mirror` turns half of all samples left to right; `blend` is the share of the decoys
+    that is laid over another; `varied` makes new decoys of old: half of them mirrored, a
+    third with their colour channels in another order, and the share `halved` with another's
+    half in the place of their own; `gamma` is the share of these whose channels are each
+    bent by an exponent of their own. `decoy_area` is the least share of its area that a
+    decoy is cropped to."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -61,7 +62,8 @@ class Variant:
     smoothing: float = 0.0
     dropout: float = 0.0
     ema: float = 0.0
-    items: float = 0.0
+    naming: float = 0.0
+    naming_falls: bool = False
     hard: float = 0.0
     repeats: int = 1
     adamw: bool = False
@@ -77,6 +79,7 @@ class Variant:
 
 DEFAULT = Variant()
 RECOLOURED = replace(DEFAULT, varied=True, halved=0.0)
+BOTH = replace(RECOLOURED, decoy_area=0.1, gamma=0.5)
 ADAMW = replace(DEFAULT, adamw=True, lr=0.0005, batch=128)
 VARIANTS = {
     "default: SGD, half cosine, fresh samples": DEFAULT,
@@ -91,16 +94,24 @@ VARIANTS = {
     "dropout 0.5 before the head": replace(DEFAULT, dropout=0.5),
     "EMA 0.998": replace(DEFAULT, ema=0.998),
     "hard decoys, a third drawn again": replace(DEFAULT, hard=1 / 3),
-    "naming the item, weight 0.2": replace(DEFAULT, items=0.2),
+    "--naming 0.4": replace(DEFAULT, naming=0.4),
     "a quarter of the samples, four times": replace(DEFAULT, repeats=4),
     "max-pooling after each convolution": replace(DEFAULT, pooled=True),
     "half of the samples mirrored": replace(DEFAULT, mirror=True),
     "half of the decoys blended": replace(DEFAULT, blend=0.5),
     "varied decoys": replace(DEFAULT, varied=True),
     "decoys mirrored and recoloured": RECOLOURED,
+    "decoys mirrored and recoloured, --naming 1": replace(RECOLOURED, naming=1.0),
     "those, cropped to a tenth besides": replace(RECOLOURED, decoy_area=0.1),
     "those, half of them bent besides": replace(RECOLOURED, gamma=0.5),
-    "those, both": replace(RECOLOURED, decoy_area=0.1, gamma=0.5),
+    "those, half of them bent besides, --naming 1": replace(
+        RECOLOURED, gamma=0.5, naming=1.0
+    ),
+    "those, both": BOTH,
+    "those, both, --naming 0.4": replace(BOTH, naming=0.4),
+    "those, both, --naming 1": replace(BOTH, naming=1.0),
+    "those, both, --naming 2": replace(BOTH, naming=2.0),
+    "those, both, --naming 2, falling to 0": replace(BOTH, naming=2.0, naming_falls=True),
     "AdamW, dropout 0.5": replace(ADAMW, dropout=0.5),
     "AdamW, weight decay 0.1": replace(ADAMW, weight_decay=0.1),
     "AdamW, half of the samples mirrored": replace(ADAMW, mirror=True),
@@ -203,7 +214,7 @@ def train(variant: Variant, data: Data) -> Normalised:
     network = Normalised(replace(CNN, trunk=pooled_trunk, features=384)
                          if variant.pooled else CNN)  # fmt: skip
     namer = nn.Linear(CNN.features, int(data.items.max()) + 1)
-    parameters = [*network.parameters(), *(namer.parameters() if variant.items else [])]
+    parameters = [*network.parameters(), *(namer.parameters() if variant.naming else [])]
     optimizer: torch.optim.Optimizer
     if variant.adamw:
         optimizer = torch.optim.AdamW(
@@ -228,14 +239,13 @@ def train(variant: Variant, data: Data) -> Normalised:
             features = network.features(images)
             features = dropout(features, variant.dropout)
             logits = network.head(features).squeeze(1).float()
-            named = namer(features[labels > 0]).float() if variant.items else None
+            named = namer(features[labels > 0]).float() if variant.naming else None
         target = labels * (1 - variant.smoothing) + variant.smoothing / 2
         losses = binary_cross_entropy_with_logits(logits, target, reduction="none")
         loss = losses.mean()
         if named is not None:
-            loss = loss + variant.items * cross_entropy(
-                named, data.items[index[labels > 0]]
-            )
+            weight = variant.naming * (1 - step / steps if variant.naming_falls else 1)
+            loss = loss + weight / 2 * cross_entropy(named, data.items[index[labels > 0]])
         loss.backward()
         optimizer.step()
         if variant.hard:

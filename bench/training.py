@@ -114,14 +114,14 @@ def print_known(run: Path, work: Path) -> None:
         # An epoch that the training never came to.
         for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
             outputs.append(network(images))
-            labels.append(some)
+            labels.append(some > 0)
     logits, truth = torch.cat(outputs), torch.cat(labels)
-    loss = binary_cross_entropy_with_logits(logits, truth)
-    right = (logits > 0) == (truth > 0.5)
+    loss = binary_cross_entropy_with_logits(logits, truth.float())
+    right = (logits > 0) == truth
     print(
         f"\nNew samples of pictures that were trained on: accuracy "
-        f"{right.float().mean():.3%} (catalog {right[truth > 0].float().mean():.3%}, "
-        f"decoys {right[truth < 1].float().mean():.3%}), loss {loss:.4f}"
+        f"{right.float().mean():.3%} (catalog {right[truth].float().mean():.3%}, "
+        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.4f}"
     )
     (work / "known.rgb").unlink()
 

@@ -49,13 +49,14 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
     config = _config(
         catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
         corrections=None, val_images=30_000, lr=None, target_fpr=0.001, head_start=0,
-        stages=None, seed=0, precision="auto", task="classify", dimensions=None, **options,
+        stages=None, seed=0, precision="auto", task="classify", dimensions=None,
+        naming=0.0, **options,
     )  # fmt: skip
     size, side = config.architecture.size, 256
     with tempfile.TemporaryDirectory() as scratch:
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
         samples = SampleSet(sources, "train", 185_000, size, 0, config.augmentation)
-        learner = Learner(config, ALONE)
+        learner = Learner(config, ALONE, len(sources.of("catalog", "train")))
         learner.network.train()
         workers = os.cpu_count() or 1
         if config.device == "cuda":

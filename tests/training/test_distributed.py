@@ -25,11 +25,12 @@ def train(
     )
 
 
-def test_two_processes_come_to_the_result_of_one(folders: Path) -> None:
-    runs = {1: "one", 2: "two"}
+@pytest.mark.parametrize("naming", [0, 1])
+def test_two_processes_come_to_the_result_of_one(folders: Path, naming: int) -> None:
+    runs = {processes: f"{processes}-naming-{naming}" for processes in (1, 2)}
     printed = {}
     for processes, out in runs.items():
-        result = train(folders, out, processes)
+        result = train(folders, out, processes, naming=naming)
         assert result.returncode == 0, result.stderr
         printed[processes] = result.stdout
     assert printed[2].count("epoch 2/2") == printed[1].count("epoch 2/2") == 1
@@ -40,9 +41,8 @@ def test_two_processes_come_to_the_result_of_one(folders: Path) -> None:
             assert shared[name] == pytest.approx(alone[name], abs=2e-3), name
     logits = [np.load(folders / out / "validation.npz")["scores"] for out in runs.values()]
     assert np.abs(logits[0] - logits[1]).max() < 1e-2
-    assert {p.name for p in (folders / "one").iterdir()} == {
-        p.name for p in (folders / "two").iterdir()
-    }
+    files = [{p.name for p in (folders / out).iterdir()} for out in runs.values()]
+    assert files[0] == files[1]
 
 
 def test_batches_that_the_processes_cannot_share_are_refused(folders: Path) -> None:

@@ -34,7 +34,15 @@ def test_a_set_is_balanced_and_of_the_asked_size(sources: Sources) -> None:
     images, labels = drawn(sources)
     assert images.shape == (40, 64, 64, 3)
     assert images.dtype == torch.uint8
-    assert labels.sum() == 20
+    assert (labels > 0).sum() == 20
+
+
+def test_a_label_names_the_catalog_s_picture(sources: Sources) -> None:
+    catalog = sources.of("catalog", "train")
+    source = SampleSet(sources, "train", 40, 64, 0, Augmentation()).sources_of(0)
+    for number, label in enumerate(drawn(sources)[1].tolist()):
+        assert (label > 0) == (source(number).kind == "catalog")
+        assert not label or catalog[label - 1] == source(number)
 
 
 def test_a_sample_depends_on_its_number_alone(sources: Sources) -> None:

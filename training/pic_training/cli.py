@@ -103,6 +103,15 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     help="Last stages of the resnet50's trunk to train, the others left as they are "
     "[classify 5; describe 0: its features are computed once and kept].",
 )
+@click.option(
+    "--naming",
+    type=click.FloatRange(0),
+    default=0,
+    show_default=True,
+    metavar="WEIGHT",
+    help="Learn besides to tell the catalog's pictures apart, which helps against "
+    "look-alikes: try 1.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--device",
@@ -209,6 +218,7 @@ def _config(**options: Any) -> "RunConfig":
         processes=int(os.environ.get("WORLD_SIZE", "1")),  # set by torchrun
         task=options["task"],
         dimensions=(options["dimensions"] or 256) if describes else 1,
+        naming=options["naming"],
     )
     if describes:
         _check_description(config)
@@ -216,6 +226,10 @@ def _config(**options: Any) -> "RunConfig":
 
 
 def _check_description(config: "RunConfig") -> None:
+    if config.naming:
+        raise InputError(
+            "--naming goes with --task classify: to describe is to tell apart."
+        )
     for name in ("train_images", "batch_size"):
         if getattr(config, name) % 2:
             option = "--" + name.replace("_", "-")

@@ -138,8 +138,8 @@ class DeviceSamples:
     ) -> Iterator[Batch]:
         """This process's share of each batch from number `first` on, on the device.
 
-        Images are uint8 (N, size, size, 3), labels float32 (N,). A sample depends on
-        seed, epoch and its number alone.
+        Images are uint8 (N, size, size, 3), labels as there, int64 (N,). A sample
+        depends on seed, epoch and its number alone.
         """
         device = self.pool.pixels.device
         draw = torch.Generator(device).manual_seed(self.samples.seed * 100_003 + epoch)
@@ -151,7 +151,8 @@ class DeviceSamples:
         picture = self._pictures(epoch).to(device)
         version = (uniform() * self.pool.pixels.shape[1]).long()
         size = self.pool.sizes[picture, version]
-        label = torch.arange(count, device=device) % 2
+        # The catalog comes first in the pool.
+        label = (picture + 1) * (torch.arange(count, device=device) % 2)
         varied = (label == 0) & self.samples.varied
         length = self.pool.crops[picture, version]
         place = torch.stack([uniform(), uniform()], dim=1)
@@ -172,7 +173,7 @@ class DeviceSamples:
             images = (images / 255) ** exponents[part][:, None, None] * 255
             flipped = mirrored[part][:, None, None, None]
             images = torch.where(flipped, images.flip(2), images)
-            yield images.round().to(torch.uint8), label[part].float()
+            yield images.round().to(torch.uint8), label[part]
 
     def _pictures(self, epoch: int) -> torch.Tensor:
         """The picture behind each sample, by its place in the pool, shape (N,)."""

@@ -29,11 +29,12 @@ def features_of(
 def fit_head(network: Normalised, features: torch.Tensor, labels: torch.Tensor) -> float:
     """Set the head to the logistic regression on these features; returns its loss.
 
+    `labels` are above 0 for catalog, 0 for others.
     Full batches by L-BFGS on standardised features, with a small penalty on the
     weights; needs no learning rate.
     """
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
-    standard = (features - mean) / std
+    standard, labels = (features - mean) / std, (labels > 0).float()
     weight = torch.zeros(features.shape[1], requires_grad=True)
     bias = torch.zeros((), requires_grad=True)
     search = torch.optim.LBFGS(

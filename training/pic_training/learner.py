@@ -5,18 +5,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from pic_training.distributed import Processes
+from pic_training.networks import Naming
 from pic_training.run_folder import RunConfig, new_network
 from pic_training.samples import Batch
 from pic_training.tasks import task_of
 
 
 class Learner:
-    """A network and its optimizer. Totals stay on the device until they are asked for."""
+    """A network and its optimizer. Totals stay on the device until they are asked for.
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
+    `items` is the number of pictures in the catalog.
+    """
+
+    def __init__(self, config: RunConfig, processes: Processes, items: int) -> None:
         architecture = config.architecture
         self.config = config
         self.task = task_of(config)
@@ -25,12 +30,14 @@ class Learner:
         if architecture.stages:
             network.freeze(architecture.stages[: len(architecture.stages) - config.stages])
         self.network = network.to(self.device).to(memory_format=torch.channels_last)
-        trained = [p for p in network.parameters() if p.requires_grad]
+        self.naming = Naming(network, items).to(self.device) if config.naming else None
+        learning = self.naming or self.network
+        trained = [p for p in learning.parameters() if p.requires_grad]
         self.optimizer = self.task.optimizer(config, trained)
         self.processes = processes
-        self._forward: nn.Module = self.network
+        self._forward: nn.Module = learning
         if processes.count > 1:
-            self._forward = DistributedDataParallel(self.network)
+            self._forward = DistributedDataParallel(learning)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.suppress_errors = True  # slower, but it trains
@@ -50,13 +57,20 @@ class Learner:
         self.optimizer.zero_grad()
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            outputs = self._forward(images).float()
-        loss, correct = self.task.loss(outputs, labels)
+            made = self._forward(images)
+        outputs, names = made if self.naming else (made, None)
+        loss, correct = self.task.loss(outputs.float(), labels)
+        self.loss_sum += loss.detach()
+        if names is not None:
+            # Only catalog samples have a name: their labels count from one.
+            named = cross_entropy(
+                names.float(), labels - 1, ignore_index=-1, reduction="sum"
+            )
+            loss = loss + self.config.naming * named
         # Gradients are averaged over the processes, whose shares may differ by one.
         loss = loss * (self.processes.count / of)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.loss_sum += loss.detach() * (of / self.processes.count)
         self.correct += correct
 
     def take_totals(self) -> tuple[float, float]:
@@ -70,12 +84,17 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here."""
-        return {
+        state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.naming:
+            state["names"] = self.naming.names.state_dict()
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
         self.network.load_state_dict(state["network"])
+        if self.naming:
+            self.naming.names.load_state_dict(state["names"])
         self.optimizer.load_state_dict(state["optimizer"])

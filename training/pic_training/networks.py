@@ -101,6 +101,24 @@ class Describer(Normalised):
         return normalize(embedding, dim=1)
 
 
+class Naming(nn.Module):
+    """A network that also says which of the catalog's `items` pictures it sees.
+
+    It has to look for what tells a picture from its look-alikes. Only for training: what
+    is kept and exported is `network`, which learns by sharing its trunk.
+    """
+
+    def __init__(self, network: Normalised, items: int) -> None:
+        super().__init__()
+        self.network = network
+        self.names = nn.Linear(network.head.in_features, items)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, H, W, 3) -> logits (N,), and logits of each picture (N, items)."""
+        features = self.network.features(images)
+        return self.network.head(features).squeeze(1), self.names(features)
+
+
 def _per_channel(values: tuple[float, float, float]) -> torch.Tensor:
     """Of shape (3, 1, 1), or one number where the channels agree.
 

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,9 @@ class RunConfig:
     `head_start` samples fit the head alone first; then the last `stages` stages of
     the trunk are trained with it. `processes` share every batch. `corrections`: the
     match log whose corrected pictures take part, as corrections.json names them. A run
-    that learns to ``describe`` ends in vectors of `dimensions` numbers.
+    that learns to ``describe`` ends in vectors of `dimensions` numbers. `naming` weighs
+    telling the catalog's pictures apart: for each of its samples, that many times the
+    cross-entropy is learned from besides.
     """
 
     catalog: str
@@ -52,6 +54,7 @@ class RunConfig:
     corrections: str | None = None
     task: Literal["classify", "describe"] = "classify"
     dimensions: int = 1
+    naming: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     @property
@@ -111,7 +114,11 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
         if not stored.exists():
             raise InputError(f"{folder} holds no run to resume.")
         before, now = read_json(stored), json.loads(json.dumps(asdict(config)))
-        changed = [key for key in now if before.get(key) != now[key]]
+        absent = {
+            f.name: f.default for f in fields(RunConfig)
+        }  # before there was an option
+        before = absent | before
+        changed = [key for key in now if before[key] != now[key]]
         if changed == ["augmentation"]:  # no option: versions differ in it
             raise InputError(
                 f"{folder} was begun by a version that altered its samples otherwise; "
@@ -120,7 +127,7 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
         if changed:
             key = changed[0]
             raise InputError(
-                f"{folder} was begun with {key} = {before.get(key)!r}, not "
+                f"{folder} was begun with {key} = {before[key]!r}, not "
                 f"{now[key]!r}; resume with the same settings."
             )
         return False

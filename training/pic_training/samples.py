@@ -106,9 +106,10 @@ class SampleSet:
     ) -> Iterator[Batch]:
         """This process's share of each batch from number `first` on.
 
-        Images are uint8 (N, size, size, 3). Labels, of shape (N,), are float32, 1 for
-        catalog and 0 for others; where there are several copies of a picture they are
-        int64 and number the picture, by its position in `sources.pictures`.
+        Images are uint8 (N, size, size, 3). Labels, int64, shape (N,), are 0 for others
+        and 1, 2, ... for the pictures of the catalog, in the order of `Sources.of`; where
+        there are several copies of a picture they number it, by its position in
+        `sources.pictures`.
         """
         loader: DataLoader[Batch] = DataLoader(
             _Batches(self, epoch, batch_size, processes),
@@ -121,6 +122,15 @@ class SampleSet:
         return iter(loader)
 
 
+def labels_of(samples: SampleSet) -> dict[str, int]:
+    """The label of each picture by its path, as in `SampleSet.load`."""
+    if samples.copies > 1:
+        return {p.path: n for n, p in enumerate(samples.sources.pictures)}
+    catalog = samples.sources.of("catalog", samples.split)
+    others = samples.sources.of("other", samples.split)
+    return {p.path: n for n, p in enumerate(catalog, 1)} | {p.path: 0 for p in others}
+
+
 class _Batches(Dataset[Batch]):
     def __init__(
         self, samples: SampleSet, epoch: int, batch_size: int, processes: Processes
@@ -130,15 +140,12 @@ class _Batches(Dataset[Batch]):
         self._processes = processes
         self._key = samples.key(epoch)
         self._source = samples.sources_of(epoch)
-        self._position = {p.path: n for n, p in enumerate(samples.sources.pictures)}
+        self._label = labels_of(samples)
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)
         images = np.stack([self._draw(index) for index in indices])
-        if self._samples.copies > 1:
-            labels = torch.tensor([self._position[self._source(i).path] for i in indices])
-        else:
-            labels = torch.tensor([i % 2 for i in indices], dtype=torch.float32)
+        labels = torch.tensor([self._label[self._source(i).path] for i in indices])
         return torch.from_numpy(images), labels
 
     def _draw(self, index: int) -> NDArray[np.uint8]:

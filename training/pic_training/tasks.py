@@ -72,8 +72,9 @@ def _adam(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimiz
 def _classification_loss(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    return loss, ((logits > 0) == (labels > 0.5)).sum()
+    positive = labels > 0
+    loss = binary_cross_entropy_with_logits(logits, positive.float(), reduction="sum")
+    return loss, ((logits > 0) == positive).sum()
 
 
 def _description_loss(

@@ -139,7 +139,7 @@ class _Run:
         self.workers = workers
         self.sources = sources
         self.processes = processes
-        self.learner = Learner(config, processes)
+        self.learner = Learner(config, processes, len(sources.of("catalog", "train")))
         self.progress = _Progress()
         self.train_set = samples_of(config, sources, "train")
         self.val_set = samples_of(config, sources, "val")
@@ -345,7 +345,7 @@ class _Run:
     def _outputs(
         self, name: str, batches: Iterator[Batch], count: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What the network makes of `count` samples, (N,) or (N, D), and their labels."""
+        """What the network makes of `count` samples, (N,) or (N, D), and labels, 1 or 0."""
         network = self.learner.network.eval()
         # One array for all: small ones in between would pin the memory of every batch.
         labels = np.empty(count, np.float32)
@@ -357,7 +357,7 @@ class _Run:
                 if not len(outputs):
                     outputs = np.empty((count, *made.shape[1:]), np.float32)
                 part = slice(done, done + len(some))
-                outputs[part], labels[part] = made, some.numpy()
+                outputs[part], labels[part] = made, (some > 0).numpy()
                 done += len(some)
         return outputs, labels
 

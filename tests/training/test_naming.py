@@ -1,0 +1,113 @@
+"""Telling the catalog's pictures apart, which is learned besides and dropped at export."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pic_daemon.model import load_model
+from pic_training.augmentation import Augmentation
+from pic_training.cli import _config
+from pic_training.distributed import ALONE
+from pic_training.learner import Learner
+from pic_training.run_folder import RunConfig, load_network, new_network
+from pic_training.samples import Batch, SampleSet
+from pic_training.sources import gather
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def config(folders: Path, naming: float) -> RunConfig:
+    return _config(
+        catalog=folders / "catalog", others=folders / "others", others_val=None, epochs=1,
+        corrections=None, train_images=640, val_images=256, batch_size=32, lr=None,
+        head_start=0, stages=None, seed=0, precision="fp32", target_fpr=0.05, arch="cnn",
+        device="cpu", task="classify", dimensions=None, weights=None, naming=naming,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batches(folders: Path) -> list[Batch]:
+    sources = gather(
+        folders / "catalog", folders / "others", None, folders / "naming.rgb", 128
+    )
+    samples = SampleSet(sources, "train", 640, 64, 0, Augmentation())
+    return list(samples.load(0, 32, 1))
+
+
+def learner(folders: Path, naming: float) -> Learner:
+    torch.manual_seed(0)
+    return Learner(config(folders, naming), ALONE, items=6)
+
+
+def test_it_is_learned_which_picture_a_sample_is_of(
+    folders: Path, batches: list[Batch]
+) -> None:
+    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    assert taught.naming and not untaught.naming
+    for _ in range(3):
+        for batch in batches:
+            taught.step(batch, 32, 0)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits, names = taught.naming(images)
+    ours = labels > 0
+    assert (names.argmax(1)[ours] == labels[ours] - 1).float().mean() > 0.8
+    assert ((logits > 0) == ours).float().mean() > 0.8
+
+
+def test_the_network_starts_and_ends_as_one_that_learns_no_names(
+    folders: Path, batches: list[Batch]
+) -> None:
+    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    before = untaught.network.state_dict()
+    assert all(
+        torch.equal(before[key], value)
+        for key, value in taught.network.state_dict().items()
+    )
+    taught.step(batches[0], 32, 0)
+    new_network(taught.config, "none").load_state_dict(taught.state()["network"])
+
+
+def test_what_names_are_worth_is_not_in_the_loss_that_is_told(
+    folders: Path, batches: list[Batch]
+) -> None:
+    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    for learns in (taught, untaught):
+        learns.step(batches[0], 32, 0)
+    assert taught.take_totals() == untaught.take_totals()
+
+
+def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
+    folders: Path, batches: list[Batch]
+) -> None:
+    whole, rest = (learner(folders, 1) for _ in range(2))
+    for batch in batches[:4]:
+        whole.step(batch, 32, 0)
+    rest.restore(whole.state())
+    for learns in (whole, rest):
+        for batch in batches[4:8]:
+            learns.step(batch, 32, 0)
+    assert whole.naming and rest.naming
+    expected, parts = (learns.naming.state_dict() for learns in (whole, rest))
+    assert all(torch.equal(expected[key], parts[key]) for key in expected)
+
+
+def test_the_model_holds_no_names(folders: Path, tmp_path: Path, run_tool: Run) -> None:
+    run, model = tmp_path / "run", tmp_path / "model.onnx"
+    trained = run_tool(
+        "pic-train", "--catalog", folders / "catalog", "--others", folders / "others",
+        "--out", run, "--epochs", 1, "--train-images", 192, "--val-images", 256,
+        "--workers", 1, "--target-fpr", 0.05, "--device", "cpu", "--naming", 1,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((run / "config.json").read_text())["naming"] == 1
+    exported = run_tool("pic-export", run, "--output", model)
+    assert exported.returncode == 0, exported.stderr
+    assert "256 real samples" in exported.stdout
+    _, network = load_network(run)
+    assert sum(p.numel() for p in network.parameters()) == 25_167_785
+    assert load_model(model, "cpu").info.architecture == "cnn"
