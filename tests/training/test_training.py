@@ -157,6 +157,19 @@ def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
     assert "by a version that altered its samples otherwise" in result.stderr
 
 
+def test_a_run_begun_before_there_was_an_option_goes_on(
+    run_tool: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(finished, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    del config["naming"]
+    (older / "config.json").write_text(json.dumps(config))
+    result = run_tool("pic-train", *options(folders, older), "--resume")
+    assert result.returncode == 0, result.stderr
+    result = run_tool("pic-train", *options(folders, older, naming=1), "--resume")
+    assert result.returncode == 2 and "naming = 0.0, not 1" in result.stderr
+
+
 def test_without_the_train_extra_it_says_what_to_install(
     folders: Path, tmp_path: Path
 ) -> None:

@@ -113,11 +113,9 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     if resume:
         if not stored.exists():
             raise InputError(f"{folder} holds no run to resume.")
-        before, now = read_json(stored), json.loads(json.dumps(asdict(config)))
-        absent = {
-            f.name: f.default for f in fields(RunConfig)
-        }  # before there was an option
-        before = absent | before
+        # A run begun before there was an option went by its default.
+        before = {f.name: f.default for f in fields(RunConfig)} | read_json(stored)
+        now = json.loads(json.dumps(asdict(config)))
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["augmentation"]:  # no option: versions differ in it
             raise InputError(
