@@ -109,8 +109,8 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     default=0,
     show_default=True,
     metavar="WEIGHT",
-    help="Learn besides to tell the catalog's pictures apart, which helps against "
-    "look-alikes: try 1.",
+    help="Learn besides to tell the catalog's pictures apart; 1 helped against "
+    "look-alikes.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
