@@ -90,6 +90,17 @@ def test_a_distribution_that_differs_would_be_noticed(
     assert abs(np.median(one) - np.median(other)) > 0.25 * other.std()
 
 
+def test_a_label_names_the_same_picture_as_on_the_cpu(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    drawn, expected = (
+        torch.cat([labels for _, labels in batches])
+        for batches in (on_device.load(1, 64), samples.load(1, 64, 2))
+    )
+    assert torch.equal(drawn, expected)
+    assert set(drawn.tolist()) == set(range(61))
+
+
 def test_batches_are_balanced_fresh_each_epoch_and_resumable(
     on_device: DeviceSamples,
 ) -> None:

@@ -122,7 +122,7 @@ class SampleSet:
         return iter(loader)
 
 
-def labels_of(samples: SampleSet) -> dict[str, int]:
+def _labels_of(samples: SampleSet) -> dict[str, int]:
     """The label of each picture by its path, as in `SampleSet.load`."""
     if samples.copies > 1:
         return {p.path: n for n, p in enumerate(samples.sources.pictures)}
@@ -140,7 +140,7 @@ class _Batches(Dataset[Batch]):
         self._processes = processes
         self._key = samples.key(epoch)
         self._source = samples.sources_of(epoch)
-        self._label = labels_of(samples)
+        self._label = _labels_of(samples)
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)
