@@ -104,6 +104,8 @@ def test_everything_is_done_with_the_keyboard_alone(page: Page, tmp_path: Path) 
         assert page.url.endswith("/matches?#record-1")
         (said,) = read_corrections(shop.database)
         assert (said.label, Path(said.path).name) == ("not-ours", "a.jpg")
+        # The server ends with this block: what the new page still loads would be refused.
+        page.wait_for_load_state("networkidle")
 
 
 def test_one_logs_in_corrects_and_logs_out(page: Page, tmp_path: Path) -> None:
