@@ -13,16 +13,18 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pic_training.run_folder import load_network
+from pic_training.augmentation import Augmentation
+from pic_training.networks import Normalised
+from pic_training.run_folder import RunConfig, load_network
 from pic_training.samples import SampleSet
-from pic_training.sources import gather
+from pic_training.sources import Sources, Split, gather
 
 GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 BIN = Path(sys.executable).parent
@@ -101,29 +103,59 @@ def print_known(run: Path, work: Path) -> None:
     """As many new samples of the very pictures trained on, decoys included, as there were
     for validation: what a split by augmented file, not by picture, would have shown."""
     config, network = load_network(run)
-    sources = gather(
+    sources = gathered(config, work / "known.rgb")
+    plain = replace(config.augmentation, variety=False)
+    known = asked(config, network, sources, "train", plain)
+    print(f"\nNew samples of pictures that were trained on: {known.text()}")
+    (work / "known.rgb").unlink()
+
+
+def gathered(config: RunConfig, working_file: Path) -> Sources:
+    """The pictures of a finished run, read again from where they lay."""
+    return gather(
         Path(config.catalog), Path(config.others), Path(str(config.others_val)),
-        work / "known.rgb", max(256, 2 * config.architecture.size),
+        working_file, max(256, 2 * config.architecture.size),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits, float32 (N,), and whether each sample was of the catalog, bool (N,)."""
+
+    logits: torch.Tensor
+    truth: torch.Tensor
+
+    def text(self) -> str:
+        """Accuracy at one half, by class as well, and loss."""
+        right = (self.logits > 0) == self.truth
+        loss = binary_cross_entropy_with_logits(self.logits, self.truth.float())
+        return (
+            f"accuracy {right.float().mean():.3%} (catalog "
+            f"{right[self.truth].float().mean():.3%}, decoys "
+            f"{right[~self.truth].float().mean():.3%}), loss {loss:.4f}"
+        )
+
+
+def asked(
+    config: RunConfig, network: Normalised, sources: Sources, split: Split,
+    augmentation: Augmentation,
+) -> Answers:  # fmt: skip
+    """The network asked about as many new samples as the run had for validation."""
     samples = SampleSet(
-        sources, "train", config.val_images, config.architecture.size, config.seed,
-        replace(config.augmentation, variety=False),
-    )  # fmt: skip
+        sources,
+        split,
+        config.val_images,
+        config.architecture.size,
+        config.seed,
+        augmentation,
+    )
     outputs, labels = [], []
     with torch.no_grad():
         # An epoch that the training never came to.
         for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
             outputs.append(network(images))
             labels.append(some > 0)
-    logits, truth = torch.cat(outputs), torch.cat(labels)
-    loss = binary_cross_entropy_with_logits(logits, truth.float())
-    right = (logits > 0) == truth
-    print(
-        f"\nNew samples of pictures that were trained on: accuracy "
-        f"{right.float().mean():.3%} (catalog {right[truth].float().mean():.3%}, "
-        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.4f}"
-    )
-    (work / "known.rgb").unlink()
+    return Answers(torch.cat(outputs), torch.cat(labels))
 
 
 if __name__ == "__main__":

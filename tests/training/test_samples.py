@@ -1,5 +1,4 @@
 import io
-from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from pictures import product, write_products
 from PIL import Image
 
-from pic_training.augmentation import Augmentation, alter, augment, sample, vary
+from pic_training.augmentation import Augmentation, augment, sample, vary
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather
 
@@ -68,11 +67,10 @@ def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
     same = (known == varied).flatten(1).all(dim=1)
     assert same[1::2].all()  # the catalog never
     samples = SampleSet(sources, "train", 40, 64, 0, Augmentation())
-    wider = Augmentation().of_decoys()
     for number in range(0, 40, 2):
         image = sources.image(samples.sources_of(0)(number))
         draw = np.random.default_rng([*samples.key(0), number])
-        expected = vary(sample(image, draw, wider, 64), draw)
+        expected = vary(sample(image, draw, Augmentation(), 64), draw)
         assert np.array_equal(varied[number], expected)
     assert torch.equal(plain("val"), drawn(sources, "val")[0])
 
@@ -104,19 +102,6 @@ def test_a_bent_channel_follows_an_exponent_of_its_own() -> None:
         assert np.abs(np.log(exponents)).max() < 0.52
         found.update(exponents.round(2).tolist())
     assert len(found) > 40 and min(found) < 0.7 and max(found) > 1.4
-
-
-def test_a_decoy_to_train_on_is_cropped_to_a_tenth_and_a_copy_never_below_half() -> None:
-    image = product(0)
-    areas = {}
-    for name, ranges in (("copy", Augmentation()), ("decoy", Augmentation().of_decoys())):
-        sizes = [
-            alter(image, np.random.default_rng(n), replace(ranges, side=(256, 256)))[0].size
-            for n in range(300)
-        ]
-        areas[name] = min(w * h for w, h in sizes) / (image.width * image.height)
-    assert areas["copy"] == pytest.approx(0.5, abs=0.02)
-    assert areas["decoy"] == pytest.approx(0.1, abs=0.02)
 
 
 def test_an_alteration_keeps_to_its_ranges() -> None:

@@ -3,12 +3,12 @@
 Catalog and other images go through the same alterations with the same
 probabilities, so that a network can learn nothing from the alteration itself.
 Compression is that of a real JPEG file, decoded by the daemon's own decoder.
-Decoys to train on are made into new ones besides, cropped further, mirrored and
-recoloured: any change leaves a decoy a decoy. Those that measure never are.
+Decoys to train on are made into new ones besides, mirrored and recoloured: any change
+leaves a decoy a decoy. Those that measure never are.
 """
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ class Augmentation:
     `side` pixels (log-uniform, never enlarged), and half of the time the picture is
     then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
     is not applied and a file is wanted, it is saved at quality 95. `variety`: decoys to
-    train on are cropped to as little as `decoy_area`, and go through `vary`.
+    train on go through `vary`.
     """
 
     probability: float = 0.8
@@ -45,11 +45,6 @@ class Augmentation:
     side: tuple[int, int] = (48, 256)
     quality: tuple[int, int] = (10, 95)
     variety: bool = True
-    decoy_area: float = 0.1
-
-    def of_decoys(self) -> "Augmentation":
-        """For decoys to train on: a small part of a picture is another picture."""
-        return replace(self, crop_area=(self.decoy_area, self.crop_area[1]))
 
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:

@@ -138,8 +138,8 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
 
     Every sample is a picture cropped to 50-100% of its area, resized to 48-256
     pixels and compressed to JPEG quality 10-95, each with probability 0.8, alike for
-    catalog and others. Others to train a classifier on are besides cropped to as
-    little as 10%, mirrored and recoloured. Ctrl-C leaves a checkpoint for --resume.
+    catalog and others. Others to train a classifier on are besides mirrored and
+    recoloured. Ctrl-C leaves a checkpoint for --resume.
 
     Example: pic-train --catalog products --others photos --out runs/first
     """

@@ -96,8 +96,6 @@ class _Versions(Dataset[list[_Version]]):
     def __getitem__(self, number: int) -> list[_Version]:
         image = self._samples.sources.image(self._sources[number])
         ranges = self._samples.augmentation
-        if self._samples.varied and self._sources[number].kind == "other":
-            ranges = ranges.of_decoys()
         return [
             _version(image, np.random.default_rng([self._samples.seed, number, v]), ranges)
             for v in range(self._versions)

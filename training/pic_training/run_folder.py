@@ -168,7 +168,9 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
             "train first with pic-train."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
+        raise InputError(
+            f"{folder} is not a run folder of this version of pic-train: {error}."
+        ) from error
     network = new_network(config, "none")
     network.load_state_dict(state["network"])
     return config, network.eval()

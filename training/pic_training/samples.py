@@ -151,10 +151,8 @@ class _Batches(Dataset[Batch]):
     def _draw(self, index: int) -> NDArray[np.uint8]:
         image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
-        ranges, size = self._samples.augmentation, self._samples.size
-        if self._samples.varied and index % 2 == 0:
-            return vary(sample(image, draw, ranges.of_decoys(), size), draw)
-        return sample(image, draw, ranges, size)
+        pixels = sample(image, draw, self._samples.augmentation, self._samples.size)
+        return vary(pixels, draw) if self._samples.varied and index % 2 == 0 else pixels
 
 
 def start_worker(_: int) -> None:

@@ -1,0 +1,55 @@
+"""What the published figure asks for, as one reads what its text leaves open.
+
+    python bench/readings.py RUN [--again DIR]
+
+It does not say how strongly samples were altered, nor whether its validation held other
+pictures than its training or other copies of the same. RUN is a finished run folder of
+pic-train whose catalog and others are still in their places: its network is asked about
+each. `--again` first repeats that run in DIR with mild alterations and decoys as they
+are, or goes on with such a run there, and asks that network.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+from training import asked, gathered
+
+from pic_training.augmentation import Augmentation
+from pic_training.process import prepare_for_training
+from pic_training.run_folder import load_network
+from pic_training.sources import Split
+from pic_training.training import run_training
+
+MILD = Augmentation(
+    crop_area=(0.9, 1.0), crop_aspect=1.05, side=(128, 256), quality=(50, 95), variety=False
+)
+ALTERATIONS = {
+    "as pic-train's": Augmentation(variety=False),
+    "mild": MILD,
+    "none": Augmentation(probability=0, variety=False),
+}
+PICTURES: dict[Split, str] = {"train": "trained on", "val": "decoys never seen"}
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True))
+@click.option("--again", type=click.Path(path_type=Path))
+def main(run: Path, again: Path | None) -> None:
+    if again:
+        prepare_for_training()
+        config = replace(load_network(run)[0], augmentation=MILD)
+        run_training(config, again, os.cpu_count() or 1, resume=again.exists())
+    config, network = load_network(again or run)
+    with TemporaryDirectory() as folder:
+        sources = gathered(config, Path(folder) / "sources.rgb")
+        for alterations, augmentation in ALTERATIONS.items():
+            for split, pictures in PICTURES.items():
+                answers = asked(config, network, sources, split, augmentation)
+                print(f"{alterations}, {pictures}: {answers.text()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
