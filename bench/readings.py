@@ -47,8 +47,8 @@ def main(run: Path, again: Path | None) -> None:
         sources = gathered(config, Path(folder) / "sources.rgb")
         for alterations, augmentation in ALTERATIONS.items():
             for split, pictures in PICTURES.items():
-                answers = asked(config, network, sources, split, augmentation)
-                print(f"{alterations}, {pictures}: {answers.text()}", flush=True)
+                answer = asked(config, network, sources, split, augmentation)
+                print(f"{alterations}, {pictures}: {answer}", flush=True)
 
 
 if __name__ == "__main__":

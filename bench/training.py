@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -106,7 +106,7 @@ def print_known(run: Path, work: Path) -> None:
     sources = gathered(config, work / "known.rgb")
     plain = replace(config.augmentation, variety=False)
     known = asked(config, network, sources, "train", plain)
-    print(f"\nNew samples of pictures that were trained on: {known.text()}")
+    print(f"\nNew samples of pictures that were trained on: {known}")
     (work / "known.rgb").unlink()
 
 
@@ -118,29 +118,12 @@ def gathered(config: RunConfig, working_file: Path) -> Sources:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Logits, float32 (N,), and whether each sample was of the catalog, bool (N,)."""
-
-    logits: torch.Tensor
-    truth: torch.Tensor
-
-    def text(self) -> str:
-        """Accuracy at one half, by class as well, and loss."""
-        right = (self.logits > 0) == self.truth
-        loss = binary_cross_entropy_with_logits(self.logits, self.truth.float())
-        return (
-            f"accuracy {right.float().mean():.3%} (catalog "
-            f"{right[self.truth].float().mean():.3%}, decoys "
-            f"{right[~self.truth].float().mean():.3%}), loss {loss:.4f}"
-        )
-
-
 def asked(
     config: RunConfig, network: Normalised, sources: Sources, split: Split,
     augmentation: Augmentation,
-) -> Answers:  # fmt: skip
-    """The network asked about as many new samples as the run had for validation."""
+) -> str:  # fmt: skip
+    """The network asked about as many new samples as the run had for validation: accuracy
+    at one half, by class as well, and loss."""
     samples = SampleSet(
         sources,
         split,
@@ -155,7 +138,13 @@ def asked(
         for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
             outputs.append(network(images))
             labels.append(some > 0)
-    return Answers(torch.cat(outputs), torch.cat(labels))
+    logits, truth = torch.cat(outputs), torch.cat(labels)
+    loss = binary_cross_entropy_with_logits(logits, truth.float())
+    right = (logits > 0) == truth
+    return (
+        f"accuracy {right.float().mean():.3%} (catalog {right[truth].float().mean():.3%}, "
+        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.4f}"
+    )
 
 
 if __name__ == "__main__":

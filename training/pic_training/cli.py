@@ -109,8 +109,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     default=0,
     show_default=True,
     metavar="WEIGHT",
-    help="Learn besides to tell the catalog's pictures apart; 1 helped against "
-    "look-alikes.",
+    help="Learn besides to tell the catalog's pictures apart.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
