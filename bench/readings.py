@@ -12,16 +12,19 @@ are, or goes on with such a run there, and asks that network.
 import os
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
-from training import asked, gathered
 
-from pic_training.augmentation import Augmentation
 from pic_training.process import prepare_for_training
-from pic_training.run_folder import load_network
-from pic_training.sources import Split
-from pic_training.training import run_training
+
+prepare_for_training()
+
+from training import asked, gathered  # noqa: E402
+
+from pic_training.augmentation import Augmentation  # noqa: E402
+from pic_training.run_folder import load_network  # noqa: E402
+from pic_training.sources import Split  # noqa: E402
+from pic_training.training import run_training  # noqa: E402
 
 MILD = Augmentation(
     crop_area=(0.9, 1.0), crop_aspect=1.05, side=(128, 256), quality=(50, 95), variety=False
@@ -39,12 +42,12 @@ PICTURES: dict[Split, str] = {"train": "trained on", "val": "decoys never seen"}
 @click.option("--again", type=click.Path(path_type=Path))
 def main(run: Path, again: Path | None) -> None:
     if again:
-        prepare_for_training()
         config = replace(load_network(run)[0], augmentation=MILD)
-        run_training(config, again, os.cpu_count() or 1, resume=again.exists())
+        run_training(
+            config, again, os.cpu_count() or 1, resume=(again / "last.pt").exists()
+        )
     config, network = load_network(again or run)
-    with TemporaryDirectory() as folder:
-        sources = gathered(config, Path(folder) / "sources.rgb")
+    with gathered(config) as sources:
         for alterations, augmentation in ALTERATIONS.items():
             for split, pictures in PICTURES.items():
                 answer = asked(config, network, sources, split, augmentation)

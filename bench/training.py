@@ -13,8 +13,11 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import torch
@@ -49,7 +52,7 @@ def main(data: Path, decoys: str, work: Path, options: tuple[str, ...]) -> None:
     minutes = (time.monotonic() - started) / 60
     call(BIN / "pic-export", run, "--output", work / "model.onnx")
     print_figures(run, minutes)
-    print_known(run, work)
+    print_known(run)
 
 
 def choose(folder: Path, to: Path, decoys: str) -> None:
@@ -99,42 +102,39 @@ def print_figures(run: Path, minutes: float) -> None:
     )
 
 
-def print_known(run: Path, work: Path) -> None:
+def print_known(run: Path) -> None:
     """As many new samples of the very pictures trained on, decoys included, as there were
     for validation: what a split by augmented file, not by picture, would have shown."""
     config, network = load_network(run)
-    sources = gathered(config, work / "known.rgb")
     plain = replace(config.augmentation, variety=False)
-    known = asked(config, network, sources, "train", plain)
+    with gathered(config) as sources:
+        known = asked(config, network, sources, "train", plain)
     print(f"\nNew samples of pictures that were trained on: {known}")
-    (work / "known.rgb").unlink()
 
 
-def gathered(config: RunConfig, working_file: Path) -> Sources:
+@contextmanager
+def gathered(config: RunConfig) -> Iterator[Sources]:
     """The pictures of a finished run, read again from where they lay."""
-    return gather(
-        Path(config.catalog), Path(config.others), Path(str(config.others_val)),
-        working_file, max(256, 2 * config.architecture.size),
-    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        yield gather(
+            Path(config.catalog), Path(config.others), Path(str(config.others_val)),
+            Path(folder) / "sources.rgb", max(256, 2 * config.architecture.size),
+        )  # fmt: skip
 
 
 def asked(
     config: RunConfig, network: Normalised, sources: Sources, split: Split,
     augmentation: Augmentation,
 ) -> str:  # fmt: skip
-    """The network asked about as many new samples as the run had for validation: accuracy
-    at one half, by class as well, and loss."""
+    """The network asked about as many samples as the run had for validation, of pictures
+    trained on in an epoch that it never came to: accuracy at one half, by class as well,
+    and loss."""
+    size = config.architecture.size
     samples = SampleSet(
-        sources,
-        split,
-        config.val_images,
-        config.architecture.size,
-        config.seed,
-        augmentation,
-    )
+        sources, split, config.val_images, size, config.seed, augmentation
+    )  # fmt: skip
     outputs, labels = [], []
     with torch.no_grad():
-        # An epoch that the training never came to.
         for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
             outputs.append(network(images))
             labels.append(some > 0)

@@ -157,7 +157,7 @@ def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
     assert "by a version that altered its samples otherwise" in result.stderr
 
 
-def test_a_run_of_a_version_with_other_alterations_is_refused_by_pic_export(
+def test_a_finished_run_of_the_version_that_cropped_decoys_further_is_exported(
     run_tool: Run, finished: Path, tmp_path: Path
 ) -> None:
     older = shutil.copytree(finished, tmp_path / "older")
@@ -165,9 +165,7 @@ def test_a_run_of_a_version_with_other_alterations_is_refused_by_pic_export(
     config["augmentation"]["decoy_area"] = 0.1
     (older / "config.json").write_text(json.dumps(config))
     result = run_tool("pic-export", str(older), "--output", str(tmp_path / "model.onnx"))
-    assert result.returncode == 2
-    assert "not a run folder of this version of pic-train" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_run_begun_before_there_was_an_option_goes_on(

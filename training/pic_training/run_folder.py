@@ -156,6 +156,8 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
     """
     try:
         stored = read_json(folder / "config.json")
+        # Of an earlier version: how far decoys to train on were cropped, and no others.
+        stored["augmentation"].pop("decoy_area", None)
         ranges: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in stored.pop("augmentation").items()
@@ -168,9 +170,7 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
             "train first with pic-train."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder} is not a run folder of this version of pic-train: {error}."
-        ) from error
+        raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
     network = new_network(config, "none")
     network.load_state_dict(state["network"])
     return config, network.eval()
