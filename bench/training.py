@@ -115,9 +115,10 @@ def print_known(run: Path) -> None:
 @contextmanager
 def gathered(config: RunConfig) -> Iterator[Sources]:
     """The pictures of a finished run, read again from where they lay."""
+    held_back = Path(config.others_val) if config.others_val else None
     with TemporaryDirectory() as folder:
         yield gather(
-            Path(config.catalog), Path(config.others), Path(str(config.others_val)),
+            Path(config.catalog), Path(config.others), held_back,
             Path(folder) / "sources.rgb", max(256, 2 * config.architecture.size),
         )  # fmt: skip
 
