@@ -47,7 +47,7 @@ def main(run: Path, again: Path | None) -> None:
             config, again, os.cpu_count() or 1, resume=(again / "last.pt").exists()
         )
     config, network = load_network(again or run)
-    with gathered(config) as sources:
+    with gathered(config, again or run) as sources:
         for alterations, augmentation in ALTERATIONS.items():
             for split, pictures in PICTURES.items():
                 answer = asked(config, network, sources, split, augmentation)

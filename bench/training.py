@@ -25,9 +25,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_training.augmentation import Augmentation
 from pic_training.networks import Normalised
+from pic_training.preparation import pictures_of
 from pic_training.run_folder import RunConfig, load_network
 from pic_training.samples import SampleSet
-from pic_training.sources import Sources, Split, gather
+from pic_training.sources import Sources, Split
 
 GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 BIN = Path(sys.executable).parent
@@ -107,20 +108,16 @@ def print_known(run: Path) -> None:
     for validation: what a split by augmented file, not by picture, would have shown."""
     config, network = load_network(run)
     plain = replace(config.augmentation, variety=False)
-    with gathered(config) as sources:
+    with gathered(config, run) as sources:
         known = asked(config, network, sources, "train", plain)
     print(f"\nNew samples of pictures that were trained on: {known}")
 
 
 @contextmanager
-def gathered(config: RunConfig) -> Iterator[Sources]:
+def gathered(config: RunConfig, run: Path) -> Iterator[Sources]:
     """The pictures of a finished run, read again from where they lay."""
-    held_back = Path(config.others_val) if config.others_val else None
     with TemporaryDirectory() as folder:
-        yield gather(
-            Path(config.catalog), Path(config.others), held_back,
-            Path(folder) / "sources.rgb", max(256, 2 * config.architecture.size),
-        )  # fmt: skip
+        yield pictures_of(config, run, Path(folder) / "sources.rgb")
 
 
 def asked(

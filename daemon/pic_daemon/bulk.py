@@ -11,7 +11,6 @@ import click
 
 from pic_daemon.cascade import Cascade, Identifier
 from pic_daemon.config import Config
-from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import Model
@@ -24,11 +23,8 @@ def classify_folder(
     """Record every image below `folder` that the log does not hold yet.
 
     Returns how many got which status. Ctrl-C or SIGTERM finishes what is in hand and
-    raises click.Abort; the same call goes on from there. Raises InputError where there is
-    no such folder.
+    raises click.Abort; the same call goes on from there.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder.")
     # Nobody announces anything here: a poll that never comes again is one scan.
     place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
     config = Config((place,), model.path, log.path, rescan_seconds=math.inf)

@@ -323,6 +323,8 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
              images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
+    With --recursive the results go into a match log, those that failed among them.
+
     Example: pic-classify --model model.onnx --json photo.jpg
 
     Example: pic-classify --model model.onnx --recursive archive --database archive.db
@@ -334,13 +336,9 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
         raise InputError("descriptor and index go together: give --describe and --index.")
     identifier = load_identifier(describe, index, provider) if describe and index else None
     if recursive and database:
-        log = _opened(database)
-        try:
-            counts = classify_folder(recursive, loaded, log, identifier)
-        finally:
-            log.close()
-        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-        click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
+        if as_json:
+            raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
+        _classify_archive(recursive, database, loaded, identifier)
         return
     failures = 0
     for start in range(0, len(images), _BATCH):
@@ -356,6 +354,20 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
                 click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
+
+
+def _classify_archive(
+    folder: Path, database: Path, model: Model, identifier: Identifier | None
+) -> None:
+    if not folder.is_dir():  # before a database is made for it
+        raise InputError(f"{folder} is not a folder.")
+    log = _opened(database)
+    try:
+        counts = classify_folder(folder, model, log, identifier)
+    finally:
+        log.close()
+    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
 
 
 def _classify_batch(

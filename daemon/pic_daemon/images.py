@@ -72,9 +72,14 @@ class DecodedImage:
     @property
     def blank(self) -> bool:
         """Whether the picture is nearly uniform, so that there is nothing to recognise."""
-        # One plane after the other: numpy takes seven times as long across them.
-        planes = np.ascontiguousarray(self.pixels.reshape(-1, 3).T)
-        return bool(planes.std(axis=1, dtype=np.float32).max() < BLANK_LEVELS)
+        return is_blank(self.pixels)
+
+
+def is_blank(pixels: Pixels) -> bool:
+    """Whether uint8 pixels of shape (H, W, 3) are nearly uniform."""
+    # One plane after the other: numpy takes seven times as long across them.
+    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)
+    return bool(planes.std(axis=1, dtype=np.float32).max() < BLANK_LEVELS)
 
 
 def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:

@@ -18,6 +18,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, remove, update, workers
+from pic_daemon.options import FiniteRange
 
 _PATH = click.Path(path_type=Path)
 _NAMED = 20  # files named of each kind; the others are counted
@@ -35,7 +36,7 @@ _NAMED = 20  # files named of each kind; the others are counted
 )
 @click.option(
     "--target-fpr",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     default=0.001,
     show_default=True,
     help="Largest share of them that may match.",

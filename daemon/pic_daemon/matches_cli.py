@@ -18,6 +18,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.match_formats import printer
 from pic_daemon.match_queries import Row, follow_images, read_images
+from pic_daemon.options import FiniteRange
 from pic_daemon.web.queries import STATUSES, Filters
 
 _LOOK_MS = 500  # between two looks for new rows
@@ -76,8 +77,8 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
     help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
 )
 @click.option("--until", callback=_moment, metavar="TIME", help="Before then, likewise.")
-@click.option("--min-score", type=click.FloatRange(0, 1))
-@click.option("--max-score", type=click.FloatRange(0, 1))
+@click.option("--min-score", type=FiniteRange(0, 1))
+@click.option("--max-score", type=FiniteRange(0, 1))
 @click.option("--folder", type=_PATH, metavar="DIR", help="In it or anywhere below it.")
 @click.option("--product", metavar="NAME", help="Matched to this catalog item.")
 @click.option(

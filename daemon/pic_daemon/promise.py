@@ -90,6 +90,8 @@ def interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
     """The share `good` of `of` samples with what `resampled` shares say of it."""
     if of == 0:
         return Interval(None, 0.0, 1.0, 0)
+    if pictures == 1:  # it resamples to itself, and says nothing of another
+        return Interval(good / of, 0.0, 1.0, of)
     low, high = np.quantile(resampled, [0.025, 0.975])
     # A share of exactly 0 or 1 resamples to itself: the rule of three, over pictures
     # rather than their samples, keeps it honest.

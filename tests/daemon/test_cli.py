@@ -141,6 +141,12 @@ def test_an_archive_is_classified_once_and_what_is_new_later(
     write_image(tmp_path / "archive" / "late.png", 200)
     second = run_tool("pic-classify", *options)
     assert second.stdout.startswith("1 match;")
+    asked = run_tool("pic-classify", *options, "--json")
+    assert asked.returncode == 2 and "--json goes with IMAGE" in asked.stderr
+    options[3], options[5] = tmp_path / "arhive", tmp_path / "other.db"
+    mistyped = run_tool("pic-classify", *options)
+    assert mistyped.returncode == 2 and "is not a folder" in mistyped.stderr
+    assert not (tmp_path / "other.db").exists()
     assert len(list(Database(tmp_path / "log.db").query("SELECT * FROM images"))) == 22
 
 

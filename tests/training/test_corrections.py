@@ -112,3 +112,8 @@ def test_pic_train_uses_what_people_said_and_resumes_with_what_they_had_said(
     correct(shop.database, 2, "not-ours", "Grace")
     again = run_tool(*command, "--resume")
     assert again.returncode == 0, again.stderr
+    # fp16 has to find the very same pictures again.
+    model = tmp_path / "model.onnx"
+    export = ["pic-export", tmp_path / "run", "--output", model, "--precision", "fp16"]
+    exported = run_tool(*export, "--max-loss", 1)
+    assert exported.returncode == 0, exported.stderr

@@ -148,6 +148,33 @@ def test_too_few_look_alikes_for_the_rate_are_refused(
     assert not (tmp_path / "report").exists()
 
 
+def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home = report.parent
+    (tmp_path / "file").touch()
+    write_products(tmp_path / "alone", [200])
+
+    def refusal(**changes: object) -> str:
+        given = {"catalog": home / "catalog", "others": home / "others",
+                 "output": tmp_path / "report", **changes}  # fmt: skip
+        options = [part for name, value in given.items() for part in (f"--{name}", value)]
+        result = run_tool("pic-evaluate", home / "model.onnx", *options)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "cannot make" in refusal(output=tmp_path / "file", **{"target-fpr": 0.1})
+    assert "no name among the others begins so" in refusal(general="generl")
+    assert "no two look-alikes that differ" in refusal(general="product")
+    assert "is left to use as a decoy" in refusal(others=tmp_path / "alone")
+
+
+def test_hashes_of_a_catalog_without_any_resemble_nothing() -> None:
+    shares, places = nearest([np.zeros(8, np.uint8)], [None, None])
+    assert (shares.tolist(), places.tolist()) == ([0.0], [-1])
+
+
 def test_what_a_run_has_seen_is_left_out(
     run_tool: Run, report: Path, tmp_path: Path
 ) -> None:

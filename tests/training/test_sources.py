@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import product, write_products
+from PIL import Image
 
 from pic_daemon.errors import InputError
 from pic_training.sources import Sources, gather, write_manifest
@@ -128,6 +129,23 @@ def test_a_name_that_is_not_utf8_stops_nothing(
     assert len(list(csv.DictReader((tmp_path / "manifest.csv").open()))) == 25
 
 
+def test_folders_that_overlap_are_told_of(folders: tuple[Path, Path]) -> None:
+    whole = folders[0].parent
+    sources = gather(folders[0], whole, None, whole / "work.rgb", 64)
+    catalog = {p.path for p in sources.pictures if p.kind == "catalog"}
+    told = {item.path: item.reason for item in sources.left_out}
+    assert set(told) == catalog
+    assert set(told.values()) == {"the folders overlap: it takes part already"}
+    with pytest.raises(InputError, match=r"first .*: the folders overlap"):
+        gather(whole, folders[1], None, whole / "work.rgb", 64)
+
+
+def test_a_uniform_picture_is_no_part_of_the_catalog(folders: tuple[Path, Path]) -> None:
+    Image.new("RGB", (200, 200), "white").save(folders[0] / "white.png")
+    sources = collect(folders)
+    assert reasons(sources) == {"white.png": "nearly uniform picture: nothing to recognise"}
+
+
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:
     (folders[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
     (folders[1] / "empty.png").touch()
@@ -149,7 +167,9 @@ def test_a_folder_without_a_usable_image_is_refused(
     with pytest.raises(InputError, match="holds no image files"):
         collect((pair[0], pair[1]))
     (empty / "broken.jpg").write_text("text")
-    with pytest.raises(InputError, match=r"none of the 1 image files .* can be used"):
+    with pytest.raises(
+        InputError, match=r"none of the image files .* can be used; left out: 1, first"
+    ):
         collect((pair[0], pair[1]))
     assert not list(folders[0].parent.glob("work.*"))
 

@@ -88,6 +88,8 @@ def test_none_of_n_still_leaves_three_of_n_possible() -> None:
     assert result.recall.low == pytest.approx(1 - 3 / 500)
     few = confusion(labels.astype(float), labels, np.arange(1000) % 20, 0.5)
     assert few.false_positive_rate.high == pytest.approx(3 / 10)  # of ten pictures
+    one = confusion(labels.astype(float), labels, np.arange(1000) % 2, 0.5)
+    assert (one.recall.low, one.recall.high) == (0, 1)  # of one picture
     nothing = confusion(np.zeros(4), np.zeros(4, bool), np.arange(4), 0.5)
     assert nothing.recall.value is None
 

@@ -23,7 +23,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def options(folders: Path, out: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
         "catalog": folders / "catalog", "others": folders / "others", "out": out,
-        "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
+        "epochs": 2, "train-images": 1536, "val-images": 256, "device": "cpu",
         "workers": 1, "target-fpr": 0.05, **changes,
     }  # fmt: skip
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
@@ -61,6 +61,7 @@ def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -
         share = report[name]
         assert 0 <= share["low"] <= share["value"] <= share["high"] <= 1
     assert "false positive rate of at most 0.05 on" in report["threshold_rule"]
+    assert "samples of 3 calibration decoys" in report["threshold_rule"]
     assert report["calibration_error"]["after"] >= 0
     assert report["images_per_second"] > 0
     assert report["wall_seconds"] > report["training_seconds"] > 0
@@ -120,6 +121,8 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ({}, ["--resume"], "holds no run to resume"),
         ({"stages": 2}, [], "the cnn is trained as a whole"),
         ({"target-fpr": 0.001}, [], "decoy samples can promise"),
+        ({"target-fpr": "nan"}, [], "not a finite number"),
+        ({"naming": "inf"}, [], "not a finite number"),
     ],
 )
 def test_wrong_input_leaves_no_run_folder(
@@ -143,6 +146,51 @@ def test_another_run_is_never_overwritten(
     changed = run_tool("pic-train", *options(folders, finished, seed=7), "--resume")
     assert changed.returncode == 2 and "seed = 0, not 7" in changed.stderr
     assert sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir()) == before
+
+
+def test_a_run_at_work_is_left_alone(
+    run_tool: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    from pic_training.run_folder import held
+
+    live = shutil.copytree(finished, tmp_path / "live")
+    (live / "sources.rgb").write_bytes(b"read by the run at work")
+    with held(live):
+        fresh = run_tool("pic-train", *options(folders, live))
+        resumed = run_tool("pic-train", *options(folders, live), "--resume")
+    assert fresh.returncode == resumed.returncode == 2
+    assert "already holds another run" in fresh.stderr
+    assert "another pic-train is at work in" in resumed.stderr
+    assert (live / "sources.rgb").exists()
+    assert run_tool("pic-train", *options(folders, live), "--resume").returncode == 0
+
+
+def test_a_folder_below_a_file_is_refused(
+    run_tool: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    trained = run_tool("pic-train", *options(folders, tmp_path / "file" / "run"))
+    below = tmp_path / "file" / "model.onnx"
+    exported = run_tool("pic-export", finished, "--output", below)
+    for result, sentence in ((trained, "cannot make"), (exported, "cannot write")):
+        assert result.returncode == 2
+        assert sentence in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["best.pt", "report.json", "parity.npy", "last.pt"])
+def test_a_damaged_run_folder_is_said_to_be(
+    run_tool: Run, folders: Path, finished: Path, tmp_path: Path, name: str
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole[: len(whole) // 2])
+    command = ["pic-export", run, "--output", tmp_path / "model.onnx"]
+    if name == "last.pt":
+        command = ["pic-train", *options(folders, run), "--resume"]
+    result = run_tool(*command)
+    assert result.returncode == 2
+    assert name in result.stderr and "damaged" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
@@ -216,6 +264,9 @@ def test_a_catalog_of_one_image_and_few_others_still_gives_a_report(
     result = run_tool("pic-train", *run)
     assert result.returncode == 0, result.stderr
     assert "recall" in result.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    recall = report["recall"]  # of one picture, which says nothing of another
+    assert (recall["low"], recall["high"]) == (0, 1)
 
 
 def test_others_too_few_to_test_on_are_refused_before_training(
@@ -236,6 +287,17 @@ def test_a_learning_rate_that_explodes_ends_with_a_sentence(
     assert result.returncode == 2
     assert "start again with a smaller --lr" in result.stderr
     assert not (tmp_path / "run" / "sources.rgb").exists()
+
+
+def test_a_validation_loss_that_is_no_number_keeps_no_checkpoint(
+    run_tool: Run, folders: Path, tmp_path: Path
+) -> None:
+    # One step: the loss of its batch is taken before the step that ruins the network.
+    changes = {"lr": 1e38, "train-images": 32}
+    result = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    assert result.returncode == 2
+    assert "start again with a smaller --lr" in result.stderr
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_the_exported_file_scores_as_the_network_and_says_what_it_is(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pic_daemon.errors import InputError
+from pic_daemon.options import FiniteRange
 from pic_training.process import prepare_for_training
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 )
 @click.option(
     "--lr",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="At the start; falls to zero along a half cosine [classify: cnn 0.05, resnet50 "
     "0.01, after a head start 0.0005; describe: cnn 0.001, resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     default=0.001,
     show_default=True,
     help="False positive rate that the threshold is chosen for.",
@@ -105,7 +106,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 )
 @click.option(
     "--naming",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=0,
     show_default=True,
     metavar="WEIGHT",
@@ -137,8 +138,9 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
 
     Every sample is a picture cropped to 50-100% of its area, resized to 48-256
     pixels and compressed to JPEG quality 10-95, each with probability 0.8, alike for
-    catalog and others. Others to train a classifier on are besides mirrored and
-    recoloured. Ctrl-C leaves a checkpoint for --resume.
+    catalog and others. Others to train a classifier on are besides mirrored,
+    recoloured and bent, each channel by a gamma of its own. Ctrl-C leaves a checkpoint
+    for --resume.
 
     Example: pic-train --catalog products --others photos --out runs/first
     """
@@ -287,7 +289,7 @@ def _computes_in_bf16(device: str) -> bool:
 )
 @click.option(
     "--max-loss",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.02,
     show_default=True,
     help="Refuse a precision in which recall or accuracy falls by more.",
@@ -301,8 +303,9 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     from pic_training.export import export_run
 
     parity, cost = export_run(run_dir, output, precision, max_loss)
+    before = "before its conversion " if cost else ""
     click.echo(
-        f"{output}: {output.stat().st_size:,} bytes; {parity.samples} real samples "
+        f"{output}: {output.stat().st_size:,} bytes; {before}{parity.samples} real samples "
         f"{parity.verb} as in PyTorch, largest difference {parity.max_difference:.1e}, "
         f"{parity.flipped} decisions flipped"
     )
@@ -337,7 +340,7 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
 @click.option("--index", type=_FILE, help="The index that it made of the catalog.")
 @click.option(
     "--target-fpr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     default=0.001,
     show_default=True,
 )

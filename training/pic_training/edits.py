@@ -1,7 +1,8 @@
 """What happens to pictures on their way, one edit at a time and at stated strengths.
 
-Families marked as trained are those of `augmentation`; the others are met by a
-network for the first time when it is evaluated.
+Families marked as trained are those that `augmentation` gives copies; under the others a
+network meets copies for the first time when it is evaluated. Decoys it has met mirrored
+and recoloured: two of these families it knows as signs of a decoy, if of anything.
 """
 
 import io

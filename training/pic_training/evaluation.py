@@ -10,6 +10,7 @@ is the share of copies whose catalog item a method puts first, whatever its scor
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,6 +39,7 @@ UNGATED = "cascade, no gate"
 CASCADE = "cascade"
 _AUGMENTED = -1  # in place of an edit's number: the training augmentation
 _CHUNK = 64
+_NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
 
 _Row = list[tuple[float, float, str]]  # of one sample: cosine, agreement, item
 _Job = tuple["Sample", Source, Path, int, int, int | None]
@@ -228,7 +230,8 @@ def evaluate(
 ) -> Evaluation:
     """Score `model` and the hashes on the catalog and the other pictures of `sources`.
 
-    None of the other pictures may have been trained on. With an `identifier` its
+    None of the other pictures may have been trained on. Where none of them is general, the
+    published protocol is asked against the look-alikes as well. With an `identifier` its
     descriptor alone (the nearest item's cosine) and the whole cascade are scored too.
     `show` is told how many samples are done.
     """
@@ -236,14 +239,14 @@ def evaluate(
     pictures = sources.pictures
     catalog = [n for n, p in enumerate(pictures) if p.kind == "catalog"]
     others = [n for n, p in enumerate(pictures) if p.kind == "other"]
-    general = [n for n in others if is_general(pictures[n])] or others
-    alike = [n for n in others if not is_general(pictures[n])] or others
-    calibration, test = _halves(alike, sources)
+    general = [n for n in others if is_general(pictures[n])]
+    alike = [n for n in others if not is_general(pictures[n])]
+    calibration, test = halves(alike, sources)
 
     augmented = [
         Sample(int(draw.choice(group)), _AUGMENTED, number)
         for number in range(plan.published // 2)
-        for group in (catalog, general)
+        for group in (catalog, general or alike)
     ]
     parts = [
         _per_edit(catalog, plan.per_edit, draw),
@@ -252,7 +255,8 @@ def evaluate(
         augmented,
     ]
     # Not forked: this process holds onnxruntime's threads.
-    with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
+    context = multiprocessing.get_context("forkserver")
+    with context.Pool(os.cpu_count(), signal.signal, _NO_INTERRUPT) as pool:
         scorer = _Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
         *scored, published = map(scorer.score, parts)
     is_ours = np.array([s.picture in set(catalog) for s in published.samples])
@@ -297,7 +301,8 @@ def sample_file(sample: Sample, source: Source, file: Path, seed: int) -> bytes:
     return EDITS[sample.edit].apply(image, draw)
 
 
-def _halves(pictures: Sequence[int], sources: Sources) -> tuple[list[int], list[int]]:
+def halves(pictures: Sequence[int], sources: Sources) -> tuple[list[int], list[int]]:
+    """Pictures, by their positions, that calibrate and that test: whole groups each."""
     groups = sorted({sources.pictures[n].group for n in pictures})
     tested = set(groups[1::2])
     test = [n for n in pictures if sources.pictures[n].group in tested]

@@ -63,7 +63,9 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
     sections = [
         f"<h1>Evaluation of {html.escape(model.path.name)}</h1>",
         f"<p>{html.escape(model.info.architecture)}, {model.sha256[:12]}. {counts}.</p>",
-        "<h2>Published protocol: augmentations against general pictures</h2>",
+        "<h2>Published protocol: augmentations against "
+        f"{'general pictures' if evaluation.counts['general pictures'] else 'look-alikes'}"
+        "</h2>",
         _table(
             ["", "accuracy", "recall", "false positive rate"],
             [

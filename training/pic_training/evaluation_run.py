@@ -15,7 +15,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
 from pic_daemon.promise import check_support
 from pic_training.edits import EDITS
-from pic_training.evaluation import Evaluation, Plan, evaluate
+from pic_training.evaluation import Evaluation, Plan, evaluate, halves
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.sources import Source, Sources, gather
 
@@ -45,16 +45,30 @@ def run_evaluation(
     with tempfile.TemporaryDirectory() as scratch:
         side = max(256, 2 * model.info.input_size)
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        _check_prefixes(general, sources)
         if run:
             sources = _unseen(sources, run)
         if sources.catalog_digest != model.info.catalog_digest:
             click.echo("note: the model was trained for another catalog", err=True)
-        alike = [p for p in sources.pictures if p.kind == "other" and not is_general(p)]
-        decoys = len(alike) // 2 * min(plan.per_decoy, len(EDITS))
+        alike = [
+            n
+            for n, p in enumerate(sources.pictures)
+            if p.kind == "other" and not is_general(p)
+        ]
+        calibrating, testing = halves(alike, sources)
+        if not testing:
+            raise InputError(
+                f"{others} has no two look-alikes that differ: the threshold is chosen on "
+                "one and tested on another; add some."
+            )
+        decoys = len(calibrating) * min(plan.per_decoy, len(EDITS))
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make {output}: {error.strerror}.") from error
         with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
             evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
-        output.mkdir(parents=True, exist_ok=True)
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)
         (output / "evaluation.json").write_text(figures + "\n")
         (output / "evaluation.html").write_text(as_html(evaluation, model, plan))
@@ -75,11 +89,24 @@ def run_evaluation(
     return evaluation
 
 
+def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
+    names = [Path(p.path).name for p in sources.pictures if p.kind == "other"]
+    for prefix in general:
+        if not any(name.startswith(prefix) for name in names):
+            raise InputError(f"--general {prefix}: no name among the others begins so.")
+    if not general:
+        click.echo(
+            "note: none of the others is said to be --general, so the published protocol "
+            "is asked against look-alikes",
+            err=True,
+        )
+
+
 def _unseen(sources: Sources, run: Path) -> Sources:
     try:
         with (run / "manifest.csv").open(newline="") as file:
             seen = {row["sha256"] for row in csv.DictReader(file) if row["kind"] == "other"}
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{run} is not a run folder of pic-train: {error}.") from error
     kept = tuple(p for p in sources.pictures if p.sha256 not in seen)
     if all(p.kind == "catalog" for p in kept):
@@ -87,7 +114,7 @@ def _unseen(sources: Sources, run: Path) -> Sources:
     return replace(sources, pictures=kept)
 
 
-def _count(sources: Sources, alike: Sequence[Source], plan: Plan) -> int:
+def _count(sources: Sources, alike: Sequence[int], plan: Plan) -> int:
     catalog = sum(p.kind == "catalog" for p in sources.pictures)
     return (
         len(EDITS) * min(plan.per_edit, catalog)

@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,10 +83,14 @@ def export_run(
     finished run or a proof fails; then no file is left behind.
     """
     config, network = load_network(folder)
-    report_file = folder / "report.json"
+    report_file, parity_file = folder / "report.json", folder / "parity.npy"
     if not report_file.exists():
         raise InputError(f"{folder} is not finished: resume it with pic-train --resume.")
     report = read_json(report_file)
+    try:
+        images = np.load(parity_file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{parity_file} is missing or damaged: {error}.") from error
     if config.task == "describe":
         if precision != "fp32":
             raise InputError("a descriptor is written in fp32 only: leave --precision out.")
@@ -95,7 +100,6 @@ def export_run(
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         _write(export, temporary)
-        images = np.load(folder / "parity.npy")
         parity = _prove(export, temporary, images)
         cost = None
         if precision != "fp32":
@@ -107,7 +111,8 @@ def export_run(
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder is none
+            temporary.unlink()
     return parity, cost
 
 

@@ -261,7 +261,8 @@ def _load_file(network: nn.Module, path: Path) -> None:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file
         raise InputError(
-            f"weights {path} cannot be read as a state dict: {str(error).splitlines()[0]}"
+            f"weights {path} cannot be read as a state dict ({type(error).__name__}); "
+            "give a file that torch.save made of tensors alone."
         ) from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]

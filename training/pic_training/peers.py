@@ -53,9 +53,11 @@ def nearest(
 
     A picture without a hash resembles nothing: 0, at -1.
     """
-    places = np.array([n for n, bits in enumerate(catalog) if bits is not None])
-    known = np.stack([bits for bits in catalog if bits is not None])
     shares, positions = np.zeros(len(hashes)), np.full(len(hashes), -1)
+    places = np.array([n for n, bits in enumerate(catalog) if bits is not None])
+    if not len(places):
+        return shares, positions
+    known = np.stack([bits for bits in catalog if bits is not None])
     for number, bits in enumerate(hashes):
         if bits is not None:
             differing = np.bitwise_count(known ^ bits).sum(axis=1)

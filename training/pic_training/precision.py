@@ -22,9 +22,8 @@ from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
-from pic_training.preparation import samples_of
+from pic_training.preparation import pictures_of, samples_of
 from pic_training.run_folder import RunConfig, read_json
-from pic_training.sources import gather
 from pic_training.threshold import Confusion, confusion, gate_for, sigmoid
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -102,13 +101,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     """
     model = load_model(path, "cpu")
     with TemporaryDirectory() as cache:
-        sources = gather(
-            Path(config.catalog),
-            Path(config.others),
-            Path(config.others_val) if config.others_val else None,
-            Path(cache) / "sources.rgb",
-            max(256, 2 * config.architecture.size),
-        )
+        sources = pictures_of(config, folder, Path(cache) / "sources.rgb")
         if read_json(folder / "digest.json")["sources"] != sources.digest:
             raise InputError(
                 f"the pictures of {folder} changed since: another precision needs them "

@@ -1,6 +1,8 @@
 """Before the first epoch: the pictures are read, and what cannot end well is refused."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
+from hashlib import file_digest
 from pathlib import Path
 
 import click
@@ -9,32 +11,37 @@ import numpy as np
 from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_daemon.promise import check_support
-from pic_training.run_folder import RunConfig, abandon, claim_folder, read_json, write_json
+from pic_daemon.promise import check_support, supported_rate
+from pic_training.run_folder import (
+    RunConfig,
+    abandon,
+    claim_folder,
+    held,
+    read_json,
+    write_json,
+)
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
 
 
-def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
+def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -> Sources:
     """Claim the folder, read the pictures, and refuse what cannot come to an end.
 
-    Raises InputError; a folder that this made is gone again then.
+    The folder is held, and the working copies are in it, until `leaving` is left. Raises
+    InputError; a folder that this made is gone again then.
     """
     is_new = claim_folder(config, folder, resume)
-    architecture = config.architecture
+    leaving.enter_context(held(folder))
+    working_file = folder / "sources.rgb"
+    leaving.callback(working_file.unlink, missing_ok=True)
     try:
-        sources = gather(
-            Path(config.catalog),
-            Path(config.others),
-            Path(config.others_val) if config.others_val else None,
-            folder / "sources.rgb",
-            max(256, 2 * architecture.size),
-            _corrections(config, folder, is_new),
-        )
+        if is_new and config.corrections:
+            _note_corrections(Path(config.corrections), folder)
+        sources = pictures_of(config, folder, working_file)
         _say_left_out(sources)
         _check_halves(config, sources)
         _check_shares(config)
-        architecture.trunk(config.weights)  # weights that cannot be had end it here
+        config.architecture.trunk(config.weights)  # what cannot be had ends it here
         _identify(config, sources, folder, is_new)
     except BaseException:
         if is_new:
@@ -43,29 +50,49 @@ def prepare(config: RunConfig, folder: Path, resume: bool) -> Sources:
     return sources
 
 
-def _corrections(config: RunConfig, folder: Path, is_new: bool) -> list[Correction]:
-    """As they stood when the run began: a resumed run is made of the same pictures."""
-    if config.corrections is None:
-        return []
-    stored = folder / "corrections.json"
-    if is_new:
-        given = read_corrections(Path(config.corrections))
-        if not given:
-            raise InputError(f"nobody corrected a verdict in {config.corrections} yet.")
-        write_json(stored, [asdict(correction) for correction in given])
-    return [Correction(**fields) for fields in read_json(stored)]
+def pictures_of(config: RunConfig, folder: Path, working_file: Path) -> Sources:
+    """The pictures of a run, read from where they lie; their copies in `working_file`.
+
+    Corrections are those that stood when the run began.
+    """
+    corrections = folder / "corrections.json"
+    return gather(
+        Path(config.catalog),
+        Path(config.others),
+        Path(config.others_val) if config.others_val else None,
+        working_file,
+        max(256, 2 * config.architecture.size),
+        [Correction(**fields) for fields in read_json(corrections)]
+        if config.corrections
+        else [],
+    )
+
+
+def _note_corrections(database: Path, folder: Path) -> None:
+    given = read_corrections(database)
+    if not given:
+        raise InputError(f"nobody corrected a verdict in {database} yet.")
+    write_json(folder / "corrections.json", [asdict(correction) for correction in given])
 
 
 def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
     """Write down what the run is made of, or check that it is still made of that."""
     if is_new:
         write_json(folder / "config.json", asdict(config))
-        write_json(folder / "digest.json", {"sources": sources.digest})
+        digests = {"sources": sources.digest, "weights": _weights_digest(config.weights)}
+        write_json(folder / "digest.json", digests)
         write_manifest(sources, folder)
     elif read_json(folder / "digest.json")["sources"] != sources.digest:
         raise InputError(
             f"the images changed since {folder} was begun; start a new run folder."
         )
+
+
+def _weights_digest(weights: str) -> str | None:
+    if weights in ("none", "imagenet"):
+        return None
+    with Path(weights).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def samples_of(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
@@ -90,11 +117,19 @@ def _check_halves(config: RunConfig, sources: Sources) -> None:
     is_test = samples.is_test()
     if not (is_decoy & is_test).any():
         raise InputError(
-            "the others held back for validation are near-duplicates of one picture; the "
-            "threshold needs one to be chosen on and one to be tested on: add others."
+            "the others held back for validation are one picture or near-duplicates of "
+            "one; the threshold needs one to be chosen on and one to be tested on: add "
+            "others."
         )
     calibrating = int((is_decoy & ~is_test).sum())
     check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
+    pictures = len(np.unique(samples.sources_drawn()[is_decoy & ~is_test]))
+    if (of_pictures := supported_rate(pictures)) > config.target_fpr:
+        click.echo(
+            f"note: the threshold is chosen on {pictures} decoys, {calibrating} samples of "
+            f"them: of other pictures up to {of_pictures:.2g} may match (3 / n)",
+            err=True,
+        )
 
 
 def _check_shares(config: RunConfig) -> None:

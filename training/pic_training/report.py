@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pic_daemon.promise import Floats, Interval, Labels, threshold_for
-from pic_training.run_folder import EpochMetrics, RunConfig, best_of, write_json
+from pic_training.run_folder import EpochMetrics, RunConfig, best_of, read_json, write_json
 from pic_training.threshold import (
     calibration_error,
     confusion,
@@ -41,7 +41,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     scores = result.val_scores.astype(np.float64)
     labels = result.val_labels > 0.5
     test, target_fpr = result.val_is_test, config.target_fpr
-    decoys = int((~labels[~test]).sum())
+    calibrating = ~labels & ~test
     specific: dict[str, Any] = {}
     if describes:
         specific["top_1"] = asdict(_top_1(result))
@@ -54,7 +54,8 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "threshold": threshold,
         "threshold_rule": (
             f"lowest with a false positive rate of at most {target_fpr:g} on "
-            f"{decoys} calibration decoys"
+            f"{calibrating.sum()} samples of "
+            f"{len(np.unique(result.val_sources[calibrating]))} calibration decoys"
         ),
         "target_fpr": target_fpr,
         **specific,
@@ -67,6 +68,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "catalog_size": len(result.sources.of("catalog", "train")),
         "catalog_digest": result.sources.catalog_digest,
         "sources_digest": result.sources.digest,
+        "weights_digest": read_json(folder / "digest.json").get("weights"),
         "left_out": len(result.sources.left_out),
         "training_seconds": seconds,
         "wall_seconds": result.prepared_seconds
@@ -127,7 +129,8 @@ def _top_1(result: RunResult) -> Interval:
 
 def versions() -> dict[str, str]:
     """Versions of everything that the result depends on."""
-    packages = ("product-image-classifier", "torch", "torchvision", "pillow", "numpy")
+    packages = ("product-image-classifier", "torch", "torchvision", "pillow", "simplejpeg",
+                "imagehash", "numpy")  # fmt: skip
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
 

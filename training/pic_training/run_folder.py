@@ -1,7 +1,10 @@
 """What a run folder holds, and writing it so that no file is ever half there."""
 
 import csv
+import fcntl
 import json
+import os
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -141,6 +144,25 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     return True
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; raises InputError where one is at work in it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"another pic-train is at work in {folder}; wait for it, or name a new folder."
+        ) from error
+    except OSError:  # a file system that locks no folders goes without
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def abandon(folder: Path) -> None:
     """Remove what a run that could not begin has written, and the folder with it."""
     for path in folder.iterdir():
@@ -163,7 +185,7 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
             for name, value in stored.pop("augmentation").items()
         }
         config = RunConfig(**stored, augmentation=Augmentation(**ranges))
-        state = torch.load(folder / name, map_location="cpu", weights_only=True)
+        state = load_checkpoint(folder / name, torch.device("cpu"))
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} holds no finished epoch ({Path(error.filename).name} is missing); "
@@ -174,6 +196,17 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
     network = new_network(config, "none")
     network.load_state_dict(state["network"])
     return config, network.eval()
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint holds; raises InputError where it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(path, device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"the checkpoint {path} is damaged; restore it, or train again in a new folder."
+        ) from error
+    return state
 
 
 def new_network(config: RunConfig, weights: str) -> Normalised:
@@ -197,8 +230,11 @@ def write_metrics(history: list[EpochMetrics], folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text())
+    """The value in a JSON file; raises InputError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

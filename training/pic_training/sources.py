@@ -23,7 +23,7 @@ from PIL import Image
 from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
-from pic_daemon.images import ImageError, open_rgb
+from pic_daemon.images import ImageError, is_blank, open_rgb
 
 Split = Literal["train", "val"]
 Kind = Literal["catalog", "other"]
@@ -166,10 +166,11 @@ def gather(
     Pictures that somebody called ours join the catalog's, those called not ours join the
     others, where their files still are what was judged.
 
-    Leaves out what cannot be decoded, what repeats another picture byte for byte,
-    other images that are copies of a catalog image, and images for validation with a
-    near-duplicate among those trained on. Without `others_val`, a fifth of the other
-    images is held back for validation: whole groups of near-duplicates, by content hash.
+    Leaves out what cannot be decoded, what repeats another picture byte for byte, nearly
+    uniform catalog images, other images that are copies of a catalog image, and images
+    for validation with a near-duplicate among those trained on. Without `others_val`, a
+    fifth of the other images is held back for validation: whole groups of
+    near-duplicates, by content hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
@@ -208,7 +209,10 @@ def gather(
     for split in get_args(Split):
         if not sources.of("other", split):
             where = others_val if others_val and split == "val" else others
-            raise InputError(f"no image in {where} is left to use as a decoy ({split}).")
+            first = _first_left_out(where, left_out)
+            raise InputError(
+                f"no image in {where} is left to use as a decoy ({split}){first}."
+            )
     return sources
 
 
@@ -227,13 +231,8 @@ def _decode_into(
                 for item in _decode_all(origin.paths(), side):
                     if isinstance(item, LeftOut):
                         left_out.append(item)
-                    elif judged.get(item.path, item.sha256) != item.sha256:
-                        left_out.append(
-                            LeftOut(item.path, "changed since it was corrected")
-                        )
-                    elif item.sha256 in seen:
-                        twin = seen[item.sha256]
-                        left_out.append(LeftOut(item.path, f"same bytes as {twin}"))
+                    elif reason := _reason_against(item, origin, judged, seen):
+                        left_out.append(LeftOut(item.path, reason))
                     else:
                         seen[item.sha256] = item.path
                         kept = _without_pixels(item)
@@ -247,6 +246,22 @@ def _decode_into(
     finally:
         temporary.unlink(missing_ok=True)
     return found, left_out
+
+
+def _reason_against(
+    item: _Decoded, origin: _Origin, judged: dict[str, str], seen: dict[str, str]
+) -> str | None:
+    """Why a decoded picture takes no part, if so; `seen` are paths by content hash."""
+    if judged.get(item.path, item.sha256) != item.sha256:
+        return "changed since it was corrected"
+    if twin := seen.get(item.sha256):
+        if twin == item.path:
+            return "the folders overlap: it takes part already"
+        return f"same bytes as {twin}"
+    # The service never matches one, whatever a network learned.
+    if origin.kind == "catalog" and is_blank(item.thumbnail.astype(np.uint8)):
+        return "nearly uniform picture: nothing to recognise"
+    return None
 
 
 def _without(
@@ -277,16 +292,20 @@ def _files(folder: Path) -> list[str]:
 
 
 def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
-    inside = [item for item in left_out if Path(item.path).is_relative_to(folder.resolve())]
-    if not inside:
+    if not (first := _first_left_out(folder, left_out)):
         return (
             f"{folder} holds no image files (looked below it, by file name; "
             "links and hidden folders are passed over)."
         )
-    return (
-        f"none of the {len(inside)} image files in {folder} can be used; "
-        f"the first is {inside[0].path}: {inside[0].reason}."
-    )
+    return f"none of the image files in {folder} can be used{first}."
+
+
+def _first_left_out(folder: Path, left_out: Sequence[LeftOut]) -> str:
+    """The first that was left out below a folder and the count of them, if any."""
+    inside = [item for item in left_out if Path(item.path).is_relative_to(folder.resolve())]
+    if not inside:
+        return ""
+    return f"; left out: {len(inside)}, first {inside[0].path}: {inside[0].reason}"
 
 
 def _decode_all(paths: Iterable[str], side: int) -> Iterator[_Decoded | LeftOut]:

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
     best_of,
+    load_checkpoint,
     replacing,
     write_metrics,
 )
@@ -105,22 +106,19 @@ def run_training(
     and Interrupted after Ctrl-C.
     """
     processes = join(config.device)
-    working_file = folder / "sources.rgb"
     started = time.monotonic()
     try:
-        sources = processes.from_first(lambda: prepare(config, folder, resume))
-        torch.manual_seed(config.seed)
-        prepared = time.monotonic() - started
-        try:
-            run = _Run(config, folder, workers, sources, processes)
-            return run.finish(resume, prepared)
-        except KeyboardInterrupt as stop:  # before the epochs heed it: seconds of set-up
-            raise Interrupted from stop
+        with ExitStack() as leaving:
+            sources = processes.from_first(lambda: prepare(config, folder, resume, leaving))
+            torch.manual_seed(config.seed)
+            prepared = time.monotonic() - started
+            try:
+                run = _Run(config, folder, workers, sources, processes)
+                return run.finish(resume, prepared)
+            except KeyboardInterrupt as stop:  # before the epochs heed it: in set-up
+                raise Interrupted from stop
     except OSError as error:
         raise InputError(f"{folder}: {error}.") from error
-    finally:
-        if processes.is_first:
-            working_file.unlink(missing_ok=True)
 
 
 class _Run:
@@ -296,6 +294,7 @@ class _Run:
         progress = self.progress
         started = time.monotonic()
         judged, labels = self._judge_validation()
+        self._check_loss(judged.loss)
         metrics = EpochMetrics(
             epoch=progress.epoch + 1,
             train_loss=progress.loss_sum / self.train_set.count,
@@ -414,7 +413,7 @@ class _Run:
             path.write_bytes(buffer.getbuffer())
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.learner.device, weights_only=True)
+        state = load_checkpoint(path, self.learner.device)
         self.learner.restore(state)
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
         self.progress = _Progress(**state["progress"], history=history)
