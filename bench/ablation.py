@@ -15,6 +15,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 import click
@@ -50,8 +51,10 @@ class Variant:
     that is laid over another; `varied` makes new decoys of old: half of them mirrored, a
     third with their colour channels in another order, and the share `halved` with another's
     half in the place of their own; `gamma` is the share of these whose channels are each
-    bent by an exponent of their own. `decoy_area` is the least share of its area that a
-    decoy is cropped to."""
+    bent by an exponent of their own; `own` is the share of the decoys that are catalog
+    pictures, recoloured, mirrored and turned upside down, each with the probability that
+    `own_...` says. `decoy_area` is the least share of its area that a decoy is cropped
+    to."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -73,12 +76,17 @@ class Variant:
     varied: bool = False
     halved: float = 1 / 3
     gamma: float = 0.0
+    own: float = 0.0
+    own_mirrored: float = 0.5
+    own_recoloured: float = 0.0
+    own_upside: float = 1.0
     decoy_area: float = 0.5
     seed: int = 0
 
 
 DEFAULT = Variant()
 RECOLOURED = replace(DEFAULT, varied=True, halved=0.0)
+BENT = replace(RECOLOURED, gamma=0.5)
 BOTH = replace(RECOLOURED, decoy_area=0.1, gamma=0.5)
 ADAMW = replace(DEFAULT, adamw=True, lr=0.0005, batch=128)
 VARIANTS = {
@@ -103,9 +111,15 @@ VARIANTS = {
     "decoys mirrored and recoloured": RECOLOURED,
     "decoys mirrored and recoloured, --naming 1": replace(RECOLOURED, naming=1.0),
     "those, cropped to a tenth besides": replace(RECOLOURED, decoy_area=0.1),
-    "those, half of them bent besides": replace(RECOLOURED, gamma=0.5),
-    "those, half of them bent besides, --naming 1": replace(
-        RECOLOURED, gamma=0.5, naming=1.0
+    "those, half of them bent besides": BENT,
+    "those, half of them bent besides, --naming 1": replace(BENT, naming=1.0),
+    "bent, a quarter the catalog's upside down": replace(BENT, own=0.25),
+    "bent, half the catalog's upside down": replace(BENT, own=0.5),
+    "bent, a quarter the catalog's mirrored": replace(
+        BENT, own=0.25, own_upside=0.0, own_mirrored=1.0, own_recoloured=0.5
+    ),
+    "bent, a quarter the catalog's recoloured": replace(
+        BENT, own=0.25, own_upside=0.0, own_recoloured=1.0
     ),
     "those, both": BOTH,
     "those, both, --naming 0.4": replace(BOTH, naming=0.4),
@@ -292,7 +306,25 @@ def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
         images[: 2 * some : 2] = (both / 2).to(torch.uint8)
     if variant.varied:
         images[::2] = varied(decoys, variant)
+    if variant.own:
+        images[::2] = owned(images[::2], images[1::2], variant)
     return images
+
+
+def owned(decoys: torch.Tensor, catalog: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """Decoys, some of them catalog pictures changed until they are others."""
+    dice = torch.rand(4, len(decoys))
+    made = catalog.clone()
+    swapped = dice[1] < variant.own_recoloured
+    order = list(permutations(range(3)))[int(torch.randint(1, 6, ()))]
+    made[swapped] = made[swapped][..., list(order)]
+    mirrored = dice[2] < variant.own_mirrored
+    made[mirrored] = made[mirrored].flip(2)
+    upside = dice[3] < variant.own_upside
+    made[upside] = made[upside].flip(1)
+    other = (made.float() - catalog.float()).abs().mean((1, 2, 3)) > 12
+    taken = (dice[0] < variant.own) & other
+    return torch.where(taken[:, None, None, None], made, decoys)
 
 
 def varied(decoys: torch.Tensor, variant: Variant) -> torch.Tensor:

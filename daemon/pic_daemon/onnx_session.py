@@ -119,7 +119,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = threads
-    # Spinning threads would burn a core in a service that mostly waits.
+    # Spinning threads take the cores from the decoders (bench/results/throughput.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     cpu = "CPUExecutionProvider"
     try:

@@ -7,7 +7,7 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_training.augmentation import Augmentation
-from pic_training.device_samples import DeviceSamples, render_pool, resample
+from pic_training.device_samples import DeviceSamples, render_pool, resample, versions_for
 from pic_training.samples import SampleSet
 from pic_training.sources import gather
 
@@ -73,6 +73,14 @@ def test_samples_are_distributed_as_those_of_the_cpu(
             levels = np.linspace(0.1, 0.9, 9)
             gap = np.abs(np.quantile(one, levels) - np.quantile(other, levels)).max()
             assert gap < 0.25 * other.std(), (name, kind)
+
+
+def test_as_many_versions_are_rendered_as_there_is_room_for(samples: SampleSet) -> None:
+    all_pictures = len(samples.sources.of("catalog", "train"))
+    all_pictures += len(samples.sources.of("other", "train"))
+    one_of_each = all_pictures * 256 * 256 * 3
+    for room, versions in ((one_of_each - 1, 0), (5 * one_of_each, 5), (1 << 50, 16)):
+        assert versions_for(samples, 256, room) == versions
 
 
 def test_no_piece_is_smaller_than_the_cpu_makes_it(on_device: DeviceSamples) -> None:

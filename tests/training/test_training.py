@@ -23,7 +23,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def options(folders: Path, out: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
         "catalog": folders / "catalog", "others": folders / "others", "out": out,
-        "epochs": 2, "train-images": 1536, "val-images": 256, "device": "cpu",
+        "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
         "workers": 1, "target-fpr": 0.05, **changes,
     }  # fmt: skip
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
