@@ -83,7 +83,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     file.write_text("no state dict")
     with pytest.raises(InputError, match="cannot be read as a state dict"):
         resnet50_trunk(str(file))
-    with pytest.raises(InputError, match=r"cannot be read as a state dict: .*No such file"):
+    with pytest.raises(InputError, match=r"missing.pth cannot be read: No such file"):
         resnet50_trunk(str(tmp_path / "missing.pth"))
     with pytest.raises(InputError, match="no pretrained weights for the cnn"):
         cnn_trunk("imagenet")

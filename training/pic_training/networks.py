@@ -259,6 +259,8 @@ def _load_imagenet(network: nn.Module, weights: Any) -> None:
 def _load_file(network: nn.Module, path: Path) -> None:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"weights {path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # torch raises many kinds for a bad file
         raise InputError(
             f"weights {path} cannot be read as a state dict ({type(error).__name__}); "
