@@ -135,8 +135,10 @@ def test_folders_that_overlap_are_told_of(folders: tuple[Path, Path]) -> None:
     catalog = {p.path for p in sources.pictures if p.kind == "catalog"}
     told = {item.path: item.reason for item in sources.left_out}
     assert set(told) == catalog
-    assert set(told.values()) == {"the folders overlap: it takes part already"}
-    with pytest.raises(InputError, match=r"first .*: the folders overlap"):
+    assert set(told.values()) == {"it takes part already: the folders overlap"}
+    with pytest.raises(
+        InputError, match=r"first .*: it takes part already: the folders overlap"
+    ):
         gather(whole, folders[1], None, whole / "work.rgb", 64)
 
 

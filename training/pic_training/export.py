@@ -89,7 +89,7 @@ def export_run(
     report = read_json(report_file)
     try:
         images = np.load(parity_file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{parity_file} is missing or damaged: {error}.") from error
     if config.task == "describe":
         if precision != "fp32":

@@ -255,9 +255,10 @@ def _reason_against(
     if judged.get(item.path, item.sha256) != item.sha256:
         return "changed since it was corrected"
     if twin := seen.get(item.sha256):
-        if twin == item.path:
-            return "the folders overlap: it takes part already"
-        return f"same bytes as {twin}"
+        if twin != item.path:
+            return f"same bytes as {twin}"
+        overlap = ": the folders overlap" if origin.folder else ""
+        return f"it takes part already{overlap}"
     # The service never matches one, whatever a network learned.
     if origin.kind == "catalog" and is_blank(item.thumbnail.astype(np.uint8)):
         return "nearly uniform picture: nothing to recognise"
