@@ -93,9 +93,13 @@ def print_figures(run: Path, minutes: float) -> None:
               ("false", "positive"), ("true", "negative"))]  # fmt: skip
     print("\n| | called catalog | called other |\n|---|---|---|")
     print(f"| catalog | {right[0]} | {right[1]} |\n| other | {right[2]} | {right[3]} |")
-    error = report["calibration_error"]
-    print(f"\nCalibration error {error['before']:.4f}, {error['after']:.4f} after dividing "
-          f"the logits by {report['temperature']:.3f}.")  # fmt: skip
+    error, calibrated = report["calibration_error"], report["calibrated"]
+    print(
+        f"\nCalibration error {error['before']:.4f}, {error['after']:.4f} after dividing "
+        f"the logits by {report['temperature']:.3f} and adding {report['bias']:.3f}; then "
+        f"accuracy {calibrated['accuracy']['value']:.2%} at one half, loss "
+        f"{calibrated['loss']:.4f}."
+    )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
         f"\n{minutes:.0f} minutes, {report['device']}, {os.cpu_count()} cores; largest "

@@ -37,7 +37,8 @@ class ModelInfo:
     `input_size` is the side H = W in pixels. `threshold` in [0, 1]: a score at or
     above it is a match; `threshold_rule` says how it was chosen, and `fpr`, with its
     95% interval `fpr_low` to `fpr_high`, is the share of unseen decoys that matched
-    at it. `temperature` is the divisor of the logits inside the graph.
+    at it. Inside the graph the logits are divided by `temperature` and `bias` is added,
+    so that a score is a probability: of a copy, where one image in two is one.
     `gate_threshold`: where another stage decides, a score at or above it goes on to it;
     0, all of them, in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
@@ -60,6 +61,7 @@ class ModelInfo:
     training_run: str
     created_at: str
     versions: str
+    bias: float = 0.0
     gate_threshold: float = 0.0
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
 

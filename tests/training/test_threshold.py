@@ -6,7 +6,7 @@ from pic_daemon.promise import check_support, rate, threshold_for
 from pic_training.threshold import (
     calibration_error,
     confusion,
-    fit_temperature,
+    fit_calibration,
     gate_for,
     log_loss,
     sigmoid,
@@ -46,15 +46,29 @@ def test_a_rate_that_the_decoys_cannot_promise_is_refused() -> None:
         check_support(1000, 0.001, "use more")
 
 
-def test_the_temperature_is_recovered_and_makes_scores_honest() -> None:
+def test_the_calibration_is_recovered_and_makes_scores_honest() -> None:
     logits, labels = simulated(20_000)
-    overconfident = logits * 3
-    temperature = fit_temperature(overconfident, labels)
-    assert temperature == pytest.approx(3, rel=0.05)
-    before = calibration_error(sigmoid(overconfident), labels)
-    after = calibration_error(sigmoid(overconfident / temperature), labels)
+    unfair = logits * 3 + 4  # sure of too much, and takes too many for the catalog
+    calibration = fit_calibration(unfair, labels)
+    assert calibration.temperature == pytest.approx(3, rel=0.05)
+    assert calibration.bias == pytest.approx(-4 / 3, rel=0.05)
+    before = calibration_error(sigmoid(unfair), labels)
+    after = calibration_error(sigmoid(calibration(unfair)), labels)
     assert after < 0.02 < before
-    assert log_loss(overconfident / temperature, labels) < log_loss(overconfident, labels)
+    assert log_loss(calibration(unfair), labels) < log_loss(unfair, labels)
+    kept = np.argsort(unfair) == np.argsort(calibration(unfair))
+    assert kept.all()
+
+
+def test_a_handful_of_samples_promises_no_certainty() -> None:
+    logits, labels = np.array([-9.0, -8.0, 7.0, 9.0]), np.array([False, False, True, True])
+    assert 0.1 < sigmoid(fit_calibration(logits, labels)(logits))[0] < 0.4
+
+
+def test_a_network_that_is_wrong_more_often_than_not_keeps_its_order() -> None:
+    logits, labels = simulated(1000)
+    calibration = fit_calibration(-logits, labels)
+    assert calibration.temperature == pytest.approx(20)
 
 
 def test_the_interval_widens_when_samples_share_their_pictures() -> None:

@@ -62,7 +62,9 @@ def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -
         assert 0 <= share["low"] <= share["value"] <= share["high"] <= 1
     assert "false positive rate of at most 0.05 on" in report["threshold_rule"]
     assert "samples of 3 calibration decoys" in report["threshold_rule"]
-    assert report["calibration_error"]["after"] >= 0
+    assert 0 <= report["calibration_error"]["after"] <= 1
+    assert report["calibrated"]["accuracy"]["of"] == sum(counts)
+    assert report["calibrated"]["loss"] > 0
     assert report["images_per_second"] > 0
     assert report["wall_seconds"] > report["training_seconds"] > 0
     assert report["device"].startswith("cpu")
@@ -177,7 +179,9 @@ def test_a_folder_below_a_file_is_refused(
         assert sentence in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["best.pt", "report.json", "parity.npy", "last.pt"])
+@pytest.mark.parametrize(
+    "name", ["best.pt", "report.json", "parity.npy", "last.pt", "validation.npz"]
+)
 def test_a_damaged_run_folder_is_said_to_be(
     run_tool: Run, folders: Path, finished: Path, tmp_path: Path, name: str
 ) -> None:
@@ -187,6 +191,8 @@ def test_a_damaged_run_folder_is_said_to_be(
     command = ["pic-export", run, "--output", tmp_path / "model.onnx"]
     if name == "last.pt":
         command = ["pic-train", *options(folders, run), "--resume"]
+    if name == "validation.npz":
+        command += ["--precision", "fp16"]
     result = run_tool(*command)
     assert result.returncode == 2
     assert name in result.stderr and "damaged" in result.stderr
@@ -317,10 +323,11 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
     with np.load(finished / "validation.npz") as stored:
         logits, labels = stored["scores"], stored["labels"]
     scores = model.score(np.load(finished / "parity.npy"))
-    assert (
-        np.abs(scores - 1 / (1 + np.exp(-logits[:256] / report["temperature"]))).max()
-        < 1e-4
-    )
+    calibrated = logits[:256] / report["temperature"] + report["bias"]
+    assert np.abs(scores - 1 / (1 + np.exp(-calibrated))).max() < 1e-4
+    assert (model.info.temperature, model.info.bias) == (
+        report["temperature"], report["bias"],
+    )  # fmt: skip
     assert len(labels) == 256
 
 

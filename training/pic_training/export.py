@@ -23,6 +23,7 @@ from pic_daemon.model import ModelInfo, load_model
 from pic_training.networks import Normalised
 from pic_training.precision import Cost, Precision, convert, weigh
 from pic_training.run_folder import RunConfig, load_network, read_json, write_json
+from pic_training.threshold import Calibration
 
 Floats = NDArray[np.float32]
 
@@ -60,15 +61,15 @@ class _Export:
 
 
 class _Served(nn.Module):
-    """The network with its sigmoid: uint8 images (N, H, W, 3) -> score (N,)."""
+    """The calibrated network with its sigmoid: uint8 images (N, H, W, 3) -> score (N,)."""
 
-    def __init__(self, network: Normalised, temperature: float) -> None:
+    def __init__(self, network: Normalised, calibration: Calibration) -> None:
         super().__init__()
         self.network = network
-        self.temperature = temperature
+        self.calibration = calibration
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.network(images) / self.temperature)
+        return torch.sigmoid(self.calibration(self.network(images)))
 
 
 def export_run(
@@ -127,11 +128,12 @@ def _classifier(
         fpr_low=report["false_positive_rate"]["low"],
         fpr_high=report["false_positive_rate"]["high"],
         temperature=report["temperature"],
-        gate_threshold=report.get("gate_threshold", 0.0),  # reports of earlier versions
+        bias=report.get("bias", 0.0),  # reports of earlier versions have neither
+        gate_threshold=report.get("gate_threshold", 0.0),
         **_common(folder, config, report),
     )
     return _Export(
-        _Served(network, info.temperature).eval(),
+        _Served(network, Calibration(info.temperature, info.bias)).eval(),
         info,
         "score",
         "score",

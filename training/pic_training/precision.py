@@ -23,8 +23,8 @@ from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
 from pic_training.preparation import pictures_of, samples_of
-from pic_training.run_folder import RunConfig, read_json
-from pic_training.threshold import Confusion, confusion, gate_for, sigmoid
+from pic_training.run_folder import RunConfig, load_validation, read_json
+from pic_training.threshold import Calibration, Confusion, confusion, gate_for, sigmoid
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -110,9 +110,10 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
         samples = samples_of(config, sources, "val")
         batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
         after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
-    with np.load(folder / "validation.npz") as stored:
-        before = sigmoid(stored["scores"].astype(np.float64) / model.info.temperature)
-        labels = stored["labels"] > 0.5
+    stored = load_validation(folder, len(after))
+    calibrate = Calibration(model.info.temperature, model.info.bias)
+    before = sigmoid(calibrate(stored["scores"].astype(np.float64)))
+    labels = stored["labels"] > 0.5
     test, drawn = samples.is_test(), samples.sources_drawn()
     threshold = threshold_for(after[~test], labels[~test], config.target_fpr)
     was, now = (

@@ -10,14 +10,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pic_daemon.promise import Floats, Interval, Labels, threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, best_of, read_json, write_json
 from pic_training.threshold import (
     calibration_error,
     confusion,
-    fit_temperature,
+    fit_calibration,
     gate_for,
+    log_loss,
     sigmoid,
 )
 from pic_training.training import RunResult
@@ -31,11 +33,12 @@ PLOT = "TrainingLossAccuracyPlot.png"
 def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Write report.json and the plot into `folder`; returns the report.
 
-    Half of the validation pictures (whole groups of near-duplicates) calibrate
-    temperature and threshold; accuracy, precision, recall and false positive rate
-    come from the other half. `at_one_half`, `top_1` and `loss` are of all validation
-    samples, on which the best epoch was chosen. Where the run describes, the score is
-    the greatest cosine to the catalog.
+    Half of the validation pictures (whole groups of near-duplicates) calibrate scores
+    and threshold; accuracy, precision, recall and false positive rate come from the
+    other half, and so does what `calibrated` says of scores decided at one half.
+    `at_one_half`, `top_1` and `loss` are of all validation samples, on which the best
+    epoch was chosen, before the calibration. Where the run describes, the score is the
+    greatest cosine to the catalog.
     """
     describes = config.task == "describe"
     scores = result.val_scores.astype(np.float64)
@@ -46,7 +49,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     if describes:
         specific["top_1"] = asdict(_top_1(result))
     else:
-        specific, scores = _calibrated(scores, labels, test)
+        specific, scores = _calibrated(scores, labels, test, result.val_sources)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
     best = best_of(result.history)
     seconds = sum(m.seconds for m in result.history)
@@ -82,7 +85,6 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         report["at_one_half"] = {
             "accuracy": best.val_accuracy,
             "loss": best.val_loss,
-            "calibrated_loss": best.val_calibrated_loss,
             "samples": len(labels),
         }
     write_json(folder / "report.json", report)
@@ -96,7 +98,10 @@ def summary(report: dict[str, Any]) -> str:
     if "top_1" in report:
         first = f"right item nearest for {report['top_1']['value']:.2%} of the copies"
     else:
-        first = f"validation accuracy {report['at_one_half']['accuracy']:.2%}"
+        first = (
+            f"validation accuracy {report['at_one_half']['accuracy']:.2%}, calibrated "
+            f"{report['calibrated']['accuracy']['value']:.2%}"
+        )
     return (
         f"best epoch {report['best_epoch']}: {first}; at threshold "
         f"{report['threshold']:.4g}, on pictures held back for the test, recall "
@@ -106,16 +111,24 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _calibrated(
-    logits: Floats, labels: Labels, test: Labels
+    logits: Floats, labels: Labels, test: Labels, sources: NDArray[np.int64]
 ) -> tuple[dict[str, Any], Floats]:
-    """What the report says of the temperature, and the probabilities."""
-    temperature = fit_temperature(logits[~test], labels[~test])
-    scores = sigmoid(logits / temperature)
-    error = {
-        "before": calibration_error(sigmoid(logits[test]), labels[test]),
-        "after": calibration_error(scores[test], labels[test]),
-    }
-    return {"temperature": temperature, "calibration_error": error}, scores
+    """What the report says of the calibration, and the probabilities."""
+    calibration = fit_calibration(logits[~test], labels[~test])
+    calibrated = calibration(logits)
+    scores = sigmoid(calibrated)
+    decided = confusion(scores[test], labels[test], sources[test], 0.5)
+    return {
+        **asdict(calibration),
+        "calibration_error": {
+            "before": calibration_error(sigmoid(logits[test]), labels[test]),
+            "after": calibration_error(scores[test], labels[test]),
+        },
+        "calibrated": {
+            "accuracy": asdict(decided.accuracy),
+            "loss": log_loss(calibrated[test], labels[test]),
+        },
+    }, scores
 
 
 def _top_1(result: RunResult) -> Interval:

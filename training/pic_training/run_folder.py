@@ -10,8 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
 from pic_training.augmentation import Augmentation
@@ -80,8 +83,8 @@ class EpochMetrics:
     Accuracy is of the decision at one half where the run classifies. Where it
     describes, it is the share of samples whose nearest neighbour is a copy of the same
     picture: in the batch for training, among the catalog's originals for validation.
-    `val_calibrated_loss` is the validation loss once the logits are divided by the
-    temperature that makes it least; describing, it is `val_loss`.
+    `val_calibrated_loss` is the validation loss after the calibration that makes it
+    least; describing, it is `val_loss`.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples.
@@ -102,7 +105,7 @@ class EpochMetrics:
 def best_of(history: Sequence[EpochMetrics]) -> EpochMetrics:
     """The epoch whose network is kept: the first with the least calibrated loss.
 
-    A network that is sure of too much is not worse for it: its temperature mends that.
+    A network that is sure of too much is not worse for it: its calibration mends that.
     """
     return min(history, key=lambda m: m.val_calibrated_loss)
 
@@ -207,6 +210,23 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
             f"the checkpoint {path} is damaged; restore it, or train again in a new folder."
         ) from error
     return state
+
+
+def load_validation(folder: Path, count: int) -> dict[str, NDArray[Any]]:
+    """What the best epoch made of the run's `count` validation samples.
+
+    `scores`, `right` and `labels` of shape (count,), as `Judged` has them. Raises
+    InputError where the file is damaged.
+    """
+    path = folder / "validation.npz"
+    try:
+        with np.load(path) as stored:
+            found = {name: stored[name] for name in ("scores", "right", "labels")}
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise InputError(f"{path} is missing or damaged: {error}.") from error
+    if any(values.shape != (count,) for values in found.values()):
+        raise InputError(f"{path} is damaged: it is not of {count} samples.")
+    return found
 
 
 def new_network(config: RunConfig, weights: str) -> Normalised:

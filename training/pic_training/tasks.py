@@ -19,7 +19,7 @@ from pic_training.metric_learning import (
 )
 from pic_training.networks import Normalised
 from pic_training.run_folder import RunConfig
-from pic_training.threshold import fit_temperature, log_loss
+from pic_training.threshold import fit_calibration, log_loss
 
 Floats = NDArray[np.float32]
 
@@ -87,12 +87,11 @@ def _description_loss(
 def judge_classes(logits: Floats, labels: Floats, _: Known | None = None) -> Judged:
     """By logits, float32, shape (N,), and labels, 1 for catalog and 0 for others."""
     exact, positive = logits.astype(np.float64), labels > 0.5
-    calibrated = exact / fit_temperature(exact, positive)
     right = (logits > 0) == positive
     return Judged(
         logits,
         log_loss(exact, positive),
-        log_loss(calibrated, positive),
+        log_loss(fit_calibration(exact, positive)(exact), positive),
         float(right.mean()),
         right,
     )

@@ -30,6 +30,7 @@ from pic_training.run_folder import (
     RunConfig,
     best_of,
     load_checkpoint,
+    load_validation,
     replacing,
     write_metrics,
 )
@@ -164,17 +165,17 @@ class _Run:
                 self._validate_epoch()
         if not self.processes.is_first:
             return None
-        with np.load(self.folder / "validation.npz") as best:
-            return RunResult(
-                self.progress.history,
-                best["scores"],
-                best["right"],
-                best["labels"],
-                self.val_set.sources_drawn(),
-                self.val_set.is_test(),
-                self.sources,
-                prepared,
-            )
+        best = load_validation(self.folder, self.val_set.count)
+        return RunResult(
+            self.progress.history,
+            best["scores"],
+            best["right"],
+            best["labels"],
+            self.val_set.sources_drawn(),
+            self.val_set.is_test(),
+            self.sources,
+            prepared,
+        )
 
     def _start_head(self) -> None:
         samples = replace(self.train_set, count=self.config.head_start)
