@@ -1,8 +1,10 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from pic_daemon.errors import InputError
-from pic_daemon.promise import check_support, rate, threshold_for
+from pic_daemon.promise import Floats, check_support, rate, threshold_for
 from pic_training.threshold import (
     calibration_error,
     confusion,
@@ -65,10 +67,23 @@ def test_a_handful_of_samples_promises_no_certainty() -> None:
     assert 0.1 < sigmoid(fit_calibration(logits, labels)(logits))[0] < 0.4
 
 
-def test_a_network_that_is_wrong_more_often_than_not_keeps_its_order() -> None:
+@pytest.mark.parametrize("untold", [lambda logits: -logits, lambda logits: 0 * logits + 50])
+def test_a_network_that_tells_nothing_keeps_its_order_and_says_little(
+    untold: Callable[[Floats], Floats],
+) -> None:
     logits, labels = simulated(1000)
-    calibration = fit_calibration(-logits, labels)
-    assert calibration.temperature == pytest.approx(20)
+    calibration = fit_calibration(untold(logits), labels)
+    assert calibration.temperature > 0
+    scores = sigmoid(calibration(untold(logits)))
+    assert scores == pytest.approx(labels.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 7), (1, -90), (40, 90)])
+def test_the_calibration_finds_logits_of_any_scale(scale: float, shift: float) -> None:
+    logits, labels = simulated(5000)
+    found = fit_calibration(logits * scale + shift, labels)
+    assert log_loss(found(logits * scale + shift), labels) <= log_loss(logits, labels)
+    assert found.temperature == pytest.approx(scale, rel=0.1)
 
 
 def test_the_interval_widens_when_samples_share_their_pictures() -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 
+from pic_training.logistic import logistic_regression
 from pic_training.networks import Normalised
 from pic_training.samples import Batch
 
 _PENALTY = 1e-3  # on the squared weights, for features of unit variance
-_ITERATIONS = 300
 
 
 @torch.no_grad()
@@ -30,30 +29,9 @@ def fit_head(network: Normalised, features: torch.Tensor, labels: torch.Tensor) 
     """Set the head to the logistic regression on these features; returns its loss.
 
     `labels` are above 0 for catalog, 0 for others.
-    Full batches by L-BFGS on standardised features, with a small penalty on the
-    weights; needs no learning rate.
     """
-    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
-    standard, labels = (features - mean) / std, (labels > 0).float()
-    weight = torch.zeros(features.shape[1], requires_grad=True)
-    bias = torch.zeros((), requires_grad=True)
-    search = torch.optim.LBFGS(
-        [weight, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> torch.Tensor:
-        fit = binary_cross_entropy_with_logits(standard @ weight + bias, labels)
-        return fit + _PENALTY * weight.square().sum()
-
-    def closure() -> float:
-        search.zero_grad()
-        value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value.item()
-
-    search.step(closure)  # type: ignore[no-untyped-call]
+    fit = logistic_regression(features, (labels > 0).float(), _PENALTY)
     with torch.no_grad():
-        scaled = weight / std
-        network.head.weight.copy_(scaled[None])
-        network.head.bias.copy_((bias - scaled @ mean)[None])
-        return float(binary_cross_entropy_with_logits(standard @ weight + bias, labels))
+        network.head.weight.copy_(fit.weight[None])
+        network.head.bias.copy_(fit.bias[None])
+    return fit.loss

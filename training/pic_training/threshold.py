@@ -13,9 +13,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pic_daemon.promise import Floats, Interval, Labels, interval, resample
+from pic_training.logistic import logistic_regression
 
 GATE_LOSS = 0.001
 """Share of the copies that the classifier, as a gate, may keep from the second stage.
@@ -25,6 +25,7 @@ full scale lost a tenth of them (bench/results/cascade.md).
 """
 
 _BINS = 15
+_LEAST_SLOPE = 1e-3  # of a calibration, for logits of unit variance
 _Logits = TypeVar("_Logits", Floats, torch.Tensor)
 
 
@@ -74,27 +75,20 @@ def fit_calibration(logits: Floats, labels: Labels) -> Calibration:
     """The calibration that makes the log loss of `logits`, shape (N,), least.
 
     Fitted to `labels` drawn a little towards one half, as Platt (1999) does, so that few
-    samples, or samples told apart without an error, promise no certainty. The temperature
-    stays between 1/20 and 20.
+    samples, or samples told apart without an error, promise no certainty. A network whose
+    logits tell nothing, or the opposite, keeps their order: every score is then about the
+    share of the copies.
     """
     copies = int(labels.sum())
     certain = ((copies + 1) / (copies + 2), 1 / (len(labels) - copies + 2))
-    wanted = torch.from_numpy(np.where(labels, *certain))
-    exact = torch.from_numpy(logits.astype(np.float64))
-    fitted = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # log T, bias
-    search = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
-    bound = np.log(20)
-
-    def loss() -> torch.Tensor:
-        search.zero_grad()
-        calibrated = exact / fitted[0].clamp(-bound, bound).exp() + fitted[1]
-        loss = binary_cross_entropy_with_logits(calibrated, wanted)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    search.step(loss)  # type: ignore[no-untyped-call]
-    log_temperature, bias = fitted.tolist()
-    return Calibration(float(np.exp(np.clip(log_temperature, -bound, bound))), bias)
+    wanted = np.where(labels, *certain)
+    fit = logistic_regression(torch.from_numpy(logits)[:, None], torch.from_numpy(wanted))
+    slope, bias = fit.weight.item(), fit.bias.item()
+    least = _LEAST_SLOPE / max(logits.std(), 1e-6)
+    if slope < least:
+        share = wanted.mean()
+        slope, bias = least, np.log(share / (1 - share)) - least * logits.mean()
+    return Calibration(float(1 / slope), float(bias))
 
 
 def calibration_error(probabilities: Floats, labels: Labels) -> float:
