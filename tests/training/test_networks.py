@@ -66,6 +66,19 @@ def test_frozen_stages_stay_as_they_are_while_the_rest_is_trained() -> None:
     assert "head.weight" in changed
 
 
+def test_statistics_that_are_kept_stay_while_the_weights_beside_them_are_trained() -> None:
+    network = Normalised(ARCHITECTURES["resnet50"])
+    network.keep_statistics()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    network.train()(images).sum().backward()
+    torch.optim.SGD(network.parameters(), 0.1).step()
+    changed = {key for key, value in network.state_dict().items()
+               if not torch.equal(value, before[key])}  # fmt: skip
+    assert "trunk.layer4.0.bn1.weight" in changed
+    assert not any("running" in key or "num_batches" in key for key in changed)
+
+
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     stored = torchvision.models.resnet50().state_dict()

@@ -29,6 +29,9 @@ class Learner:
         network = new_network(config, config.weights)
         if architecture.stages:
             network.freeze(architecture.stages[: len(architecture.stages) - config.stages])
+        if config.weights != "none":
+            # Each batch's own would undo the head's start (bench/results/).
+            network.keep_statistics()
         self.network = network.to(self.device).to(memory_format=torch.channels_last)
         self.naming = Naming(network, items).to(self.device) if config.naming else None
         learning = self.naming or self.network

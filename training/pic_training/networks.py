@@ -51,7 +51,7 @@ class Normalised(nn.Module):
         super().__init__()
         self.trunk = architecture.trunk(weights)
         self.head = nn.Linear(architecture.features, outputs)
-        self.frozen: list[nn.Module] = []
+        self._still: list[nn.Module] = []
         self.register_buffer("mean", _per_channel(architecture.mean), False)
         self.register_buffer("std", _per_channel(architecture.std), False)
 
@@ -68,14 +68,20 @@ class Normalised(nn.Module):
 
     def freeze(self, stages: Iterable[tuple[str, ...]]) -> None:
         """Keep these stages of the trunk as they are, batch statistics included."""
-        self.frozen = [getattr(self.trunk, name) for stage in stages for name in stage]
-        for part in self.frozen:
+        parts = [getattr(self.trunk, name) for stage in stages for name in stage]
+        for part in parts:
             part.requires_grad_(False)
+        self._still += parts
+
+    def keep_statistics(self) -> None:
+        """Normalise by the statistics that the weights came with, not by each batch's."""
+        norms = [part for part in self.trunk.modules() if isinstance(part, nn.BatchNorm2d)]
+        self._still += norms
 
     def train(self, mode: bool = True) -> "Normalised":
-        """As in PyTorch, but frozen stages stay in evaluation mode."""
+        """As in PyTorch, but what is frozen or keeps its statistics is left evaluating."""
         super().train(mode)
-        for part in self.frozen:
+        for part in self._still:
             part.eval()
         return self
 
