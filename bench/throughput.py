@@ -36,6 +36,7 @@ from PIL import Image
 from watchdog.events import FileCreatedEvent, FileMovedEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
+from pic_daemon.decoding import keep_freed_memory
 from pic_daemon.model import load_model
 
 matplotlib.use("Agg")
@@ -75,7 +76,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, float]]] = {}
     context = multiprocessing.get_context("forkserver")
-    with context.Pool() as pool:
+    with context.Pool(initializer=keep_freed_memory) as pool:
         for name in only or SETS:
             side, kind, usual = SETS[name]
             files = corpus(images, work, name, side, kind, count or usual)
