@@ -37,7 +37,7 @@ from pic_daemon.descriptor import load_descriptor  # noqa: E402
 from pic_daemon.images import decode, to_pixels  # noqa: E402
 from pic_training.augmentation import Augmentation, sample  # noqa: E402
 from pic_training.edits import EDITS  # noqa: E402
-from pic_training.evaluation import Sample, sample_file  # noqa: E402
+from pic_training.evaluation_scores import Sample, sample_file  # noqa: E402
 from pic_training.metric_learning import whiten_head  # noqa: E402
 from pic_training.networks import (  # noqa: E402
     ARCHITECTURES,

@@ -50,8 +50,9 @@ from pic_daemon.indexing import workers
 from pic_daemon.model import Model, load_model
 from pic_daemon.promise import rate, supported_rate, threshold_for
 from pic_training.edits import EDITS
-from pic_training.evaluation import Evaluation, Proposed
+from pic_training.evaluation import Evaluation
 from pic_training.evaluation_run import run_evaluation
+from pic_training.evaluation_scores import Proposed
 from pic_training.peers import nearest, peers
 
 matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The commands of the host that serves: pic-daemon and pic-classify."""
+"""pic-daemon: the service, and what is asked about it."""
 
 import json
 import logging
@@ -7,37 +7,32 @@ import shlex
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Cascade, Identifier, load_identifier
 from pic_daemon.config import Config, load_config
 from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
-from pic_daemon.folders import mount_of, text_of
+from pic_daemon.folders import mount_of
 from pic_daemon.hooks import check_hooks, describe_hooks
-from pic_daemon.identification import CloserReading, look_closer
-from pic_daemon.images import MAX_PIXELS
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import MatchLog
 from pic_daemon.match_queries import read_status
-from pic_daemon.model import Model, Verdict, load_model
-from pic_daemon.reading import Reading, read_image
+from pic_daemon.model import Model, load_model
 from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
 from pic_daemon.systemd import log_format
 
-_BATCH = 32
 _SILENT_S = 120.0  # four heartbeats
 _OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
-_PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
+PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
 
 
@@ -60,7 +55,7 @@ def _service_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--gate-threshold", type=float,
                      help="Score from which on they decide [as the model says]."),
         click.option("--database", type=_PATH, help="SQLite match log; made if missing."),
-        click.option("--provider", type=_PROVIDERS, help="Execution provider [auto]."),
+        click.option("--provider", type=PROVIDERS, help="Execution provider [auto]."),
         click.option("--batch-size", type=int, help="Images scored at a time [32]."),
         click.option("--workers", type=int, help="Files decoded at a time [one a core]."),
         click.option("--settle-seconds", type=float,
@@ -123,7 +118,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
-    log = _opened(settings.database)
+    log = opened(settings.database)
     logging.getLogger("pic_daemon").info(_about_model(model))
     if identifier:
         logging.getLogger("pic_daemon").info(_about_identifier(identifier))
@@ -246,7 +241,7 @@ def reclassify(database: Path) -> None:
 def _open_log(database: Path) -> Iterator[MatchLog]:
     if not os.path.exists(database):  # unlike Path, never raises
         raise InputError(f"database {database} does not exist, or this user may not look.")
-    log = _opened(database)
+    log = opened(database)
     try:
         yield log
     except sqlite3.Error as error:
@@ -255,7 +250,8 @@ def _open_log(database: Path) -> Iterator[MatchLog]:
         log.close()
 
 
-def _opened(database: Path) -> MatchLog:
+def opened(database: Path) -> MatchLog:
+    """The match log to write to; what keeps it shut now ends the command."""
     try:
         return MatchLog.open(database)
     except sqlite3.OperationalError as error:  # passes: exit 1, so that systemd tries again
@@ -299,119 +295,3 @@ def _check_watches(settings: Config) -> None:
             f"{needed} folders need an inotify watch each and {left} are left: "
             "raise fs.inotify.max_user_watches with sysctl."
         )
-
-
-@click.command()
-@click.version_option(package_name="product-image-classifier")
-@click.option("--model", required=True, type=_PATH, help="ONNX file made by pic-export.")
-@click.option(
-    "--describe", type=_PATH, help="Descriptor: names products together with --index."
-)
-@click.option("--index", type=_PATH, help="Catalog index made by pic-index.")
-@click.option("--provider", type=_PROVIDERS, default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option(
-    "--recursive",
-    type=_PATH,
-    metavar="DIR",
-    help="All images below DIR, into --database; stopped, it can go on.",
-)
-@click.option("--database", type=_PATH, help="The match log for --recursive.")
-@click.argument("images", nargs=-1, type=_PATH, metavar="IMAGE...")
-def classify(model: Path, describe: Path | None, index: Path | None, provider: Any,
-             as_json: bool, recursive: Path | None, database: Path | None,
-             images: tuple[Path, ...]) -> None:  # fmt: skip
-    """Classify images once and print the result; exit 2 if one could not be read.
-
-    With --recursive the results go into a match log, those that failed among them.
-
-    Example: pic-classify --model model.onnx --json photo.jpg
-
-    Example: pic-classify --model model.onnx --recursive archive --database archive.db
-    """
-    if bool(recursive) != bool(database) or bool(recursive) == bool(images):
-        raise click.UsageError("Name images, or --recursive DIR with --database FILE.")
-    loaded = load_model(model, provider)
-    if bool(describe) != bool(index):
-        raise InputError("descriptor and index go together: give --describe and --index.")
-    identifier = load_identifier(describe, index, provider) if describe and index else None
-    if recursive and database:
-        if as_json:
-            raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
-        _classify_archive(recursive, database, loaded, identifier)
-        return
-    failures = 0
-    for start in range(0, len(images), _BATCH):
-        for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
-            failures += row["status"] == "failed"
-            if as_json:
-                click.echo(json.dumps(row))
-            else:
-                score = "" if row["score"] is None else f"{row['score']:.6f}"
-                tail = f"  ({row['error']})" if row["error"] else ""
-                if item := row.get("catalog_item"):
-                    tail += f"  {item!r} ({row['joint_score']:.3f})"
-                click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
-    if failures:
-        raise InputError(f"{failures} of {len(images)} images could not be classified.")
-
-
-def _classify_archive(
-    folder: Path, database: Path, model: Model, identifier: Identifier | None
-) -> None:
-    if not folder.is_dir():  # before a database is made for it
-        raise InputError(f"{folder} is not a folder.")
-    log = _opened(database)
-    try:
-        counts = classify_folder(folder, model, log, identifier)
-    finally:
-        log.close()
-    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
-
-
-def _classify_batch(
-    model: Model, identifier: Identifier | None, paths: Sequence[Path]
-) -> list[dict[str, Any]]:
-    readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
-    gate = model.info.gate_threshold if identifier else None
-    verdicts = iter(model.judge([r.image for r in readings if r.image], gate))
-    rows = []
-    for path, reading in zip(paths, readings, strict=True):
-        verdict = next(verdicts) if reading.image else None
-        gone = "no such file" if reading.stamp is None else "changed while being read"
-        row = {
-            "path": text_of(str(path)),
-            "status": verdict.status if verdict else "failed",
-            "score": verdict.score if verdict else None,
-            "threshold": model.info.threshold,
-            "error": verdict.reason if verdict else reading.error or gone,
-        }
-        if identifier and verdict:
-            row |= _second_look(model, identifier, reading, verdict)
-        rows.append(row)
-    return rows
-
-
-def _second_look(
-    model: Model, identifier: Identifier, reading: Reading, verdict: Verdict
-) -> dict[str, Any]:
-    """What descriptor and index change of a row."""
-    row: dict[str, Any] = {"status": "no-match", "threshold": model.info.gate_threshold}
-    if verdict.reason or verdict.score < model.info.gate_threshold:
-        return row
-    size = identifier.descriptor.info.input_size
-    (seen,) = look_closer(reading.path, reading.sha256, size, MAX_PIXELS)
-    if not isinstance(seen, CloserReading):
-        problem = seen.error or "changed while being read"
-        return {"status": "failed", "score": None, "error": problem}
-    (found,) = identifier.identify([seen.closeup])
-    if not found:
-        return row
-    return row | {
-        "status": "match" if found.matched else "no-match",
-        "catalog_item": text_of(found.item),
-        "similarity": found.similarity,
-        "joint_score": found.score,
-        "joint_threshold": found.threshold,
-    }

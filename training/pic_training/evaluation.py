@@ -11,115 +11,29 @@ is the share of copies whose catalog item a method puts first, whatever its scor
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from multiprocessing.pool import Pool
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pic_daemon.cascade import Identifier
-from pic_daemon.confirmation import Landmarks, agreement
-from pic_daemon.identification import CANDIDATES, Closeup, joint_score, look_at
-from pic_daemon.images import Pixels, decode, open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import threshold_for
-from pic_training.augmentation import Augmentation, augment
 from pic_training.edits import EDITS
-from pic_training.peers import Bits, nearest, peers
+from pic_training.evaluation_scores import (
+    AUGMENTED,
+    CASCADE,
+    OURS,
+    UNGATED,
+    Sample,
+    Scored,
+    Scorer,
+)
 from pic_training.sources import Source, Sources
 from pic_training.threshold import Confusion, confusion
 
-OURS = "model"
-DESCRIPTOR = "descriptor"
-UNGATED = "cascade, no gate"
-CASCADE = "cascade"
-_AUGMENTED = -1  # in place of an edit's number: the training augmentation
-_CHUNK = 64
 _NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-_Row = list[tuple[float, float, str]]  # of one sample: cosine, agreement, item
-_Job = tuple["Sample", Source, Path, int, int, int | None]
-
-
-@dataclass(frozen=True)
-class _Features:
-    """What every method needs of one edited picture."""
-
-    pixels: Pixels
-    blank: bool
-    hashes: list[Bits | None]
-    closeup: Closeup | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture, by its position among the sources, and what is done to it.
-
-    `edit` is a position in EDITS, or -1 for the training augmentation.
-    """
-
-    picture: int
-    edit: int
-    number: int
-
-
-@dataclass(frozen=True)
-class Proposed:
-    """What the descriptor proposes for N samples, nearest first: shape (N, CANDIDATES).
-
-    Cosines and agreements are float64, 0 where fewer are proposed; `items` are their
-    names, '' there; `own` marks the picture that the sample was made from.
-    """
-
-    cosines: NDArray[np.float64]
-    agreements: NDArray[np.float64]
-    items: NDArray[np.object_]
-    own: NDArray[np.bool_]
-
-    @property
-    def joint(self) -> NDArray[np.float64]:
-        """The joint scores that the service would decide by."""
-        both = zip(self.cosines.flat, self.agreements.flat, strict=True)
-        scores = [joint_score(cosine, agreed) for cosine, agreed in both]
-        return np.array(scores).reshape(self.cosines.shape)
-
-    @property
-    def best(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Where the greatest joint score of each sample is."""
-        return np.arange(len(self.joint)), self.joint.argmax(axis=1)
-
-    def only(self, chosen: NDArray[np.bool_]) -> "Proposed":
-        """Those of some samples."""
-        return Proposed(
-            self.cosines[chosen], self.agreements[chosen], self.items[chosen],
-            self.own[chosen],
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Samples of one part of the evaluation with every method's scores, shape (N,).
-
-    `named`: whether a method that names items puts the sample's own picture first.
-    """
-
-    samples: list[Sample]
-    scores: dict[str, NDArray[np.float64]]
-    named: dict[str, NDArray[np.bool_]]
-    proposed: Proposed | None
-
-    def only(self, chosen: NDArray[np.bool_]) -> "Scored":
-        """Some of the samples."""
-        return Scored(
-            [s for s, keep in zip(self.samples, chosen, strict=True) if keep],
-            {name: values[chosen] for name, values in self.scores.items()},
-            {name: right[chosen] for name, right in self.named.items()},
-            self.proposed and self.proposed.only(chosen),
-        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +158,7 @@ def evaluate(
     calibration, test = halves(alike, sources)
 
     augmented = [
-        Sample(int(draw.choice(group)), _AUGMENTED, number)
+        Sample(int(draw.choice(group)), AUGMENTED, number)
         for number in range(plan.published // 2)
         for group in (catalog, general or alike)
     ]
@@ -257,7 +171,7 @@ def evaluate(
     # Not forked: this process holds onnxruntime's threads.
     context = multiprocessing.get_context("forkserver")
     with context.Pool(os.cpu_count(), signal.signal, _NO_INTERRUPT) as pool:
-        scorer = _Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
+        scorer = Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
         *scored, published = map(scorer.score, parts)
     is_ours = np.array([s.picture in set(catalog) for s in published.samples])
     drawn_from = np.array([s.picture for s in published.samples])
@@ -289,18 +203,6 @@ def evaluate(
     )
 
 
-def sample_file(sample: Sample, source: Source, file: Path, seed: int) -> bytes:
-    """The edited file of a sample, the same every time."""
-    data = np.memmap(file, np.uint8, "r")
-    shape = (source.height, source.width, 3)
-    pixels = data[source.offset : source.offset + int(np.prod(shape))].reshape(shape)
-    draw = np.random.default_rng([seed, sample.picture, sample.edit + 1, sample.number])
-    image = Image.fromarray(pixels)
-    if sample.edit == _AUGMENTED:
-        return augment(image, draw, Augmentation())
-    return EDITS[sample.edit].apply(image, draw)
-
-
 def halves(pictures: Sequence[int], sources: Sources) -> tuple[list[int], list[int]]:
     """Pictures, by their positions, that calibrate and that test: whole groups each."""
     groups = sorted({sources.pictures[n].group for n in pictures})
@@ -326,124 +228,6 @@ def _mixed(pictures: list[int], count: int, draw: np.random.Generator) -> list[S
         for picture in pictures
         for edit in draw.choice(len(EDITS), count, replace=False)
     ]
-
-
-class _Scorer:
-    """Turns samples into every method's scores."""
-
-    def __init__(
-        self,
-        pool: Pool,
-        model: Model,
-        identifier: Identifier | None,
-        sources: Sources,
-        catalog: Sequence[int],
-        seed: int,
-        show: Callable[[int], None],
-    ) -> None:
-        self._pool = pool
-        self._model = model
-        self._identifier = identifier
-        self._sources = sources
-        self._seed = seed
-        self._show = show
-        self._catalog = np.array(catalog)
-        self._names = [peer.name for peer in peers()]
-        known = self._features([Sample(n, 0, 0) for n in catalog])
-        self._known = list(zip(*(found.hashes for found in known), strict=True))
-
-    def score(self, samples: list[Sample]) -> Scored:
-        """Every method's scores; a blank picture has none, whatever the method."""
-        ours: list[float] = []
-        passed: list[bool] = []
-        blank: list[bool] = []
-        hashes: list[list[Bits | None]] = []
-        rows: list[_Row] = []
-        features = self._features(samples)
-        while chunk := list(islice(features, _CHUNK)):
-            pixels = np.stack([one.pixels for one in chunk])
-            ours += self._model.score(pixels).tolist()
-            blank += [one.blank for one in chunk]
-            hashes += [one.hashes for one in chunk]
-            if self._identifier:
-                closeups = [one.closeup for one in chunk if one.closeup]
-                rows += self._identified(self._identifier, closeups)
-                least = self._model.info.gate_threshold
-                passed += (self._model.gate_score(pixels, least) >= least).tolist()
-            self._show(len(chunk))
-        scores = {OURS: np.array(ours)}
-        named: dict[str, NDArray[np.bool_]] = {}
-        pictures = np.array([sample.picture for sample in samples])
-        columns = zip(*hashes, strict=True)
-        for name, column, known in zip(self._names, columns, self._known, strict=True):
-            scores[name], places = nearest(column, known)
-            named[name] = (places >= 0) & (self._catalog[places] == pictures)
-        found = None
-        if self._identifier:
-            found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
-            scores[DESCRIPTOR] = found.cosines[:, 0].copy()
-            scores[UNGATED] = found.joint[found.best]
-            scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
-            named[DESCRIPTOR] = found.own[:, 0]
-            named[UNGATED] = named[CASCADE] = found.own[found.best]
-        for values in scores.values():
-            values[np.array(blank)] = 0.0
-        return Scored(samples, scores, named, found)
-
-    def _identified(
-        self, identifier: Identifier, closeups: Sequence[Closeup]
-    ) -> list[_Row]:
-        candidates = identifier.candidates(closeups)
-        pairs = [
-            (one.landmarks, [c.landmarks for c in near])
-            for one, near in zip(closeups, candidates, strict=True)
-        ]
-        agreed = self._pool.map(_agreed, pairs, chunksize=4)
-        return [
-            [(c.similarity, value, c.item) for c, value in zip(near, values, strict=True)]
-            for near, values in zip(candidates, agreed, strict=True)
-        ]
-
-    def _features(self, samples: list[Sample]) -> Iterator[_Features]:
-        pictures, size = self._sources.pictures, self._model.info.input_size
-        closer = self._identifier.descriptor.info.input_size if self._identifier else None
-        jobs = [
-            (s, pictures[s.picture], self._sources.file, self._seed, size, closer)
-            for s in samples
-        ]
-        return self._pool.imap(_features, jobs, chunksize=_CHUNK)
-
-
-def _features(job: _Job) -> _Features:
-    sample, source, file, seed, size, closer = job
-    data = sample_file(sample, source, file, seed)
-    image, _ = open_rgb(data, 256)
-    decoded = decode(data, size)
-    closeup = look_at(data, closer) if closer else None
-    hashes = [peer.hash(image) for peer in peers()]
-    return _Features(decoded.pixels, decoded.blank, hashes, closeup)
-
-
-def _proposed(rows: Sequence[_Row], paths: Sequence[str]) -> Proposed:
-    padded = [[*row, *[(0.0, 0.0, "")] * (CANDIDATES - len(row))] for row in rows]
-    cosines, agreements, items = (
-        [[found[part] for found in row] for row in padded] for part in range(3)
-    )
-    own = [
-        [bool(item) and path.endswith(f"/{item}") for item in row]
-        for path, row in zip(paths, items, strict=True)
-    ]
-    return Proposed(
-        np.maximum(0.0, np.array(cosines)),
-        np.array(agreements),
-        np.array(items, dtype=object),
-        np.array(own),
-    )
-
-
-def _agreed(pair: tuple[Landmarks, list[bytes]]) -> list[float]:
-    query, items = pair
-    return [agreement(query, Landmarks.from_bytes(item)) for item in items]
 
 
 def _compare(name: str, positives: Scored, decoys: Scored, threshold: float) -> Confusion:

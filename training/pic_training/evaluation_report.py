@@ -15,14 +15,8 @@ from pic_daemon.images import open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import Interval
 from pic_training.edits import EDITS
-from pic_training.evaluation import (
-    OURS,
-    Evaluation,
-    MethodResult,
-    Plan,
-    Scored,
-    sample_file,
-)
+from pic_training.evaluation import Evaluation, MethodResult, Plan
+from pic_training.evaluation_scores import OURS, Scored, sample_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -10,12 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
-import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,19 +23,13 @@ from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
 from pic_daemon.images import ImageError, is_blank, open_rgb
+from pic_training.near_duplicates import Look, copies, groups_of, look_of
 
 Split = Literal["train", "val"]
 Kind = Literal["catalog", "other"]
 
 VALIDATION_SHARE = 0.2
 """Share of the other images held back where no folder for validation is given."""
-
-# A copy: perceptual hashes (64 bits) this near, and 32 x 32 thumbnails this alike
-# (mean absolute difference in levels). The hash alone would also take another
-# colour of the same product for a copy; the thumbnail keeps those as decoys.
-_COPY_HASH_DISTANCE = 10
-_COPY_LEVELS = 10.0
-_THUMBNAIL = 32
 
 
 @dataclass(frozen=True)
@@ -118,8 +111,7 @@ class _Decoded:
     sha256: str
     pixels: NDArray[np.uint8]
     stored: tuple[int, int]
-    hash: int
-    thumbnail: NDArray[np.int16]
+    look: Look
 
 
 @dataclass(frozen=True)
@@ -187,7 +179,7 @@ def gather(
         origins.append(_Origin("other", "val", others_val))
     found, left_out = _decode_into(file, origins, side)
     found = _without(found, _copies_among_others(found), left_out)
-    groups = _near_duplicates([f.decoded for f in found if f.kind == "other"])
+    groups = groups_of({f.sha256: f.decoded.look for f in found if f.kind == "other"})
     found = _without(found, _leaking(found, groups), left_out)
     held_back = _held_back([groups[f.sha256] for f in found if f.split is None])
     pictures = tuple(
@@ -260,7 +252,7 @@ def _reason_against(
         overlap = ": the folders overlap" if origin.folder else ""
         return f"it takes part already{overlap}"
     # The service never matches one, whatever a network learned.
-    if origin.kind == "catalog" and is_blank(item.thumbnail.astype(np.uint8)):
+    if origin.kind == "catalog" and is_blank(item.look.thumbnail.astype(np.uint8)):
         return "nearly uniform picture: nothing to recognise"
     return None
 
@@ -327,35 +319,27 @@ def _decode(path: str, side: int) -> _Decoded | LeftOut:
     except ImageError as error:
         return LeftOut(path, str(error))
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    small = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
-    bits = imagehash.phash(image).hash.ravel()
     return _Decoded(
-        path,
-        hashlib.sha256(data).hexdigest(),
-        np.asarray(image),
-        stored,
-        int("".join("1" if bit else "0" for bit in bits), 2),
-        np.asarray(small, dtype=np.int16),
+        path, hashlib.sha256(data).hexdigest(), np.asarray(image), stored, look_of(image)
     )
 
 
 def _without_pixels(item: _Decoded) -> _Decoded:
     # The copy keeps the shape and gives the memory back.
     shape_only = np.broadcast_to(np.uint8(0), item.pixels.shape)
-    return _Decoded(
-        item.path, item.sha256, shape_only, item.stored, item.hash, item.thumbnail
-    )
+    return replace(item, pixels=shape_only)
 
 
 def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
     """Path of each other image that is a copy of a catalog image -> of which."""
     catalog = [f.decoded for f in found if f.kind == "catalog"]
-    hashes = np.array([d.hash for d in catalog], dtype=np.uint64)
-    copies = {}
-    for f in found:
-        if f.kind == "other" and (twins := _twins(f.decoded, catalog, hashes)):
-            copies[f.path] = f"copy of {catalog[twins[0]].path}"
-    return copies
+    others = [f.decoded for f in found if f.kind == "other"]
+    twins = copies([d.look for d in others], [d.look for d in catalog])
+    return {
+        other.path: f"copy of {catalog[alike[0]].path}"
+        for other, alike in zip(others, twins, strict=True)
+        if alike
+    }
 
 
 def _leaking(found: Sequence[_Found], groups: dict[str, str]) -> dict[str, str]:
@@ -368,35 +352,6 @@ def _leaking(found: Sequence[_Found], groups: dict[str, str]) -> dict[str, str]:
         for f in found
         if f.split == "val" and groups[f.sha256] in trained_on
     }
-
-
-def _near_duplicates(items: Sequence[_Decoded]) -> dict[str, str]:
-    """Content hash of each picture -> smallest content hash of its near-duplicates."""
-    hashes = np.array([d.hash for d in items], dtype=np.uint64)
-    group = {d.sha256: d.sha256 for d in items}
-
-    def root(sha256: str) -> str:
-        while group[sha256] != sha256:
-            sha256 = group[sha256]
-        return sha256
-
-    for item in items:
-        for index in _twins(item, items, hashes):
-            one, other = sorted((root(item.sha256), root(items[index].sha256)))
-            group[other] = one
-    return {sha256: root(sha256) for sha256 in group}
-
-
-def _twins(
-    item: _Decoded, among: Sequence[_Decoded], hashes: NDArray[np.uint64]
-) -> list[int]:
-    """Positions in `among`, whose hashes are given, of pictures that look the same."""
-    distance = np.bitwise_count(hashes ^ np.uint64(item.hash))
-    return [
-        index
-        for index in np.flatnonzero(distance <= _COPY_HASH_DISTANCE).tolist()
-        if np.abs(among[index].thumbnail - item.thumbnail).mean() <= _COPY_LEVELS
-    ]
 
 
 def _held_back(groups: Sequence[str]) -> set[str]:
