@@ -18,10 +18,10 @@ _THUMBNAIL = 32
 
 @dataclass(frozen=True)
 class Look:
-    """What a picture is compared by: pHash, 64 bits, and a thumbnail, int16 (32, 32, 3)."""
+    """What a picture is compared by: pHash, 64 bits, and a thumbnail, uint8 (32, 32, 3)."""
 
     hash: int
-    thumbnail: NDArray[np.int16]
+    thumbnail: NDArray[np.uint8]
 
 
 def look_of(image: Image.Image) -> Look:
@@ -29,34 +29,44 @@ def look_of(image: Image.Image) -> Look:
     small = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
     bits = imagehash.phash(image).hash.ravel()
     number = int("".join("1" if bit else "0" for bit in bits), 2)
-    return Look(number, np.asarray(small, dtype=np.int16))
+    return Look(number, np.asarray(small))
 
 
-def copies(looks: Sequence[Look], among: Sequence[Look]) -> Iterator[list[int]]:
-    """For each of `looks` the positions in `among` of what looks the same."""
-    hashes = np.array([look.hash for look in among], dtype=np.uint64)
+def first_copies(looks: Sequence[Look], among: Sequence[Look]) -> Iterator[int | None]:
+    """For each of `looks` the position in `among` of the first that looks the same."""
+    hashes = _hashes(among)
     for look in looks:
-        distance = np.bitwise_count(hashes ^ np.uint64(look.hash))
-        yield [
-            index
-            for index in np.flatnonzero(distance <= _HASH_DISTANCE).tolist()
-            if np.abs(among[index].thumbnail - look.thumbnail).mean() <= _LEVELS
-        ]
+        near = np.flatnonzero(_near(look, hashes)).tolist()
+        yield next((n for n in near if _alike(look, among[n])), None)
 
 
 def groups_of(looks: dict[str, Look]) -> dict[str, str]:
     """Name of each picture -> smallest name of those it is linked to, copy by copy."""
-    names = list(looks)
-    group = {name: name for name in names}
+    names, all_looks = list(looks), list(looks.values())
+    hashes = _hashes(all_looks)
+    group = np.arange(len(names))
+    for number, look in enumerate(all_looks):
+        # Only across groups: thousands of frames of one scene are millions of pairs.
+        for near in np.flatnonzero(_near(look, hashes) & (group != group[number])).tolist():
+            if group[near] != group[number] and _alike(look, all_looks[near]):
+                group[group == group[near]] = group[number]
+    smallest: dict[int, str] = {}
+    for name, number in zip(names, group.tolist(), strict=True):
+        smallest[number] = min(name, smallest.get(number, name))
+    return {name: smallest[n] for name, n in zip(names, group.tolist(), strict=True)}
 
-    def root(name: str) -> str:
-        while group[name] != name:
-            name = group[name]
-        return name
 
-    found = copies(list(looks.values()), list(looks.values()))
-    for name, twins in zip(names, found, strict=True):
-        for index in twins:
-            one, other = sorted((root(name), root(names[index])))
-            group[other] = one
-    return {name: root(name) for name in names}
+def _hashes(looks: Sequence[Look]) -> NDArray[np.uint64]:
+    return np.array([look.hash for look in looks], dtype=np.uint64)
+
+
+def _near(look: Look, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    near: NDArray[np.bool_] = (
+        np.bitwise_count(hashes ^ np.uint64(look.hash)) <= _HASH_DISTANCE
+    )
+    return near
+
+
+def _alike(one: Look, other: Look) -> bool:
+    difference = one.thumbnail.astype(np.int16) - other.thumbnail
+    return bool(np.abs(difference).mean() <= _LEVELS)

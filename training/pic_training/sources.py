@@ -23,7 +23,7 @@ from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
 from pic_daemon.images import ImageError, is_blank, open_rgb
-from pic_training.near_duplicates import Look, copies, groups_of, look_of
+from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
 
 Split = Literal["train", "val"]
 Kind = Literal["catalog", "other"]
@@ -252,7 +252,7 @@ def _reason_against(
         overlap = ": the folders overlap" if origin.folder else ""
         return f"it takes part already{overlap}"
     # The service never matches one, whatever a network learned.
-    if origin.kind == "catalog" and is_blank(item.look.thumbnail.astype(np.uint8)):
+    if origin.kind == "catalog" and is_blank(item.look.thumbnail):
         return "nearly uniform picture: nothing to recognise"
     return None
 
@@ -334,11 +334,11 @@ def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
     """Path of each other image that is a copy of a catalog image -> of which."""
     catalog = [f.decoded for f in found if f.kind == "catalog"]
     others = [f.decoded for f in found if f.kind == "other"]
-    twins = copies([d.look for d in others], [d.look for d in catalog])
+    twins = first_copies([d.look for d in others], [d.look for d in catalog])
     return {
-        other.path: f"copy of {catalog[alike[0]].path}"
-        for other, alike in zip(others, twins, strict=True)
-        if alike
+        other.path: f"copy of {catalog[twin].path}"
+        for other, twin in zip(others, twins, strict=True)
+        if twin is not None
     }
 
 

@@ -1,0 +1,34 @@
+from pictures import product
+from PIL import Image
+
+from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
+
+
+def moved(image: Image.Image, pixels: int) -> Look:
+    """The look of a frame whose camera has moved to the right."""
+    return look_of(image.crop((pixels, 0, image.width, image.height)))
+
+
+def test_a_copy_is_found_and_another_colour_is_none() -> None:
+    picture = product(1)
+    red, green, blue = picture.split()
+    smaller = look_of(picture.resize((90, 90)))
+    recoloured = look_of(Image.merge("RGB", (blue, red, green)))
+    among = [look_of(product(2)), look_of(picture), look_of(picture)]
+    assert list(first_copies([smaller, recoloured], among)) == [1, None]
+
+
+def test_a_chain_of_copies_is_one_group_under_its_smallest_name() -> None:
+    picture = product(3)
+    steps = {f"frame-{n:02d}": moved(picture, n) for n in range(20)}
+    first, last = steps["frame-00"], steps["frame-19"]
+    assert list(first_copies([first], [last])) == [None], "the ends are not alike"
+    groups = groups_of({"another": look_of(product(4)), **dict(reversed(steps.items()))})
+    assert groups == {"another": "another", **dict.fromkeys(steps, "frame-00")}
+
+
+def test_thousands_of_frames_of_one_scene_are_one_group() -> None:
+    """Compared pair by pair these would take a quarter of an hour."""
+    look = look_of(product(5))
+    frames = {f"{n:05d}": Look(look.hash, look.thumbnail) for n in range(10_000)}
+    assert set(groups_of(frames).values()) == {"00000"}
