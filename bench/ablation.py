@@ -54,7 +54,9 @@ class Variant:
     bent by an exponent of their own; `own` is the share of the decoys that are catalog
     pictures, recoloured, mirrored and turned upside down, each with the probability that
     `own_...` says. `decoy_area` is the least share of its area that a decoy is cropped
-    to."""
+    to; `turned` is the share of the decoys that is turned by one, two or three quarters.
+    `mixup` is the parameter of the Beta distribution by which pictures and labels of a
+    batch are blended (Zhang et al. 2018)."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -81,6 +83,8 @@ class Variant:
     own_recoloured: float = 0.0
     own_upside: float = 1.0
     decoy_area: float = 0.5
+    turned: float = 0.0
+    mixup: float = 0.0
     seed: int = 0
 
 
@@ -121,6 +125,8 @@ VARIANTS = {
     "bent, a quarter the catalog's recoloured": replace(
         BENT, own=0.25, own_upside=0.0, own_recoloured=1.0
     ),
+    "bent, half of them turned besides": replace(BENT, turned=0.5),
+    "bent, mixup 0.4": replace(BENT, mixup=0.4),
     "those, both": BOTH,
     "those, both, --naming 0.4": replace(BOTH, naming=0.4),
     "those, both, --naming 1": replace(BOTH, naming=1.0),
@@ -246,6 +252,8 @@ def train(variant: Variant, data: Data) -> Normalised:
     for step in range(len(order) // variant.batch):
         index = order[step * variant.batch : (step + 1) * variant.batch]
         images, labels = altered(samples[index], variant), (index % 2).float()
+        if variant.mixup:
+            images, labels = mixed(images, labels, variant.mixup)
         for group in optimizer.param_groups:
             group["lr"] = rate(variant, step / steps)
         optimizer.zero_grad()
@@ -306,9 +314,25 @@ def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
         images[: 2 * some : 2] = (both / 2).to(torch.uint8)
     if variant.varied:
         images[::2] = varied(decoys, variant)
+    if variant.turned:
+        decoys = images[::2].clone()
+        turned = torch.rand(len(decoys)) < variant.turned
+        quarters = int(torch.randint(1, 4, ()))
+        decoys[turned] = decoys[turned].rot90(quarters, (1, 2))
+        images[::2] = decoys
     if variant.own:
         images[::2] = owned(images[::2], images[1::2], variant)
     return images
+
+
+def mixed(
+    images: torch.Tensor, labels: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch and its labels, each blended with another of it."""
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(images))
+    blend = images.float().lerp(images[order].float(), 1 - share)
+    return blend.round().to(torch.uint8), labels.lerp(labels[order], 1 - share)
 
 
 def owned(decoys: torch.Tensor, catalog: torch.Tensor, variant: Variant) -> torch.Tensor:

@@ -81,7 +81,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     "--lr",
     type=FiniteRange(0, min_open=True),
     help="At the start; falls to zero along a half cosine [classify: cnn 0.05, resnet50 "
-    "0.01, after a head start 0.0005; describe: cnn 0.001, resnet50 0.0001].",
+    "0.01, after a head start 0.0001; describe: cnn 0.001, resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",

@@ -230,7 +230,7 @@ ARCHITECTURES = {
         lr=0.01,
         momentum=0.9,
         batch_size=32,
-        fitted_lr=0.0005,
+        fitted_lr=0.0001,
     ),
 }
 
