@@ -62,7 +62,7 @@ class Backlog:
     def look_at_folders(self) -> bool:
         """Find out which folders answer; whether one ceased to that has files in hand."""
         ceased = [scanner for scanner in self._scanners if scanner.judge()]
-        return any(self._scanner_of(path) in ceased for path in self.in_hand)
+        return bool(ceased) and any(self._scanner_of(p) in ceased for p in self.in_hand)
 
     def folders_offline(self) -> list[str]:
         """The names of the folders that are gone or do not answer."""

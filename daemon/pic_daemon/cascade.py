@@ -18,6 +18,7 @@ import numpy as np
 from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
 from pic_daemon.config import Config
 from pic_daemon.descriptor import Descriptor, load_descriptor
+from pic_daemon.folders import text_of
 from pic_daemon.identification import (
     Candidate,
     CloserReading,
@@ -225,9 +226,9 @@ class Cascade:
         if found:
             outcome = replace(
                 outcome,
-                catalog_item=found.item,
+                catalog_item=text_of(found.item),
                 similarity=found.similarity,
-                runner_up=found.runner_up,
+                runner_up=found.runner_up and text_of(found.runner_up),
                 runner_up_similarity=found.runner_up_similarity,
                 joint_score=found.score,
                 joint_threshold=found.threshold,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Hook = Literal["webhook", "command"]
 
 _LONGEST_WAIT_S = 600.0  # between two attempts at one delivery
+_DOUBLINGS = 20  # more than any wait, and far from what overflows
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def note(
     lost = [a for a in failed if now - a.delivery.queued_at >= give_up_after]
     rows = [
         [
-            None if a in lost else now + min(2.0**a.delivery.attempts, _LONGEST_WAIT_S),
+            None if a in lost else now + doubled(a.delivery.attempts, _LONGEST_WAIT_S),
             a.error,
             a.delivery.id,
         ]
@@ -137,6 +138,11 @@ def note(
         db.rollback()
         raise
     return lost
+
+
+def doubled(times: int, longest: float) -> float:
+    """A second doubled so many times, at most `longest` seconds."""
+    return min(2.0 ** min(times, _DOUBLINGS), longest)
 
 
 def counts(db: sqlite3.Connection, hook: Hook) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from pic_daemon.config import Config
-from pic_daemon.deliveries import Attempt, Delivery, Hook, counts, due, note
+from pic_daemon.deliveries import Attempt, Delivery, Hook, counts, doubled, due, note
 from pic_daemon.health import Health
 from pic_daemon.hooks import NotDelivered, post, run_command
 
@@ -73,7 +73,7 @@ class Dispatcher:
             made = self._make(group)
             self._note(db, made)
             if self._failures >= _DOWN_AFTER:
-                self.stop.wait(min(2.0 ** (self._failures - _DOWN_AFTER), _LONGEST_PAUSE_S))
+                self.stop.wait(doubled(self._failures - _DOWN_AFTER, _LONGEST_PAUSE_S))
             elif not made:
                 self.stop.wait(_LOOK_S)
 

@@ -19,7 +19,11 @@ EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
 
 @dataclass(frozen=True)
 class FileStamp:
-    """How a file looked at one moment: size in bytes, mtime in ns, inode number."""
+    """How a file looked at one moment: size in bytes, mtime in ns, inode number.
+
+    The last two wrapped into 64 bits with a sign, which is what SQLite stores: an mtime
+    after 2262 and the highest inode numbers have more.
+    """
 
     bytes: int
     mtime_ns: int
@@ -28,7 +32,11 @@ class FileStamp:
     @classmethod
     def of(cls, status: os.stat_result) -> "FileStamp":
         """The stamp in a stat result."""
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        mtime_ns, inode = (
+            (number + 2**63) % 2**64 - 2**63
+            for number in (status.st_mtime_ns, status.st_ino)
+        )
+        return cls(status.st_size, mtime_ns, inode)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,9 @@ from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
 from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
+
+_SAME_BYTES = "same bytes as "
+_PASSING = ("cannot be read", "decoding needs more memory")  # how such reasons begin
 
 SLICE = 64
 """Pictures described between two reports, and held in memory at a time."""
@@ -84,12 +87,15 @@ def update(
         if name in before and _unchanged(index.items[before[name]], stamp)
     }
     refused = {r.name: r for r in index.refused}
+    names_kept = {index.items[number].name for number in kept}
     refused = {
         name: refused[name]
         for name, stamp in there.items()
-        if name in refused and _unchanged(refused[name], stamp)
+        if name in refused
+        and _unchanged(refused[name], stamp)
+        and _still_holds(refused[name].reason, names_kept)
     }
-    known = refused.keys() | {index.items[number].name for number in kept}
+    known = refused.keys() | names_kept
     todo = [name for name in there if name not in known]
     done, fresh = Update(), {}
     contents = {item.sha256: n for n, item in index.items.items()}
@@ -108,7 +114,7 @@ def update(
             item = Item(name, one.sha256, stamp.bytes, stamp.mtime_ns)
             twin = contents.get(one.sha256)
             if twin in kept:
-                reason = f"same bytes as {index.items[twin].name}"
+                reason = _SAME_BYTES + index.items[twin].name
                 refused[name] = Refused(name, stamp.bytes, stamp.mtime_ns, reason)
                 done.refused.append(refused[name])
             elif twin is not None:
@@ -222,6 +228,13 @@ def _agreement(pair: tuple[bytes, bytes]) -> float:
 
 def _unchanged(known: Item | Refused, stamp: FileStamp) -> bool:
     return (known.bytes, known.mtime_ns) == (stamp.bytes, stamp.mtime_ns)
+
+
+def _still_holds(reason: str, names_kept: Collection[str]) -> bool:
+    """Whether a file that did not change since is refused for the same reason today."""
+    if reason.startswith(_SAME_BYTES):
+        return reason.removeprefix(_SAME_BYTES) in names_kept
+    return not reason.startswith(_PASSING)
 
 
 def _first(refused: dict[str, Refused]) -> str:

@@ -39,9 +39,9 @@ class Outcome:
     `seen_at` and `classified_at` are POSIX times in seconds. `score` and
     `threshold` are in [0, 1], None with status ``failed``. `error` says why an image
     failed, or why it was not judged by its score. `catalog_item` is the nearest product's
-    path within the catalog, `similarity` its cosine, `runner_up` the nearest other
-    product; all None where no index was asked, else `catalog_index` is its SHA-256 and
-    `joint_score`, in [0, 1], decided by `joint_threshold`.
+    path within the catalog, as `text_of` writes it, `similarity` its cosine, `runner_up`
+    the nearest other product; all None where no index was asked, else `catalog_index` is
+    its SHA-256 and `joint_score`, in [0, 1], decided by `joint_threshold`.
     """
 
     path: str
@@ -233,8 +233,8 @@ class MatchLog:
                 o.status, o.score, o.threshold, model.sha256, iso_time(o.seen_at),
                 iso_time(o.classified_at),
                 round(max(0.0, o.classified_at - o.seen_at) * 1000, 3),
-                o.error, o.stamp.mtime_ns, o.stamp.inode, _name(o.catalog_item),
-                o.similarity, _name(o.runner_up), o.runner_up_similarity, o.catalog_index,
+                o.error, o.stamp.mtime_ns, o.stamp.inode, o.catalog_item,
+                o.similarity, o.runner_up, o.runner_up_similarity, o.catalog_index,
                 o.joint_score, o.joint_threshold,
             ]
             for o in outcomes
@@ -372,7 +372,3 @@ class MatchLog:
             self._db.conn.rollback()
             raise
         self._db.conn.commit()
-
-
-def _name(item: str | None) -> str | None:
-    return None if item is None else text_of(item)

@@ -82,8 +82,9 @@ def resample(counts: Floats, draw: np.random.Generator) -> Floats:
     pictures = len(counts)
     if pictures == 0:
         return np.zeros((_RESAMPLES, counts.shape[1]))
-    weights = draw.multinomial(pictures, np.full(pictures, 1 / pictures), _RESAMPLES)
-    return np.asarray(weights @ counts)
+    even = np.full(pictures, 1 / pictures)
+    # One by one: all at once would be a thousand numbers for each picture.
+    return np.stack([draw.multinomial(pictures, even) @ counts for _ in range(_RESAMPLES)])
 
 
 def interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:

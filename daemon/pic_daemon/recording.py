@@ -90,7 +90,7 @@ def _report(outcome: Outcome) -> None:
         logger.warning("failed path=%r reason=%r", path, outcome.error)
     else:
         level = logging.INFO if outcome.status == "match" else logging.DEBUG
-        item = outcome.catalog_item and text_of(outcome.catalog_item)
+        item = outcome.catalog_item
         named = f" item={item!r} joint={outcome.joint_score:.3f}" if item else ""
         message = "%s path=%r score=%.6f%s"
         logger.log(level, message, outcome.status, path, outcome.score, named)

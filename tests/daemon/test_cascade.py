@@ -1,6 +1,7 @@
 """The second stage: the service with a descriptor and a catalog index, as a process."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -71,6 +72,27 @@ def test_a_match_names_its_catalog_item_and_the_runner_up(
     strange = found["strange.jpg"]
     assert strange["status"] == "no-match"
     assert strange["catalog_index"] == found["small-1.jpg"]["catalog_index"]
+
+
+def test_an_item_whose_name_is_not_utf8_is_named_and_told_readably(
+    daemon: DaemonProcess, indexed: Indexed, descriptor_file: Path, tmp_path: Path
+) -> None:
+    (picture,) = write_products(tmp_path / "catalog", [1])
+    os.rename(picture, os.path.join(os.fsencode(picture.parent), b"caf\xe9.jpg"))
+    told = tmp_path / "told"
+    daemon.start(
+        "--describe",
+        descriptor_file,
+        "--index",
+        indexed(2),
+        "--command",
+        f"/usr/bin/tee {told}",
+    )
+    drop(daemon, "small.jpg", product(1).resize((120, 120)))
+    (row,) = daemon.wait_for_rows(1)
+    assert (row["status"], row["catalog_item"]) == ("match", "caf\\xe9.jpg")
+    daemon.wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+    assert json.loads(told.read_text())["catalog_item"] == "caf\\xe9.jpg"
 
 
 def test_without_the_two_files_the_score_alone_decides(daemon: DaemonProcess) -> None:

@@ -12,9 +12,10 @@ from conftest import write_descriptor
 from pictures import product, write_products
 from PIL import Image, ImageOps
 
-from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
+from pic_daemon.catalog_index import CatalogIndex, Refused, check_belongs, load_index
 from pic_daemon.descriptor import load_descriptor
 from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp
 from pic_daemon.identification import look_at
 from pic_daemon.images import to_pixels
 from pic_daemon.index_cli import open_or_empty
@@ -137,6 +138,29 @@ def test_blank_unreadable_and_repeated_files_are_refused_by_name(
     assert "refused broken.jpg: not an image" in output
     assert "refused twice.jpg: same bytes as product-00001.jpg" in output
     assert names(tmp_path / "catalog.index") == ["product-00001.jpg"]
+
+
+def test_what_was_refused_is_indexed_once_the_reason_is_gone(
+    make: Tool, tmp_path: Path
+) -> None:
+    catalog, output = tmp_path / "catalog", tmp_path / "catalog.index"
+    first, locked, _ = write_products(catalog, [1, 2, 3])
+    shutil.copy(first, catalog / "twice.jpg")
+    make()
+    # As if the second had been shut to this user then; root can read everything.
+    index = load_index(output)
+    (number,) = (n for n, item in index.items.items() if item.name == locked.name)
+    stamp = FileStamp.of(locked.stat())
+    reason = "cannot be read: Permission denied"
+    index.refused.append(Refused(locked.name, stamp.bytes, stamp.mtime_ns, reason))
+    index.remove(number)
+    index.save()
+
+    assert "refused twice.jpg" not in make().stdout, "it still is, and was said before"
+    assert names(output) == [first.name, locked.name, "product-00003.jpg"]
+    first.unlink()
+    make()
+    assert names(output) == [locked.name, "product-00003.jpg", "twice.jpg"]
 
 
 def test_near_duplicates_within_the_catalog_are_reported(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
-from pic_daemon.deliveries import Hook
+from pic_daemon.deliveries import Attempt, Hook, due, note
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, Outcome
@@ -226,6 +226,18 @@ def test_a_delivery_is_queued_with_its_row_and_only_for_a_hook(
     other = replace(match("/drop/no.png"), status="no-match", score=0.1)
     log.record([match("/drop/b.png"), other, failure("/drop/d.png")], model, ["webhook"])
     assert hooks_told_of(log) == ["/drop/b.png"]
+
+
+def test_a_hook_that_has_failed_for_weeks_is_still_tried_again(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png", at=0)], model, ["webhook"])
+    log._db.execute("UPDATE deliveries SET attempts = 5000")
+    (delivery,) = due(log._db.conn, "webhook", now=100, limit=1)
+    assert not note(log._db.conn, [Attempt(delivery, "down")], now=100, give_up_after=1e9)
+    assert query(log, "SELECT attempts, due_at FROM deliveries") == [
+        {"attempts": 5001, "due_at": 700.0}
+    ]
 
 
 def test_a_match_scored_again_is_news_only_if_its_verdict_or_product_changed(

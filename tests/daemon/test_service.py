@@ -55,6 +55,22 @@ def test_touching_a_file_does_not_classify_it_again(daemon: DaemonProcess) -> No
     assert len(daemon.rows()) == 2
 
 
+def test_a_file_from_the_far_future_gets_its_row_and_is_known(
+    daemon: DaemonProcess,
+) -> None:
+    path = write_image(daemon.drop / "a.png", 9)
+    year_2300 = 10_413_792_000 * 10**9
+    os.utime(path, ns=(year_2300, year_2300))
+    if path.stat().st_mtime_ns != year_2300:
+        pytest.skip("this file system cannot hold such a time")
+    daemon.start()
+    before = daemon.wait_for_rows(1)
+    assert daemon.stop() == 0
+    daemon.start()
+    write_image(daemon.drop / "b.png", 200)
+    assert daemon.wait_for_rows(2)[0] == before[0]
+
+
 def test_other_content_under_the_same_name_is_another_row(daemon: DaemonProcess) -> None:
     daemon.start()
     path = write_image(daemon.drop / "a.png", 25)

@@ -173,8 +173,8 @@ def evaluate(
     with context.Pool(os.cpu_count(), signal.signal, _NO_INTERRUPT) as pool:
         scorer = Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
         *scored, published = map(scorer.score, parts)
-    is_ours = np.array([s.picture in set(catalog) for s in published.samples])
     drawn_from = np.array([s.picture for s in published.samples])
+    is_ours = np.isin(drawn_from, catalog)
     ours = published.scores[OURS]
     hard = Hard(*scored)
     thresholds = {OURS: model.info.threshold}

@@ -26,6 +26,7 @@ UNGATED = "cascade, no gate"
 CASCADE = "cascade"
 AUGMENTED = -1  # in place of an edit's number: the training augmentation
 _CHUNK = 64
+_SLICE = 32 * _CHUNK
 
 _Row = list[tuple[float, float, str]]  # of one sample: cosine, agreement, item
 _Job = tuple["Sample", Source, Path, int, int, int | None]
@@ -203,7 +204,10 @@ class Scorer:
             (s, pictures[s.picture], self._sources.file, self._seed, size, closer)
             for s in samples
         ]
-        return self._pool.imap(_features, jobs, chunksize=_CHUNK)
+        # In slices: all that is handed to the pool at once waits there in memory, and
+        # keeps the comparisons of `_identified` waiting.
+        for start in range(0, len(jobs), _SLICE):
+            yield from self._pool.imap(_features, jobs[start : start + _SLICE], _CHUNK)
 
 
 def _features(job: _Job) -> _Features:

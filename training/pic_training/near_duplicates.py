@@ -14,6 +14,8 @@ from PIL import Image
 _HASH_DISTANCE = 10
 _LEVELS = 10.0
 _THUMBNAIL = 32
+_BLOCKS = 4 * 4 * 3
+_ROUNDING = 0.01  # levels: what means in float32 may be off by
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,59 @@ def look_of(image: Image.Image) -> Look:
 
 def first_copies(looks: Sequence[Look], among: Sequence[Look]) -> Iterator[int | None]:
     """For each of `looks` the position in `among` of the first that looks the same."""
-    hashes = _hashes(among)
+    compared = _Compared(among)
     for look in looks:
-        near = np.flatnonzero(_near(look, hashes)).tolist()
-        yield next((n for n in near if _alike(look, among[n])), None)
+        near = compared.closer(look, compared.near(look))
+        yield next((n for n in near.tolist() if _alike(look, among[n])), None)
 
 
 def groups_of(looks: dict[str, Look]) -> dict[str, str]:
     """Name of each picture -> smallest name of those it is linked to, copy by copy."""
     names, all_looks = list(looks), list(looks.values())
-    hashes = _hashes(all_looks)
+    compared = _Compared(all_looks)
     group = np.arange(len(names))
     for number, look in enumerate(all_looks):
+        near = compared.near(look, number + 1)
         # Only across groups: thousands of frames of one scene are millions of pairs.
-        for near in np.flatnonzero(_near(look, hashes) & (group != group[number])).tolist():
-            if group[near] != group[number] and _alike(look, all_looks[near]):
-                group[group == group[near]] = group[number]
+        near = compared.closer(look, near[group[near] != group[number]])
+        for other in near.tolist():
+            if group[other] != group[number] and _alike(look, all_looks[other]):
+                group[group == group[other]] = group[number]
     smallest: dict[int, str] = {}
     for name, number in zip(names, group.tolist(), strict=True):
         smallest[number] = min(name, smallest.get(number, name))
     return {name: smallest[n] for name, n in zip(names, group.tolist(), strict=True)}
 
 
-def _hashes(looks: Sequence[Look]) -> NDArray[np.uint64]:
-    return np.array([look.hash for look in looks], dtype=np.uint64)
+class _Compared:
+    """Looks in arrays, so that one is compared with all of them at once."""
+
+    def __init__(self, looks: Sequence[Look]) -> None:
+        self._hashes = np.array([look.hash for look in looks], dtype=np.uint64)
+        blocks = [_blocks(look) for look in looks]
+        self._blocks = np.array(blocks, dtype=np.float32).reshape(-1, _BLOCKS)
+
+    def near(self, look: Look, first: int = 0) -> NDArray[np.intp]:
+        """Positions, from `first` on, of what has nearly the same hash."""
+        distance = np.bitwise_count(self._hashes[first:] ^ np.uint64(look.hash))
+        return np.flatnonzero(distance <= _HASH_DISTANCE) + first
+
+    def closer(self, look: Look, positions: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Those of the positions that may be alike.
+
+        The means of blocks differ by no more, on average, than the thumbnails do:
+        another colour under the same hash is told here.
+        """
+        levels = np.abs(self._blocks[positions] - _blocks(look)).mean(axis=1)
+        kept: NDArray[np.intp] = positions[levels <= _LEVELS + _ROUNDING]
+        return kept
 
 
-def _near(look: Look, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    near: NDArray[np.bool_] = (
-        np.bitwise_count(hashes ^ np.uint64(look.hash)) <= _HASH_DISTANCE
-    )
-    return near
+def _blocks(look: Look) -> NDArray[np.float32]:
+    """Means over 8 x 8 pixels of each channel, shape (_BLOCKS,)."""
+    parts = look.thumbnail.reshape(4, 8, 4, 8, 3)
+    means: NDArray[np.float32] = parts.mean(axis=(1, 3), dtype=np.float32)
+    return means.ravel()
 
 
 def _alike(one: Look, other: Look) -> bool:
