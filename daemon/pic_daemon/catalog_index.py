@@ -8,8 +8,8 @@ part has its checksum and the landmarks of one item can be read without the othe
 
 import hashlib
 import json
-import mmap
 import os
+import weakref
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -121,7 +121,7 @@ class CatalogIndex:
     refused: list[Refused] = field(default_factory=list)
     sha256: str = ""
     vectors: Neighbours = field(default_factory=lambda: Neighbours(1))
-    _stored: mmap.mmap | None = None
+    _stored: int | None = None  # file descriptor
     _new: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
@@ -149,7 +149,8 @@ class CatalogIndex:
             return self._new[number]
         item = self.items[number]
         assert self._stored is not None
-        return self._stored[item.offset : item.offset + item.length]
+        # Not mapped: a file that somebody cuts off would end the process by a signal.
+        return os.pread(self._stored, item.length, item.offset)
 
     def nearest(self, vectors: Vectors, count: int) -> list[list[tuple[int, float]]]:
         """The `count` nearest items of each vector, float32, shape (N, D), by cosine.
@@ -221,6 +222,8 @@ class CatalogIndex:
             with archive.open(_LANDMARKS, "w", force_zip64=True) as out:
                 for number, item in self.items.items():
                     data = self.landmarks(number)
+                    if number not in self._new and len(data) < item.length:
+                        raise InputError(_damaged(self.path, "cut off while in use"))
                     out.write(data)
                     items[number] = asdict(replace(item, offset=start, length=len(data)))
                     start += len(data)
@@ -279,9 +282,10 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
     _check_vectors(path, about, items, vectors)
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    stored = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    stored = os.dup(file.fileno())
     refused = [Refused(**values) for values in listed["refused"]]
     index = CatalogIndex(path, about, items, refused, digest, vectors, stored)
+    weakref.finalize(index, os.close, stored)
     try:
         Landmarks.from_bytes(index.landmarks(next(iter(items))))
     except ValueError as error:

@@ -59,6 +59,7 @@ class Scanner:
         self._send = send
         self._watch = FolderWatch(folder, send, self._scan_below)
         self._asked: deque[str] = deque()  # folders to scan
+        self._waiting: set[str] = set()  # the same
         self._to_see: deque[tuple[str, FileStamp | None]] = deque()
         self._scanning = False  # all of it
         self._unread = False  # a chunk that the service has not dealt with
@@ -83,9 +84,9 @@ class Scanner:
 
     def scan(self, again: bool = True) -> None:
         """Ask for all files; `again`: once more after a scan that is under way."""
-        if str(self.folder.path) not in self._asked and (again or not self._scanning):
-            self._asked.append(str(self.folder.path))
-            self._wake.set()
+        whole = str(self.folder.path)
+        if whole not in self._waiting and (again or not self._scanning):
+            self._ask(whole)
 
     def see_again(self, path: str, expected: FileStamp | None) -> None:
         """Ask for a SeenAgain of one file."""
@@ -169,6 +170,7 @@ class Scanner:
     def _scan(self) -> None:
         self._scanning = self._asked[0] == str(self.folder.path)
         below = self._asked.popleft()
+        self._waiting.discard(below)
         files: deque[tuple[str, FileStamp]] = deque()
         for number, found in enumerate(self.folder.walk(below)):
             self._asking_since = time.monotonic()
@@ -195,9 +197,16 @@ class Scanner:
 
     def _scan_below(self, path: str) -> None:
         # A tree that was moved in is announced folder by folder.
-        if not any(path.startswith(f"{above}/") for above in tuple(self._asked)):
-            self._asked.append(path)
-            self._wake.set()
+        above, name = path, path
+        while name and above not in self._waiting:
+            above, name = os.path.split(above)
+        if not name:
+            self._ask(path)
+
+    def _ask(self, path: str) -> None:
+        self._waiting.add(path)
+        self._asked.append(path)
+        self._wake.set()
 
 
 @contextmanager

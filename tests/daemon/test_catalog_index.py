@@ -1,5 +1,6 @@
 """pic-index and the file it writes, on drawn products."""
 
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -231,6 +232,19 @@ def test_the_threshold_shuts_out_the_decoys_and_stays_when_items_are_added(
     write_products(tmp_path / "catalog", [5])
     assert "measured with 4 items, now 5" in make().stdout
     assert load_index(tmp_path / "catalog.index").about.promise == promise
+
+
+def test_an_index_cut_off_while_in_use_is_not_written_on(
+    ready: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalog.index"
+    shutil.copy(ready, path)
+    index = load_index(path)
+    os.truncate(path, 0)  # as `cp` does before it writes; a mapped file would end us here
+    assert index.landmarks(next(iter(index.items))) == b""
+    with pytest.raises(InputError, match="cut off while in use"):
+        index.save()
+    assert [file.name for file in tmp_path.iterdir()] == ["catalog.index"]
 
 
 def rewritten(

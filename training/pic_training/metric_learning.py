@@ -1,5 +1,6 @@
 """Learning from copies: two altered copies of a picture belong together, all else apart."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,18 +86,32 @@ def whiten_head(network: Normalised, features: torch.Tensor, labels: torch.Tenso
     one picture differ are shrunk to the same length, and of what is then left the
     directions that vary most are kept (as in Mikolajczyk and Matas 2007).
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
     _, picture = torch.unique(labels, return_inverse=True)
     count = picture.bincount().double()[:, None]
-    centre = torch.zeros(len(count), unit.shape[1], dtype=unit.dtype)
-    centre = centre.index_add_(0, picture, unit) / count
-    apart = unit - centre[picture]
-    within = apart.T @ apart / max(1, len(unit) - len(count))
-    sphere = within.diagonal().mean() * torch.eye(len(within), dtype=unit.dtype)
+    samples, size = features.shape
+    double = torch.float64
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # All at once would take several times the memory of the features.
+        for start in range(0, samples, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            unit = torch.nn.functional.normalize(features[part].double(), dim=1)
+            yield unit, picture[part]
+
+    centre = torch.zeros(len(count), size, dtype=double)
+    for unit, numbers in parts():
+        centre.index_add_(0, numbers, unit)
+    mean = centre.sum(0) / samples
+    centre /= count
+    within, around = torch.zeros(2, size, size, dtype=double)
+    for unit, numbers in parts():
+        apart, off = unit - centre[numbers], unit - mean
+        within += apart.T @ apart / max(1, samples - len(count))
+        around += off.T @ off / max(1, samples - 1)
+    sphere = within.diagonal().mean() * torch.eye(size, dtype=double)
     values, vectors = torch.linalg.eigh((1 - _SHRINKAGE) * within + _SHRINKAGE * sphere)
     even = vectors / values.clamp_min(1e-12).sqrt() @ vectors.T
-    mean = unit.mean(0)
-    _, directions = torch.linalg.eigh(torch.cov(((unit - mean) @ even).T))
+    _, directions = torch.linalg.eigh(even @ around @ even)
     weight = directions.flip(1)[:, : network.head.out_features].T @ even
     # Lengths do not count for a cosine; these suit the optimizer's steps.
     weight *= 1 / (weight.std() * weight.shape[1] ** 0.5)
