@@ -16,6 +16,7 @@ from pic_daemon.scanning import Found, Scanner, SeenAgain
 from pic_daemon.settle import SettleTracker
 from pic_daemon.watch import FileHint
 
+_MOST_IN_HAND = 100_000  # files announced beyond these wait for a scan, not in memory
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 
 
@@ -44,6 +45,7 @@ class Backlog:
         self._ready: deque[str] = deque()
         self._found: deque[Found] = deque()
         self._scanners: list[Scanner] = []  # deepest folder first
+        self._passed_over = False  # whether hints were, since the last scan
 
     def __len__(self) -> int:
         return len(self.in_hand) + len(self._settling)
@@ -88,7 +90,7 @@ class Backlog:
     def done(self) -> bool:
         """Whether all is dealt with, but for what may still lie in the inbox."""
         scanned = all(s.online and not s.busy for s in self._scanners)
-        return scanned and not len(self) and not self._found
+        return scanned and not (len(self) or self._found or self._passed_over)
 
     def oldest(self) -> float | None:
         """POSIX time at which the file that waits longest was noticed."""
@@ -108,6 +110,9 @@ class Backlog:
 
     def choose(self, room: int) -> tuple[list[str], bool]:
         """At most `room` files to read now, and whether there is more to look at."""
+        if self._passed_over and not self._ready:
+            self._passed_over = False
+            self.scan(again=True)
         chosen: list[str] = []
         steps = _SCAN_STEP
         while len(chosen) < room:
@@ -134,7 +139,10 @@ class Backlog:
                 for path, expected, stamp in seen:
                     self._seen(path, expected, stamp)
             case FileHint(path, stamp, complete):
-                self._consider(path, stamp, complete)
+                if path in self.in_hand or len(self.in_hand) < _MOST_IN_HAND:
+                    self._consider(path, stamp, complete)
+                else:
+                    self._passed_over = True
 
     def read_again(self, path: str) -> None:
         """Have a file in hand read once more at once."""
