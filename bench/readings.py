@@ -1,13 +1,12 @@
 """What the published figure asks for, as one reads what its text leaves open.
 
-    python bench/readings.py RUN [--again DIR] [--last]
+    python bench/readings.py RUN [--again DIR]
 
 It does not say how strongly samples were altered, nor whether its validation held other
 pictures than its training or other copies of the same. RUN is a finished run folder of
 pic-train whose catalog and others are still in their places: its network is asked about
 each. `--again` first repeats that run in DIR with mild alterations and decoys as they
-are, or goes on with such a run there, and asks that network. A run keeps the epoch that
-does best on decoys never seen; a reading that has none takes the last one (`--last`).
+are, or goes on with such a run there, and asks that network.
 """
 
 import os
@@ -41,14 +40,13 @@ PICTURES: dict[Split, str] = {"train": "trained on", "val": "decoys never seen"}
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.option("--again", type=click.Path(path_type=Path))
-@click.option("--last", is_flag=True)
-def main(run: Path, again: Path | None, last: bool) -> None:
+def main(run: Path, again: Path | None) -> None:
     if again:
         config = replace(load_network(run)[0], augmentation=MILD)
         run_training(
             config, again, os.cpu_count() or 1, resume=(again / "last.pt").exists()
         )
-    config, network = load_network(again or run, "last.pt" if last else "best.pt")
+    config, network = load_network(again or run)
     with gathered(config, again or run) as sources:
         for alterations, augmentation in ALTERATIONS.items():
             for split, pictures in PICTURES.items():

@@ -145,7 +145,7 @@ def asked(
     right = (logits > 0) == truth
     return (
         f"accuracy {right.float().mean():.3%} (catalog {right[truth].float().mean():.3%}, "
-        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.4f}"
+        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.5f}"
     )
 
 
