@@ -98,7 +98,9 @@ def serve(home: Path) -> list[str]:
             picture = altered(product(seed), draw)
             picture.save(home / f"srv/drop/IMG_{4410 + number}.jpg", quality=60)
         (home / "srv/drop/upload.png").write_bytes(b"half a picture")
-        wait_for(lambda: len(read_images(home / "matches.db", Filters("all"), 99)) == 9)
+        wait_for(
+            lambda: sum(map(len, read_images(home / "matches.db", Filters("all"), 99))) == 9
+        )
     finally:
         service.send_signal(signal.SIGTERM)
         service.wait(60)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pic_daemon.folders import FileStamp, Folder, text_of
+from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain
 from pic_daemon.settle import SettleTracker
@@ -70,12 +70,8 @@ class Backlog:
         """The names of the folders that are gone or do not answer."""
         return [text_of(str(s.folder.path)) for s in self._scanners if not s.online]
 
-    def folders_online(self) -> list[Folder]:
-        """The folders that are there and answer."""
-        return [scanner.folder for scanner in self._scanners if scanner.online]
-
     def online(self, path: str) -> bool:
-        """Whether the folder of this file is there and answers."""
+        """Whether the deepest folder that this file is in is there and answers."""
         scanner = self._scanner_of(path)
         return scanner is not None and scanner.online
 

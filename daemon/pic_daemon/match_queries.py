@@ -22,6 +22,8 @@ COLUMNS = (
 
 Row = dict[str, Any]
 
+_PART = 1000  # rows in memory at a time
+
 
 @contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
@@ -42,13 +44,17 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def read_images(path: Path, filters: Filters, limit: int) -> list[Row]:
+def read_images(path: Path, filters: Filters, limit: int) -> Iterator[list[Row]]:
     """Rows that pass `filters`, newest first, at most `limit`; never blocks the writer.
 
-    Raises InputError where `path` is not a match log.
+    They come in parts, as a log may be larger than the memory. Raises InputError where
+    `path` is not a match log.
     """
     with _reading(path) as db:
-        return _newest(db, filters, limit)
+        sql, values = statement(db, filters, None, limit)
+        found = db.execute(sql, values)
+        while rows := found.fetchmany(_PART):
+            yield [dict(row) for row in rows]
 
 
 def follow_images(

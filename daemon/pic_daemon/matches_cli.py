@@ -121,9 +121,11 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
     if follow:
         _follow(database, filters, limit, show)
         return
-    rows = read_images(database, filters, limit)
-    show(rows)
-    if not rows and not as_json and not as_csv:
+    count = 0
+    for rows in read_images(database, filters, limit):
+        show(rows)
+        count += len(rows)
+    if not count and not as_json and not as_csv:
         click.echo(
             "no matches" if filters.status == "match" else "no such images", err=True
         )

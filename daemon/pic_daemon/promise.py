@@ -4,6 +4,7 @@ Intervals are bootstrapped by source picture, because samples of one picture are
 independent.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,11 @@ def supported_rate(decoys: int) -> float:
 
 def check_support(decoys: int, target: float, remedy: str) -> None:
     """Raise InputError where `decoys` samples cannot promise `target`."""
-    best = supported_rate(decoys)
+    best, needed = supported_rate(decoys), math.ceil(3 / target)
     if target < best:
         raise InputError(
             f"{decoys} decoy samples can promise a false positive rate of {best:.2g} at "
-            f"best (3 / n), not {target:.2g}: {remedy}."
+            f"best (3 / n), not {target:.2g}, which takes {needed}: {remedy}."
         )
 
 

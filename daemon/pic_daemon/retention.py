@@ -9,10 +9,10 @@ the present watch folders stay: whether their files are gone cannot be told.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pic_daemon.folders import FileStamp, Folder
+from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, OldRow
 
 logger = logging.getLogger("pic_daemon")
@@ -37,17 +37,18 @@ class Retention:
         if self.keep_days is None:
             self.next_due = float("inf")
 
-    def step(self, log: MatchLog, online: Iterable[Folder], now: float) -> None:
+    def step(self, log: MatchLog, online: Callable[[str], bool], now: float) -> None:
         """Look at the next batch of old rows and delete those whose files are gone.
+
+        `online` says whether the folder that a path belongs to is there and answers.
 
         Raises sqlite3.OperationalError where the database takes nothing; the next step
         does it again.
         """
         assert self.keep_days is not None
-        before = time.time() - self.keep_days * 86400
+        before = max(0.0, time.time() - self.keep_days * 86400)
         rows = log.no_matches_before(before, self._after, _BATCH)
-        folders = list(online)
-        gone = [row.id for row in rows if _is_gone(row, folders, log.knows)]
+        gone = [row.id for row in rows if _is_gone(row, online, log.knows)]
         if gone:
             log.delete(gone)
         self._deleted += len(gone)
@@ -61,9 +62,9 @@ class Retention:
 
 
 def _is_gone(
-    row: OldRow, online: list[Folder], knows: Callable[[str, FileStamp], bool]
+    row: OldRow, online: Callable[[str], bool], knows: Callable[[str, FileStamp], bool]
 ) -> bool:
-    if not any(row.path.startswith(f"{folder.path}/") for folder in online):
+    if not online(row.path):
         return False
     if "\\x" in row.path:  # may stand for bytes that are no UTF-8: cannot be looked up
         return False

@@ -211,7 +211,7 @@ class Service:
             self._next_beat = now + _BEAT_S
             self._beat()
         if now >= self._retention.next_due and self._backlog.quiet():
-            online = self._backlog.folders_online()
+            online = self._backlog.online
             self._recorder.write(lambda: self._retention.step(self.log, online, now))
 
     def _beat(self) -> None:

@@ -173,7 +173,7 @@ def test_matches_are_read_newest_first_while_the_writer_holds_its_lock(
     log.record([match(f"/drop/{n}.png", score=n / 10, at=n) for n in range(10)], model)
     log._db.execute("BEGIN IMMEDIATE")
     filters = Filters(since=datetime.fromtimestamp(4, UTC), min_score=0.6)
-    rows = read_images(log.path, filters, limit=2)
+    (rows,) = read_images(log.path, filters, limit=2)
     assert [row["path"] for row in rows] == ["/drop/9.png", "/drop/8.png"]
     log._db.conn.rollback()
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import DaemonProcess, write_image
 
-from pic_daemon.folders import Folder, stamp_of
+from pic_daemon.folders import stamp_of
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, load_model
 from pic_daemon.retention import Retention
@@ -40,14 +41,22 @@ def recorded(
     return Outcome(str(path), sha256, stamp, status, at, at, 40, 40, "PNG", 0.2, 0.5)  # type: ignore[arg-type]
 
 
+def in_one_of(folders: tuple[Path, ...]) -> Callable[[str], bool]:
+    return lambda path: any(path.startswith(f"{folder}/") for folder in folders)
+
+
 def kept(log: MatchLog, *online: Path) -> list[str]:
     """Names in the log after a whole pass that keeps 30 days."""
     retention = Retention(30)
     while retention.next_due == 0:
-        retention.step(log, [Folder(folder) for folder in online], time.monotonic())
+        retention.step(log, in_one_of(online), time.monotonic())
     with closing(sqlite3.connect(log.path)) as db:
         rows = db.execute("SELECT path, sha256 FROM images ORDER BY path, sha256")
         return [Path(path).stem + ("" if sha == "a" else sha) for path, sha in rows]
+
+
+def test_more_days_than_there_ever_were_keep_everything(log: MatchLog) -> None:
+    Retention(999_999).step(log, lambda _: True, time.monotonic())
 
 
 def test_only_old_rows_of_no_match_whose_files_are_gone_are_deleted(

@@ -16,6 +16,7 @@ from PIL import Image
 from shop import Shop, Site, serving
 
 from pic_daemon.corrections import read_corrections
+from pic_daemon.web.queries import Filters
 from pic_daemon.web.server import prepare
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -105,6 +106,10 @@ def test_a_record_and_a_list_are_given_as_json_and_csv(site: Site) -> None:
     assert listed == ["a & <b>.jpg", "tea.jpg"]
     assert site.get(as_csv).headers["content-disposition"].startswith("attachment")
     assert [Path(row["path"]).name for row in site.get(as_json).json()["rows"]] == listed
+    for name, count in {"today": 2, "toda_": 0, "TODAY": 0}.items():
+        asked = Filters(folder=str(site.shop.drop / name)).for_datasette()
+        found = csv.DictReader(io.StringIO(site.get(f"/log/images.csv?{asked}").text))
+        assert len(list(found)) == count
 
 
 def test_a_list_longer_than_a_page_is_given_whole(site: Site) -> None:

@@ -117,6 +117,10 @@ def test_filters_survive_the_way_through_the_address() -> None:
               "folder": "/a", "product": "x & y"}  # fmt: skip
     assert Filters.of(given).query() == given
     assert Filters.of({}).query() == {}
+    exact = Filters.of(
+        {"from": "2026-11-20T00:10:09", "min": "0.7071068", "max": "0.99999951"}
+    )
+    assert Filters.of(exact.query()) == exact
 
 
 def plan(

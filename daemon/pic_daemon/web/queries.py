@@ -67,10 +67,10 @@ class Filters:
         """The query string that gives these filters again, as `of` reads it."""
         values = {
             "status": "" if self.status == "match" else self.status,
-            "from": self.since.strftime("%Y-%m-%dT%H:%M") if self.since else "",
-            "to": self.until.strftime("%Y-%m-%dT%H:%M") if self.until else "",
-            "min": "" if self.min_score is None else f"{self.min_score:g}",
-            "max": "" if self.max_score is None else f"{self.max_score:g}",
+            "from": _written(self.since),
+            "to": _written(self.until),
+            "min": "" if self.min_score is None else str(self.min_score),
+            "max": "" if self.max_score is None else str(self.max_score),
             "folder": self.folder,
             "product": self.product,
         }
@@ -84,13 +84,23 @@ class Filters:
             "classified_at__lt": iso_time(self.until.timestamp()) if self.until else "",
             "score__gte": "" if self.min_score is None else str(self.min_score),
             "score__lte": "" if self.max_score is None else str(self.max_score),
-            "path__startswith": _below(self.folder) if self.folder else "",
+            # Not `startswith`, for which _ and % and upper case are as good as others.
+            "path__gte": _range(self.folder)[0] if self.folder else "",
+            "path__lt": _range(self.folder)[1] if self.folder else "",
             "catalog_item__exact": self.product,
             "_sort_desc": "classified_at",
             "_nocount": "1",
             "_nofacet": "1",
         }
         return urlencode({name: value for name, value in wanted.items() if value})
+
+
+def _written(moment: datetime | None) -> str:
+    """A time in UTC without a zone, to the minute where no more is needed."""
+    if moment is None:
+        return ""
+    bare = moment.replace(tzinfo=None)
+    return bare.isoformat(timespec="auto" if bare.second or bare.microsecond else "minutes")
 
 
 @dataclass(frozen=True)
