@@ -251,7 +251,11 @@ def _open_log(database: Path) -> Iterator[MatchLog]:
 
 
 def opened(database: Path) -> MatchLog:
-    """The match log to write to; what keeps it shut now ends the command."""
+    """The match log, to write to.
+
+    Raises InputError as `MatchLog.open` does, and ClickException where it is locked or the
+    disk is full.
+    """
     try:
         return MatchLog.open(database)
     except sqlite3.OperationalError as error:  # passes: exit 1, so that systemd tries again

@@ -46,20 +46,3 @@ def test_files_announced_beyond_what_is_kept_in_memory_are_found_by_a_scan(
         waiting.heed(found)
         chosen, _ = waiting.choose(room=100)
     assert sorted(chosen) == sorted(paths)
-
-
-def test_a_folder_within_another_answers_for_its_own_files(
-    tmp_path: Path, model_file: Path
-) -> None:
-    drop = tmp_path / "drop"
-    drop.mkdir()
-    folders = Folder(drop), Folder(drop / "nas")  # the second is not mounted
-    config = Config(folders, model_file, tmp_path / "log.db")
-    with (
-        closing(MatchLog.open(config.database)) as log,
-        scanning(folders, lambda _: None) as scanners,
-    ):
-        waiting = Backlog(Recorder(log, config, Health(60)), 0.0, lambda _: None)
-        waiting.watch(scanners)
-        assert waiting.online(str(drop / "a.png"))
-        assert not waiting.online(str(drop / "nas" / "a.png"))

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import DaemonProcess, write_image
 
-from pic_daemon.folders import stamp_of
+from pic_daemon.backlog import Backlog
+from pic_daemon.config import Config
+from pic_daemon.folders import Folder, stamp_of
+from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, load_model
+from pic_daemon.recording import Recorder
 from pic_daemon.retention import Retention
+from pic_daemon.scanning import scanning
 
 
 @pytest.fixture
@@ -50,9 +55,29 @@ def kept(log: MatchLog, *online: Path) -> list[str]:
     retention = Retention(30)
     while retention.next_due == 0:
         retention.step(log, in_one_of(online), time.monotonic())
+    return names(log)
+
+
+def names(log: MatchLog) -> list[str]:
     with closing(sqlite3.connect(log.path)) as db:
         rows = db.execute("SELECT path, sha256 FROM images ORDER BY path, sha256")
         return [Path(path).stem + ("" if sha == "a" else sha) for path, sha in rows]
+
+
+def test_rows_of_a_folder_within_another_stay_while_it_is_offline(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    drop = tmp_path / "drop"
+    nas = drop / "nas"
+    log.record([recorded(drop / "gone.png", 31), recorded(nas / "away.png", 31)], model)
+    (drop / "gone.png").unlink()
+    shutil.rmtree(nas)  # as if it was unmounted
+    config = Config((Folder(drop), Folder(nas)), model.path, log.path)
+    with scanning(config.folders, lambda _: None) as scanners:
+        backlog = Backlog(Recorder(log, config, Health(60)), 0.0, lambda _: None)
+        backlog.watch(scanners)
+        Retention(30).step(log, backlog.online, time.monotonic())
+    assert names(log) == ["away"]
 
 
 def test_more_days_than_there_ever_were_keep_everything(log: MatchLog) -> None:
