@@ -20,15 +20,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from pic_daemon.promise import Floats, Labels
 from pic_training.augmentation import Augmentation
 from pic_training.networks import Normalised
-from pic_training.preparation import pictures_of
+from pic_training.preparation import pictures_of, samples_of
 from pic_training.run_folder import RunConfig, load_network
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split
+from pic_training.threshold import fit_calibration
 
 GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 BIN = Path(sys.executable).parent
@@ -54,6 +57,8 @@ def main(data: Path, decoys: str, work: Path, options: tuple[str, ...]) -> None:
     call(BIN / "pic-export", run, "--output", work / "model.onnx")
     print_figures(run, minutes)
     print_known(run)
+    if decoys == "all":
+        print_kinds(run)
 
 
 def choose(folder: Path, to: Path, decoys: str) -> None:
@@ -115,6 +120,41 @@ def print_known(run: Path) -> None:
     with gathered(config, run) as sources:
         known = asked(config, network, sources, "train", plain)
     print(f"\nNew samples of pictures that were trained on: {known}")
+
+
+def print_kinds(run: Path) -> None:
+    """The validation's figures against each kind of decoys alone; both classes weigh the
+    same. Calibrated by all kinds together, on the test half of the pictures."""
+    config, _ = load_network(run)
+    with gathered(config, run) as sources:
+        val = samples_of(config, sources, "val")
+        drawn, test = val.sources_drawn(), val.is_test()
+    kept = np.load(run / "validation.npz")
+    logits, labels = kept["scores"], kept["labels"] > 0
+    calibrated = fit_calibration(logits[~test], labels[~test])(logits)
+    names = [Path(source.path).name for source in sources.pictures]
+    general = np.array([name.startswith(GENERAL) for name in names])[drawn]
+    print("\n| | accuracy | loss | calibrated: accuracy | loss | recall at 0.1 | at 0.01 "
+          "| at 0.001 |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for name, of in (("general", general), ("look-alike", ~general)):
+        figures = [
+            (logits, labels, labels | of),
+            (calibrated, labels, test & (labels | of)),
+        ]
+        shown = [balanced(x[part], y[part]) for x, y, part in figures]
+        cells = [f"{accuracy:.2%} | {loss:.4f}" for accuracy, loss in shown]
+        for rate in (0.1, 0.01, 0.001):
+            threshold = np.quantile(logits[~labels & of], 1 - rate)
+            cells.append(f"{(logits[labels] > threshold).mean():.1%}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def balanced(logits: Floats, labels: Labels) -> tuple[float, float]:
+    """Accuracy at one half and log loss, each the mean of what the two classes have."""
+    classes = [logits[labels], -logits[~labels]]
+    accuracy = np.mean([(signed > 0).mean() for signed in classes])
+    loss = np.mean([np.logaddexp(0, -signed).mean() for signed in classes])
+    return float(accuracy), float(loss)
 
 
 @contextmanager

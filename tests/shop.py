@@ -71,7 +71,7 @@ class Shop:
         image = altered(product(seed), draw)
         image.save(path, quality=draw.randint(40, 90))
         size = {"width": image.width, "height": image.height, "format": "JPEG"}
-        self._record(path, status, at, threshold=THRESHOLD, **size, **more)
+        self._record(path, status, at, **{"threshold": THRESHOLD, **size, **more})
         return path
 
     def _record(self, path: Path, status: str, at: float, **more: object) -> None:

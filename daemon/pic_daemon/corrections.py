@@ -1,8 +1,10 @@
-"""What people say of a verdict: "ours" or "not ours", kept beside the rows."""
+"""What people say of a verdict: "ours" or "not ours", kept beside the rows.
+
+One picture may lie under several names: what was said last of its bytes counts.
+"""
 
 import os
 import sqlite3
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,9 +57,8 @@ def correct(database: Path, image: int, label: Label, who: str) -> None:
         if status == "failed":
             raise NotCorrectable("this file could not be judged: there is no verdict.")
         last = db.execute(
-            "SELECT label, who FROM corrections WHERE path = ? AND sha256 = ? "
-            "ORDER BY id DESC LIMIT 1",
-            [path, sha256],
+            "SELECT label, who FROM corrections WHERE sha256 = ? ORDER BY id DESC LIMIT 1",
+            [sha256],
         ).fetchone()
         if last != (label, who):
             db.execute(
@@ -68,12 +69,12 @@ def correct(database: Path, image: int, label: Label, who: str) -> None:
         db.execute("COMMIT")
 
 
-def history(db: sqlite3.Connection, path: str, sha256: str) -> list[Correction]:
-    """All that was said of one picture, the latest first."""
+def history(db: sqlite3.Connection, sha256: str) -> list[Correction]:
+    """All that was said of one picture, under whatever name, the latest first."""
     rows = db.execute(
         "SELECT path, sha256, label, who, at FROM corrections "
-        "WHERE path = ? AND sha256 = ? ORDER BY id DESC",
-        [path, sha256],
+        "WHERE sha256 = ? ORDER BY id DESC",
+        [sha256],
     )
     return [Correction(*row) for row in rows]
 
@@ -90,14 +91,8 @@ def read_corrections(database: Path) -> list[Correction]:
         with closing(open_read_only(database)) as db:
             rows = db.execute(
                 "SELECT path, sha256, label, who, at FROM corrections WHERE id IN "
-                "(SELECT max(id) FROM corrections GROUP BY path, sha256) ORDER BY id"
+                "(SELECT max(id) FROM corrections GROUP BY sha256) ORDER BY id"
             ).fetchall()
     except sqlite3.DatabaseError as error:
         raise InputError(f"{database} holds no corrections: {error}.") from error
-    return _latest(Correction(*row) for row in rows)
-
-
-def _latest(corrections: Iterable[Correction]) -> list[Correction]:
-    """One picture may lie under two names: what was said last of its bytes counts."""
-    by_content = {c.sha256: c for c in corrections}
-    return list(by_content.values())
+    return [Correction(*row) for row in rows]

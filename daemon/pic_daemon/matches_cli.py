@@ -19,7 +19,7 @@ from pic_daemon.folders import text_of
 from pic_daemon.match_formats import printer
 from pic_daemon.match_queries import Row, follow_images, read_images
 from pic_daemon.options import FiniteRange
-from pic_daemon.web.queries import STATUSES, Filters
+from pic_daemon.web.queries import STATUSES, Filters, moment_of
 
 _LOOK_MS = 500  # between two looks for new rows
 _PATH = click.Path(path_type=Path)
@@ -59,8 +59,7 @@ def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime
     try:
         if span := re.fullmatch(r"(\d+)([smhdw])", text):
             return datetime.now(UTC) - int(span[1]) * _SPANS[span[2]]
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        return moment_of(text)
     except (ValueError, OverflowError) as error:
         raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
 

@@ -237,6 +237,13 @@ def widen_indexes_for_the_page(db: Database) -> None:
     )
 
 
+@migrations()
+def find_corrections_by_content(db: Database) -> None:
+    """What was said of a picture is asked for by its bytes, whatever it is called."""
+    db.execute("DROP INDEX corrections_by_file")
+    db.execute("CREATE INDEX corrections_by_content ON corrections (sha256)")
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 
@@ -256,6 +263,12 @@ def check(path: Path, for_writing: bool = True) -> None:
         applied = {m.name for m in migrations.applied(db)}
         db.close()
     except sqlite3.DatabaseError as error:
+        locked_out = isinstance(error, sqlite3.OperationalError)
+        if locked_out and not os.access(path.parent, os.W_OK):
+            raise InputError(
+                f"{path} is in use by nobody, and SQLite shows it then only to an account "
+                "that may write in its folder: start the service, or ask as its account."
+            ) from error
         raise InputError(
             f"{path} cannot be used as the match log: {error}. "
             "Name a SQLite file or one that does not exist yet."

@@ -123,7 +123,13 @@ def test_looking_changes_nothing(local: str, shop: Shop) -> None:
 
 
 def test_a_name_that_was_made_to_point_here_gets_nothing(local: str) -> None:
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example:80",
+        "",
+        "[",
+    ):
         reply = httpx.get(local + "/matches", headers={"Host": host})
         assert reply.status_code in (400, 421)
     port = local.rsplit(":", 1)[1]

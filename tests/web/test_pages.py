@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 import os
 import re
 import subprocess
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +18,9 @@ from PIL import Image
 from shop import Shop, Site, serving
 
 from pic_daemon.corrections import read_corrections
-from pic_daemon.web.queries import Filters
+from pic_daemon.errors import InputError
+from pic_daemon.folders import FileStamp
+from pic_daemon.match_log import Outcome
 from pic_daemon.web.server import prepare
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,6 +60,10 @@ def test_filters_narrow_the_list_and_say_what_they_do_not_understand(site: Site)
         ("from=2999-01-01T00:00", []),
     ):  # fmt: skip
         assert names(site.get(f"/matches?{query}")) == wanted, query
+    shown = site.get("/matches?from=2026-11-24").text
+    assert 'type="datetime-local" name="from" value="2026-11-24T00:00"' in shown
+    beyond = site.get("/matches?to=9999-12-31T23:59:59.999999")
+    assert beyond.status_code == 400
     refused = site.get("/matches?min=much")
     assert refused.status_code == 400
     assert "lowest score: &#39;much&#39; is no number from 0 to 1" in refused.text
@@ -95,38 +103,55 @@ def test_a_record_and_a_list_are_given_as_json_and_csv(site: Site) -> None:
     (line,) = csv.DictReader(io.StringIO(site.get(as_csv).text))
     assert line["path"] == record["path"]
 
-    page = site.get(f"/matches?min=0.75&folder={site.shop.drop}").text
-    as_csv, as_json = (
-        unescape(link) for link in re.findall(r'href="(/log/\S+)"', page)
-        if "status__exact" in link
-    )  # fmt: skip
-    listed = [
-        Path(row["path"]).name for row in csv.DictReader(io.StringIO(site.get(as_csv).text))
-    ]
+    as_csv, as_json = exports(site, f"/matches?min=0.75&folder={site.shop.drop}")
+    listed = [Path(row["path"]).name for row in csv_rows(as_csv)]
     assert listed == ["a & <b>.jpg", "tea.jpg"]
-    assert site.get(as_csv).headers["content-disposition"].startswith("attachment")
-    assert [Path(row["path"]).name for row in site.get(as_json).json()["rows"]] == listed
+    assert as_csv.headers["content-disposition"].startswith("attachment")
+    assert [Path(row["path"]).name for row in json_rows(as_json)] == listed
     for name, count in {"today": 2, "toda_": 0, "TODAY": 0}.items():
-        asked = Filters(folder=str(site.shop.drop / name)).for_datasette()
-        found = csv.DictReader(io.StringIO(site.get(f"/log/images.csv?{asked}").text))
-        assert len(list(found)) == count
+        found = csv_rows(site.get(f"/matches.csv?folder={site.shop.drop / name}"))
+        assert len(found) == count
 
 
-def test_a_list_longer_than_a_page_is_given_whole(site: Site) -> None:
-    page = site.get("/matches").text
-    as_csv, as_json = (
-        unescape(link) for link in re.findall(r'href="(/log/\S+)"', page)
-        if "status__exact" in link
-    )  # fmt: skip
-    rows = list(csv.DictReader(io.StringIO(site.get(as_csv).text)))
-    assert len({row["id"] for row in rows}) == len(rows) == 42
-    assert as_json.endswith("&_size=max")  # a thousand rows
-    found, link = [], site.url + as_json.replace("&_size=max", "&_size=30")
-    while link:
-        answer = httpx.get(link).json()
-        found += [str(row["id"]) for row in answer["rows"]]
-        link = answer["next_url"]
-    assert found == [row["id"] for row in rows]
+def test_a_list_of_many_parts_is_given_whole_or_broken_off(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    stamp = FileStamp(1, 2, 3)
+    rows = [
+        Outcome(f"{shop.drop}/{n:05d}.jpg", f"{n:064d}", stamp, "failed", n, n, error="x")
+        for n in range(60_000)
+    ]
+    shop.log.record(rows, shop.model)
+    shop.copy_of(1, "latest.jpg")
+    with serving(shop) as url:
+        site = Site(shop, url)
+        as_csv, as_json = exports(site, "/matches?status=all")
+        paths = [row["path"] for row in csv_rows(as_csv)]
+        assert len(paths) == 60_001
+        assert paths[:2] == [str(shop.drop / "latest.jpg"), str(shop.drop / "59999.jpg")]
+        assert paths[1:] == sorted(paths[1:], reverse=True)
+        assert [row["path"] for row in json_rows(as_json)] == paths
+        assert len(csv_rows(exports(site, "/failures")[0])) == 60_000
+
+        with httpx.stream("GET", f"{url}/matches.csv?status=all", timeout=60) as answer:
+            parts = answer.iter_bytes(1000)
+            next(parts)
+            shop.log._db.execute("DROP TABLE images")
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(parts)
+
+
+def exports(site: Site, page: str) -> list[httpx.Response]:
+    """What the links above a list give, CSV and JSON."""
+    links = re.findall(r'href="(/matches\.(?:csv|json)\?\S*)"', site.get(page).text)
+    return [site.get(unescape(link)) for link in links]
+
+
+def csv_rows(answer: httpx.Response) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(answer.text)))
+
+
+def json_rows(answer: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in answer.text.splitlines()]
 
 
 def test_pictures_are_small_jpegs_of_what_was_recorded(site: Site) -> None:
@@ -196,7 +221,29 @@ def test_a_correction_is_kept_with_name_and_time_and_shown(tmp_path: Path) -> No
             f"{url}/record/1/correction", data={"label": "ours", "back": "//evil.example/"}
         )
         assert elsewhere.headers["location"] == "/record/1#record-1"
+        odd = httpx.post(f"{url}/record/1/correction", content=b"label=\xff")
+        assert odd.status_code == 400
+        for data in ("label=ours&back=/record/1%0d%0aX-Evil:1", "label=ours&back=/log"):
+            reply = httpx.post(
+                f"{url}/record/1/correction",
+                content=data,
+                headers={"Content-Type": "application/x-www-form-urlencoded"},
+            )
+            assert reply.headers["location"] == "/record/1#record-1"
     assert shop.log._db["corrections"].count == 3
+
+
+def test_a_record_tells_what_decided_and_what_cannot_be_shown(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    joint = {"joint_score": 0.31, "joint_threshold": 0.42}
+    shop.copy_of(1, "a.jpg", threshold=0.04, **joint).unlink()
+    with serving(shop) as url:
+        text = httpx.get(f"{url}/record/1").text
+        assert 'alt="Dropped picture a.jpg: no longer there"' in text
+        assert 'alt="Catalog picture product-00001.jpg"' in text
+        plain = re.sub(r"<[^>]+>|\s+", " ", text)
+        assert re.search(r"Joint score +0\.3100 +\(threshold 0\.4200\)", plain)
+        assert re.search(r"Score +0\.9700 +\(looked at closely from 0\.0400\)", plain)
 
 
 def test_what_the_service_records_meanwhile_is_there_at_once(
@@ -246,12 +293,19 @@ def test_an_account_that_may_not_write_can_look_but_note_nothing(tmp_path: Path)
     for folder in (shop.home, *shop.home.parents):
         if not folder.stat().st_mode & 0o001:  # pytest's own are root's alone
             folder.chmod(0o755)
-    child = os.fork()
-    if child == 0:  # must not come back into pytest
-        os.setuid(65534)
+
+    def prepared_by_another() -> int:
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.setuid(65534)  # the child must not come back into pytest
         try:
             os._exit(0 if prepare(shop.database) is False else 1)
+        except InputError as error:
+            os._exit(3 if "start the service" in str(error) else 4)
         finally:
             os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert prepared_by_another() == 0
     assert prepare(shop.database) is True
+    shop.log.close()
+    assert prepared_by_another() == 3  # with nobody else there, SQLite would write

@@ -111,7 +111,7 @@ class Gate:
             await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        name = _host_of(headers.get("host", ""))
         if self.token is None and name not in self.hosts:
             return 421, "this server does not go by that name"
         if scope["method"] in _SAFE:
@@ -156,7 +156,15 @@ def same_origin(headers: dict[str, str]) -> bool:
     if site is not None:
         return site in ("same-origin", "none")
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    return origin is None or origin.partition("://")[2] == headers.get("host")
+
+
+def _host_of(header: str) -> str:
+    """The name in a Host header, without its port; '' where there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _with_headers(send: Send) -> Send:

@@ -7,20 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlencode
 
 from datasette.actor_auth_cookie import actor_from_request as actor_of_cookie
 from datasette.app import Datasette
 from datasette.utils import baseconv, sqlite_timelimit
-from datasette.utils.asgi import Request, Response
+from datasette.utils.asgi import AsgiStream, AsgiWriter, Request, Response
 from pluggy import HookimplMarker
 
 from pic_daemon.corrections import LABELS, NotCorrectable, correct, history
+from pic_daemon.match_formats import printer
 from pic_daemon.web import pictures, queries
 from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
-from pic_daemon.web.queries import Cursor, FilterError, Filters, Row
+from pic_daemon.web.queries import Cursor, FilterError, Filters, Page, Row
 
 LOG = "log"
 """Datasette's name for the match log: its own pages of it are below /log."""
@@ -28,6 +30,9 @@ LOG = "log"
 SESSION = "ds_actor"  # Datasette's own signed cookie, so that its pages know the person too
 _SESSION_S = 12 * 3600
 _QUERY_LIMIT_MS = 3000
+_PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
+_PART = 1000  # rows of a list read and sent at a time
+_KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _PICTURE_AGE_S = 600
 _LONGEST_NAME = 80
 _SILENT_S = 120  # four heartbeats, as pic-daemon status has it
@@ -56,6 +61,7 @@ def register_routes() -> list[tuple[str, Callable[..., Any]]]:
     return [
         (r"^/$", front),
         (r"^/matches$", matches),
+        (r"^/matches\.(?P<format>csv|json)$", export),
         (r"^/failures$", failures),
         (r"^/dashboard$", dashboard),
         (r"^/record/(?P<number>[0-9]{1,18})$", record),
@@ -126,9 +132,9 @@ async def _list(
         status, context["problem"] = 503, _trouble(error)
     else:
         query = {k: v for k, v in filters.query().items() if k not in fixed}
-        own, asked = f"/{page}?", filters.for_datasette()
+        own, all_of_it = f"/{page}?", urlencode(filters.query())
         context |= found | {
-            "filters": filters,
+            "given": query,  # as an input field of a browser takes it
             "narrowed": bool(set(query) - {"status"}),
             "here": own + urlencode(query | _place(cursor)),
             "newer": found["newer"]
@@ -136,8 +142,8 @@ async def _list(
             "older": found["older"] and own + urlencode({**query, "after": found["older"]}),
             "top": own + urlencode(query),
             "paged": cursor is not None,
-            "csv": f"/{LOG}/images.csv?{asked}&_stream=1&_dl=1",
-            "json": f"/{LOG}/images.json?{asked}&_shape=objects&_size=max",
+            "csv": f"/matches.csv?{all_of_it}",
+            "json": f"/matches.json?{all_of_it}",
         }
     return await _html(datasette, request, f"{page}.html", context, status)
 
@@ -171,15 +177,57 @@ def _shown(db: sqlite3.Connection, rows: list[Row]) -> list[Row]:
     return rows
 
 
+async def export(request: Request, datasette: Datasette) -> Response | AsgiStream:
+    """All rows of a list, in the columns of pic-matches: read and sent in parts.
+
+    What goes wrong after the first part breaks the connection off: a list that came to
+    its end is whole.
+    """
+    kind: Literal["csv", "json"] = request.url_vars["format"]
+    try:
+        filters = Filters.of({name: request.args.get(name) or "" for name in request.args})
+        first = await _ask(datasette, partial(_read_part, filters=filters, cursor=None))
+    except FilterError as error:
+        return Response.text(f"{error}.\n", 400)
+    except sqlite3.OperationalError as error:
+        return Response.text(f"{_trouble(error)}\n", 503)
+
+    async def send(writer: AsgiWriter) -> None:
+        text, part = StringIO(), first
+        put = printer(kind, text)
+        while True:
+            put(part.rows)
+            await writer.write(text.getvalue())
+            text.seek(0)
+            text.truncate()
+            if part.older is None:
+                return
+            read = partial(_read_part, filters=filters, cursor=part.older)
+            part = await _ask(datasette, read, _PART_LIMIT_MS)
+
+    headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
+    return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
+
+
+def _read_part(db: sqlite3.Connection, filters: Filters, cursor: Cursor | None) -> Page:
+    return queries.page_of(db, filters, cursor, _PART)
+
+
 async def record(request: Request, datasette: Datasette) -> Response:
     """One row with everything that is known of it and was said of it."""
     number = int(request.url_vars["number"])
     found = await _ask(datasette, partial(_read_record, number=number))
     if found is None:
         return await _message(datasette, request, 404, f"There is no record {number}.")
-    return await _html(
-        datasette, request, "record.html", {**found, "here": f"/record/{number}"}
-    )
+    row, folders = found["row"], found.pop("folders")
+    missing = {}  # in words besides, as nobody hears what stands in a picture
+    for of in ("dropped", "catalog"):
+        try:
+            await _copy_of(datasette, row, folders, of, "large")
+        except pictures.NotShown as reason:
+            missing[of] = str(reason)
+    found |= {"here": f"/record/{number}", "missing": missing}
+    return await _html(datasette, request, "record.html", found)
 
 
 def _read_record(db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
@@ -187,7 +235,8 @@ def _read_record(db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     if row is None:
         return None
     _shown(db, [row])
-    return {"row": row, "history": history(db, row["path"], row["sha256"])}
+    folders = queries.watched(db)
+    return {"row": row, "history": history(db, row["sha256"]), "folders": folders}
 
 
 async def dashboard(request: Request, datasette: Datasette) -> Response:
@@ -218,9 +267,7 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
 
 async def picture(request: Request, datasette: Datasette) -> Response:
     """A small JPEG of a recorded picture, or an SVG that says why there is none."""
-    site: Site = datasette.pic_site
-    number, size = int(request.url_vars["number"]), request.url_vars["size"]
-    side = pictures.SIDES[size]
+    number = int(request.url_vars["number"])
 
     def asked(db: sqlite3.Connection) -> tuple[Row | None, list[str]]:
         return queries.record(db, number), queries.watched(db)
@@ -229,15 +276,23 @@ async def picture(request: Request, datasette: Datasette) -> Response:
     try:
         if row is None:
             raise pictures.NotShown("no such record")
-        if request.url_vars["of"] == "dropped":
-            work = partial(pictures.dropped, row, folders, side)
-        else:
-            work = partial(pictures.of_catalog, row, site.catalog, side)
-        loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(site.decoding, work)
+        which = request.url_vars["of"], request.url_vars["size"]
+        data = await _copy_of(datasette, row, folders, *which)
     except pictures.NotShown as reason:
         return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
     return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")
+
+
+async def _copy_of(
+    datasette: Datasette, row: Row, folders: list[str], of: str, size: str
+) -> bytes:
+    """The dropped or the catalog picture of a row as JPEG. Raises NotShown."""
+    site: Site = datasette.pic_site
+    if of == "dropped":
+        work = partial(pictures.dropped, row, folders, pictures.SIDES[size])
+    else:
+        work = partial(pictures.of_catalog, row, site.catalog, pictures.SIDES[size])
+    return await asyncio.get_running_loop().run_in_executor(site.decoding, work)
 
 
 def _picture(data: bytes, kind: str, status: int, cache: str) -> Response:
@@ -250,7 +305,7 @@ async def correction(request: Request, datasette: Datasette) -> Response:
     site: Site = datasette.pic_site
     if request.method != "POST":
         return await _message(datasette, request, 405, "Corrections are posted.")
-    given = await request.post_vars()
+    given = await _posted(request)
     label, number = given.get("label"), int(request.url_vars["number"])
     if label not in LABELS:
         return await _message(datasette, request, 400, "Say ours or not-ours.")
@@ -264,7 +319,7 @@ async def correction(request: Request, datasette: Datasette) -> Response:
     except sqlite3.OperationalError as error:
         return await _message(datasette, request, 503, f"Not noted. {_trouble(error)}")
     back = given.get("back", "")
-    if not back.startswith(("/matches?", "/record/")):
+    if not (back.startswith(("/matches?", "/record/")) and back.isprintable()):
         back = f"/record/{number}"
     return Response.redirect(f"{back}#record-{number}", 303)
 
@@ -276,7 +331,7 @@ async def login(request: Request, datasette: Datasette) -> Response:
     if site.token is None:
         return Response.redirect("/matches", 303)
     if request.method == "POST":
-        given = await request.post_vars()
+        given = await _posted(request)
         name = " ".join(given.get("name", "").split())[:_LONGEST_NAME]
         if name and same_text(given.get("token", "").strip(), site.token):
             response = Response.redirect("/matches", 303)
@@ -292,6 +347,15 @@ async def login(request: Request, datasette: Datasette) -> Response:
     return await _html(datasette, request, "login.html", context, status)
 
 
+async def _posted(request: Request) -> dict[str, str]:
+    """The fields of a form; none where they are not text."""
+    try:
+        fields: dict[str, str] = await request.post_vars()
+    except UnicodeDecodeError:
+        return {}
+    return fields
+
+
 async def logout(request: Request) -> Response:
     """Forget the cookie."""
     response = Response.redirect("/login", 303)
@@ -300,11 +364,15 @@ async def logout(request: Request) -> Response:
     return response
 
 
-async def _ask(datasette: Datasette, question: Callable[[sqlite3.Connection], T]) -> T:
-    """Put a question to the read-only connection of a thread, for at most 3 s."""
+async def _ask(
+    datasette: Datasette,
+    question: Callable[[sqlite3.Connection], T],
+    limit_ms: int = _QUERY_LIMIT_MS,
+) -> T:
+    """Put a question to the read-only connection of a thread, for a limited time."""
 
     def limited(db: sqlite3.Connection) -> T:
-        with sqlite_timelimit(db, _QUERY_LIMIT_MS):
+        with sqlite_timelimit(db, limit_ms):
             return question(db)
 
     answer: T = await datasette.get_database(LOG).execute_fn(limited)

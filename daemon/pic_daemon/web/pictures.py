@@ -21,7 +21,8 @@ SIDES = {"small": 256, "large": 768}
 """Longest side of a copy in pixels: in a list at twice its size there, and alone."""
 
 MAX_PIXELS = 50_000_000
-"""Largest picture decoded for a look at it: 150 MB while it is in memory."""
+"""Largest picture decoded for a look at it: 150 MB while it is in memory, five times that
+where it is transparent or has 16 bits a sample."""
 
 MAX_BYTES = 64 << 20
 """Largest file read for a look at it."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
-from urllib.parse import urlencode
 
 from pic_daemon.schema import Status, iso_time
 
@@ -75,24 +74,6 @@ class Filters:
             "product": self.product,
         }
         return {name: value for name, value in values.items() if value}
-
-    def for_datasette(self) -> str:
-        """The query string that gives the same rows in Datasette's own table page."""
-        wanted = {
-            "status__exact": "" if self.status == "all" else self.status,
-            "classified_at__gte": iso_time(self.since.timestamp()) if self.since else "",
-            "classified_at__lt": iso_time(self.until.timestamp()) if self.until else "",
-            "score__gte": "" if self.min_score is None else str(self.min_score),
-            "score__lte": "" if self.max_score is None else str(self.max_score),
-            # Not `startswith`, for which _ and % and upper case are as good as others.
-            "path__gte": _range(self.folder)[0] if self.folder else "",
-            "path__lt": _range(self.folder)[1] if self.folder else "",
-            "catalog_item__exact": self.product,
-            "_sort_desc": "classified_at",
-            "_nocount": "1",
-            "_nofacet": "1",
-        }
-        return urlencode({name: value for name, value in wanted.items() if value})
 
 
 def _written(moment: datetime | None) -> str:
@@ -222,13 +203,13 @@ def record(db: sqlite3.Connection, number: int) -> Row | None:
 
 def said_of(db: sqlite3.Connection, rows: list[Row]) -> dict[int, Row]:
     """Row id -> the latest correction of its picture, of the rows that have one."""
-    wanted = json.dumps([[row["id"], row["path"], row["sha256"]] for row in rows])
+    wanted = json.dumps([[row["id"], row["sha256"]] for row in rows])
     found = _rows(
         db,
         """
         SELECT j.value ->> 0 AS row, c.label, c.who, c.at, max(c.id)
         FROM json_each(?) AS j JOIN corrections AS c
-        ON c.path = j.value ->> 1 AND c.sha256 = j.value ->> 2 GROUP BY 1
+        ON c.sha256 = j.value ->> 1 GROUP BY 1
         """,
         [wanted],
     )
@@ -308,12 +289,19 @@ def _rows(db: sqlite3.Connection, sql: str, values: list[Any]) -> list[Row]:
     return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
+def moment_of(text: str) -> datetime:
+    """An ISO 8601 time, of UTC where it names no zone. Raises ValueError, OverflowError."""
+    moment = datetime.fromisoformat(text)
+    moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    iso_time(moment.timestamp())  # which rounds: the last moment of all has no next
+    return moment
+
+
 def _moment(name: str, text: str) -> datetime | None:
     if not text:
         return None
     try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        return moment_of(text)
     except (ValueError, OverflowError) as error:
         raise FilterError(
             f"{name}: {text!r} is no time such as 2026-11-24T08:30"

@@ -26,7 +26,7 @@ _DECODERS = 2  # pictures decoded at a time; the service on this machine comes f
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SETTINGS = {
     "allow_download": False,
-    "max_csv_mb": 0,  # the whole list
+    "max_csv_mb": 0,  # the whole table
     "suggest_facets": False,  # would look through every row
     "default_cache_ttl": 0,
 }
