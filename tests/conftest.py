@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,18 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@contextmanager
+def mounted(source: Path, folder: Path, *options: str) -> Iterator[None]:
+    """`source` mounted at `folder`; the test is skipped where that needs root."""
+    mount = ["mount", *(options or ["--bind"]), str(source), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class DaemonProcess:

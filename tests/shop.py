@@ -39,7 +39,7 @@ class Shop:
         self.model: Model = load_model(write_model(self.home / "model.onnx"), "cpu")
         self.log = MatchLog.open(self.database)
         self.log.use_model(self.model)
-        self.log.watch([self.drop])
+        self.log.watch({self.drop: ""})
 
     def copy_of(
         self, seed: int, name: str, *, at: float = 0, score: float = 0.97, **more: object

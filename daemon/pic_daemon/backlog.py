@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.recording import Recorder
@@ -18,6 +19,8 @@ from pic_daemon.watch import FileHint
 
 _MOST_IN_HAND = 100_000  # files announced beyond these wait for a scan, not in memory
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
+_SCAN_SHARE = 100  # the same while others are ready to be read
+_SKEW_S = 60.0  # by which the clock of a file server may differ, and what it says be late
 
 
 @dataclass
@@ -42,8 +45,8 @@ class Backlog:
         self._settle_seconds = settle_seconds
         self._passed = passed
         self._settling = SettleTracker(settle_seconds)
-        self._ready: deque[str] = deque()
-        self._found: deque[Found] = deque()
+        self._ready: dict[Scanner, deque[str]] = {}  # in the order of their turns
+        self._found: list[Found] = []
         self._scanners: list[Scanner] = []  # deepest folder first
         self._passed_over = False  # whether hints were, since the last scan
 
@@ -53,6 +56,7 @@ class Backlog:
     def watch(self, scanners: Iterable[Scanner]) -> None:
         """Take files from these; such as have a strike and are gone are forgotten."""
         self._scanners = sorted(scanners, key=lambda s: -len(s.within))
+        self._ready = {scanner: deque() for scanner in self._scanners}
         for path in self._recorder.write(self._recorder.log.struck):
             self._see_again(path, None)
 
@@ -81,7 +85,11 @@ class Backlog:
 
     def more(self) -> bool:
         """Whether files wait for their turn to be read."""
-        return bool(self._ready or self._found)
+        return bool(self._any_ready() or self._found)
+
+    def mount_points(self) -> dict[Path, str]:
+        """Where the file system of each folder is mounted, as last seen."""
+        return {s.folder.path: s.mount_point for s in self._scanners}
 
     def done(self) -> bool:
         """Whether all is dealt with, but for what may still lie in the inbox."""
@@ -105,25 +113,45 @@ class Backlog:
             self._see_again(path, stamp)
 
     def choose(self, room: int) -> tuple[list[str], bool]:
-        """At most `room` files to read now, and whether there is more to look at."""
-        if self._passed_over and not self._ready:
+        """At most `room` files to read now, and whether there is more to look at.
+
+        Folders take turns, and scans of those with nothing ready go on meanwhile, so that
+        none waits until another, however busy, is done.
+        """
+        ready = self._any_ready()
+        if self._passed_over and not ready:
             self._passed_over = False
             self.scan(again=True)
         chosen: list[str] = []
-        steps = _SCAN_STEP
+        steps = _SCAN_SHARE if ready else _SCAN_STEP
         while len(chosen) < room:
-            if self._ready:
-                path = self._ready.popleft()
+            if steps and (found := self._to_compare()):
+                steps -= 1
+                self._compare(found)
+            elif path := self._next_ready():
                 if self.online(path):
                     chosen.append(path)
                 else:
                     self.drop(path)
-            elif self._found and steps:
-                steps -= 1
-                self._compare(self._found[0])
             else:
-                return chosen, bool(self._found)
+                return chosen, self._to_compare() is not None
         return chosen, False
+
+    def _any_ready(self) -> bool:
+        return any(self._ready.values())
+
+    def _next_ready(self) -> str | None:
+        for scanner, paths in self._ready.items():
+            if paths:
+                self._ready[scanner] = self._ready.pop(scanner)  # to the end
+                return paths.popleft()
+        return None
+
+    def _to_compare(self) -> Found | None:
+        """A scan whose folder has nothing ready; none while too many files settle."""
+        if len(self._settling) >= _MOST_IN_HAND:
+            return None
+        return next((f for f in self._found if not self._ready[f.scanner]), None)
 
     def heed(self, sight: Found | SeenAgain | FileHint) -> None:
         """Take note of what a scanner saw."""
@@ -135,14 +163,16 @@ class Backlog:
                 for path, expected, stamp in seen:
                     self._seen(path, expected, stamp)
             case FileHint(path, stamp, complete):
-                if path in self.in_hand or len(self.in_hand) < _MOST_IN_HAND:
-                    self._consider(path, stamp, complete)
+                scanner = self._scanner_of(path)
+                if scanner and (path in self.in_hand or len(self) < _MOST_IN_HAND):
+                    self._consider(path, stamp, complete, scanner)
                 else:
                     self._passed_over = True
 
     def read_again(self, path: str) -> None:
         """Have a file in hand read once more at once."""
-        self._ready.append(path)
+        if scanner := self._scanner_of(path):
+            self._ready[scanner].append(path)
 
     def wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
         """Have a file in hand stand still once more, `longer` seconds beyond the usual."""
@@ -158,18 +188,21 @@ class Backlog:
     def let_go(self, path: str) -> None:
         """Be done with a file in hand, unless something happened to it meanwhile."""
         self._passed(1)
-        if stamp := self.in_hand.pop(path).hinted_again:
-            self._consider(path, stamp, complete=False)
+        stamp, scanner = self.in_hand.pop(path).hinted_again, self._scanner_of(path)
+        if stamp and scanner:
+            self._consider(path, stamp, False, scanner)
 
     def _compare(self, found: Found) -> None:
         """Compare the next file that a scan met with the log."""
         if found.files and found.scanner.online:
-            self._consider(*found.files.popleft(), complete=False)
+            self._consider(*found.files.popleft(), False, found.scanner)
         else:
-            self._found.popleft()
+            self._found.remove(found)
             found.scanner.go_on()
 
-    def _consider(self, path: str, stamp: FileStamp, complete: bool) -> None:
+    def _consider(
+        self, path: str, stamp: FileStamp, complete: bool, scanner: Scanner
+    ) -> None:
         if in_hand := self.in_hand.get(path):
             if stamp != in_hand.stamp:
                 in_hand.hinted_again = stamp
@@ -178,16 +211,17 @@ class Backlog:
             self._passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9
-        still = age >= self._settle_seconds
+        skew = _SKEW_S if scanner.folder.mode == "poll" else 0.0
+        still = age >= self._settle_seconds + skew
         if complete or still:
-            self._take(path, stamp, settled=still)
+            self._take(path, stamp, still, scanner)
         else:
             self._settling.wait(path, stamp, time.monotonic(), time.time())
 
-    def _take(self, path: str, stamp: FileStamp, settled: bool) -> None:
+    def _take(self, path: str, stamp: FileStamp, settled: bool, scanner: Scanner) -> None:
         seen_at = self._settling.release(path) or time.time()
         self.in_hand[path] = InHand(seen_at, stamp, settled)
-        self._ready.append(path)
+        self._ready[scanner].append(path)
 
     def _see_again(self, path: str, expected: FileStamp | None) -> None:
         if scanner := self._scanner_of(path):
@@ -201,8 +235,9 @@ class Backlog:
             if self.online(path):
                 self.drop(path)
         elif expected and self._settling.awaits(path, expected):
-            if stamp == expected:
-                self._take(path, stamp, settled=True)
+            scanner = self._scanner_of(path)
+            if stamp == expected and scanner:
+                self._take(path, stamp, True, scanner)
             else:
                 self._settling.wait(path, stamp, time.monotonic(), time.time())
 

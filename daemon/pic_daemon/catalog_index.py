@@ -65,7 +65,8 @@ class Promise:
     """The threshold of the joint score, in [0, 1], and what is promised of it.
 
     `rule` says how it was chosen. `rate` is the share of decoy samples that matched at
-    it, None where it was not measured; `catalog_size` is the number of items then.
+    it, None where it was not measured; `catalog_size` is the number of items then, and
+    `catalog_digest` what `CatalogIndex.digest` was, '' in files of earlier versions.
     """
 
     threshold: float
@@ -74,6 +75,7 @@ class Promise:
     catalog_size: int
     target_fpr: float | None = None
     rate: Interval | None = None
+    catalog_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,11 @@ class CatalogIndex:
     def empty(cls, path: Path, about: About) -> Self:
         """An index of nothing, to be filled."""
         return cls(path, about, vectors=Neighbours(about.dimensions))
+
+    def digest(self) -> str:
+        """SHA-256 over the sorted hashes of the items: names them, whatever their paths."""
+        hashes = sorted(item.sha256 for item in self.items.values())
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def add(self, item: Item, vectors: Vectors, landmarks: bytes) -> int:
         """Add an item by its vectors, float32, shape (views, D); returns its number."""

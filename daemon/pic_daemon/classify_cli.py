@@ -83,6 +83,11 @@ def _classify_archive(
         raise InputError(f"{folder} is not a folder.")
     log = opened(database)
     try:
+        if log.is_served():
+            raise InputError(
+                f"{database} is the log of a service that runs (or was killed within two "
+                "minutes): give the archive a log of its own, or stop the service."
+            )
         counts = classify_folder(folder, model, log, identifier)
     finally:
         log.close()

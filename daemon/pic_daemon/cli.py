@@ -22,18 +22,17 @@ from pic_daemon.folders import mount_of
 from pic_daemon.hooks import check_hooks, describe_hooks
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
-from pic_daemon.match_log import MatchLog
+from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.schema import check as check_log
 from pic_daemon.service import Service
 from pic_daemon.systemd import log_format
 
-_SILENT_S = 120.0  # four heartbeats
 _OVERDUE_S = 900.0
 _PATH = click.Path(path_type=Path)
 PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
-_NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph")
+_NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph")
 
 
 def _words(_: click.Context, __: click.Parameter, text: str | None) -> list[str] | None:
@@ -149,7 +148,8 @@ def check(config: Path | None, **overrides: Any) -> None:
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
-    check_log(settings.database)
+    with _passing(settings.database):
+        check_log(settings.database)
     click.echo(_about_model(model))
     if identifier:
         click.echo(_about_identifier(identifier))
@@ -159,7 +159,8 @@ def check(config: Path | None, **overrides: Any) -> None:
     click.echo(f"database {settings.database}: ok")
     for folder in settings.folders:
         kind = mount_of(folder.path).type or "unknown"
-        silent = kind in _NO_EVENTS and folder.mode == "events"
+        remote = kind in _NO_EVENTS or kind.startswith("fuse.")
+        silent = remote and folder.mode == "events"
         note = ', announces nothing: set mode = "poll"' if silent else ""
         click.echo(f"folder {folder.path}: file system {kind}{note}")
     for line in describe_hooks(settings):
@@ -187,9 +188,9 @@ def status(database: Path, as_json: bool) -> None:
     problem = None
     if found.get("stopped"):
         problem = "the service was stopped"
-    elif found["age_s"] > _SILENT_S:
+    elif found["age_s"] > SILENT_S:
         problem = f"no heartbeat for {found['age_s']:.0f} s: the service is down or stuck"
-    elif found["age_s"] < -_SILENT_S:  # a service that lives would have beaten since
+    elif found["age_s"] < -SILENT_S:  # a service that lives would have beaten since
         problem = "no heartbeat since the clock was set back: the service is down or stuck"
     elif found["oldest_waiting_s"] > _OVERDUE_S:
         problem = f"a file has been waiting for {found['oldest_waiting_s']:.0f} s"
@@ -256,9 +257,16 @@ def opened(database: Path) -> MatchLog:
     Raises InputError as `MatchLog.open` does, and ClickException where it is locked or the
     disk is full.
     """
-    try:
+    with _passing(database):
         return MatchLog.open(database)
-    except sqlite3.OperationalError as error:  # passes: exit 1, so that systemd tries again
+
+
+@contextmanager
+def _passing(database: Path) -> Iterator[None]:
+    """Trouble that passes is exit code 1, so that systemd tries again."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
         raise click.ClickException(f"database {database}: {error}") from error
 
 

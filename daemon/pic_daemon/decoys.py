@@ -35,6 +35,7 @@ from pic_daemon.promise import Floats, check_support, rate, threshold_for
 
 VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"
 _COUNT = 3
+_JPEG_SIDE = 65_500  # the longest that libjpeg writes
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Decoy:
 
 @dataclass(frozen=True)
 class Measured:
-    """The promise, what was left out with its reason, and the decoys that came nearest."""
+    """The promise, the number of pictures that chose the threshold, what was left out with
+    its reason, and the decoys that came nearest."""
 
     promise: Promise
+    choosing: int
     left_out: dict[str, str]
     nearest: list[Decoy]
 
@@ -70,7 +73,9 @@ def measure(
     identifier = Identifier(descriptor, index)
     paths = [str(folder / name) for name, _ in sorted(files_in(folder))]
     _check(len(paths), target, folder)
-    catalog = {item.sha256: item.name for item in index.items.values()}
+    seen_before = {
+        item.sha256: f"the catalog's {item.name}" for item in index.items.values()
+    }
     left_out: dict[str, str] = {}
     scores: list[float] = []
     pictures: list[str] = []
@@ -81,9 +86,10 @@ def measure(
         for path, looked in zip(part, pool.map(_versions, part, sizes), strict=True):
             if isinstance(looked, str):
                 left_out[path] = looked
-            elif looked[0] in catalog:
-                left_out[path] = f"same bytes as the catalog's {catalog[looked[0]]}"
+            elif known := seen_before.get(looked[0]):
+                left_out[path] = f"same bytes as {known}"
             else:
+                seen_before[looked[0]] = path
                 seen += [(path, closeup) for closeup in looked[1]]
         if seen:
             best = _best(identifier, [closeup for _, closeup in seen], pool)
@@ -94,9 +100,9 @@ def measure(
             ]
         show(len(part))
     _check(len(scores) // _COUNT, target, folder)
-    promise = _promise(np.array(scores), pictures, target, len(index.items))
+    promise = _promise(np.array(scores), pictures, target, index)
     nearest = sorted(as_they_are, key=lambda d: d.score, reverse=True)
-    return Measured(promise, left_out, nearest[:3])
+    return Measured(promise, (len(as_they_are) + 1) // 2, left_out, nearest[:3])
 
 
 def _check(pictures: int, target: float, folder: Path) -> None:
@@ -111,7 +117,7 @@ def _promise(
     scores: Floats,
     pictures: Sequence[str],
     target: float,
-    catalog_size: int,
+    index: CatalogIndex,
 ) -> Promise:
     _, number = np.unique(pictures, return_inverse=True)
     tested = number % 2 == 1
@@ -124,7 +130,7 @@ def _promise(
         f"{len(nothing)} decoy samples ({VERSIONS})"
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Promise(threshold, rule, now, catalog_size, target, measured)
+    return Promise(threshold, rule, now, len(index.items), target, measured, index.digest())
 
 
 def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
@@ -145,6 +151,7 @@ def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
     left = int(draw.integers(0, picture.width - width + 1))
     top = int(draw.integers(0, picture.height - height + 1))
     cropped = picture.crop((left, top, left + width, top + height))
+    cropped.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
     small = picture.copy()
     small.thumbnail((96, 96), Image.Resampling.BICUBIC)
     altered = [look_at(_jpeg(cropped, 50), size), look_at(_jpeg(small, 30), size)]

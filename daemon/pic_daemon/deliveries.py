@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Hook = Literal["webhook", "command"]
 
 _LONGEST_WAIT_S = 600.0  # between two attempts at one delivery
+_LEAST_TRYING_S = 3600.0
 _DOUBLINGS = 20  # more than any wait, and far from what overflows
 
 
@@ -94,14 +95,19 @@ def _message(outcome: "Outcome", model: str) -> str:
 def due(db: sqlite3.Connection, hook: Hook, now: float, limit: int) -> list[Delivery]:
     """At most `limit` deliveries whose time has come, the longest due first.
 
-    Each message has its `delivery` number, by which a receiver knows a repetition.
+    Each message has its `delivery` number, by which a receiver knows a repetition. A time
+    further off than any wait was set by a clock that was ahead.
     """
-    rows = db.execute(
-        "SELECT id, json_set(message, '$.delivery', id), queued_at, attempts "
-        "FROM deliveries WHERE hook = ? AND due_at <= ? ORDER BY due_at LIMIT ?",
-        [hook, now, limit],
+    past, ahead = (
+        "SELECT id, json_set(message, '$.delivery', id), queued_at, attempts, due_at "
+        f"FROM deliveries WHERE hook = ? AND due_at {when} ?"
+        for when in ("<=", ">")
     )
-    return [Delivery(*row) for row in rows]
+    rows = db.execute(
+        f"{past} UNION ALL {ahead} ORDER BY due_at LIMIT ?",
+        [hook, now, hook, now + 2 * _LONGEST_WAIT_S, limit],
+    )
+    return [Delivery(*row[:4]) for row in rows]
 
 
 def note(
@@ -110,10 +116,16 @@ def note(
     """Write what became of deliveries, in one transaction; returns those given up.
 
     One that failed is due again after 1, 2, 4 ... 600 seconds, until `give_up_after`
-    seconds have gone by since it was queued. Every one is tried at least once.
+    seconds have gone by since it was queued. Every one is tried at least once, and for an
+    hour by its own waits: the clock may have been behind when it was queued.
     """
     failed = [attempt for attempt in attempts if attempt.error]
-    lost = [a for a in failed if now - a.delivery.queued_at >= give_up_after]
+    tried_for = min(give_up_after, _LEAST_TRYING_S)
+    lost = [
+        a for a in failed
+        if now - a.delivery.queued_at >= give_up_after
+        and _waits(a.delivery.attempts) >= tried_for
+    ]  # fmt: skip
     rows = [
         [
             None if a in lost else now + doubled(a.delivery.attempts, _LONGEST_WAIT_S),
@@ -138,6 +150,11 @@ def note(
         db.rollback()
         raise
     return lost
+
+
+def _waits(attempts: int) -> float:
+    """The seconds that the waits after so many failed attempts take together."""
+    return sum(doubled(n, _LONGEST_WAIT_S) for n in range(attempts))
 
 
 def doubled(times: int, longest: float) -> float:

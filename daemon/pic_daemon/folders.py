@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -68,15 +68,17 @@ class Folder:
         """Every wanted regular file on the disk now, as `walk` finds them."""
         return (found for found in self.walk(str(self.path)) if found)
 
-    def walk(self, below: str) -> Iterator[tuple[str, FileStamp] | None]:
+    def walk(
+        self, below: str, refused: Callable[[str, OSError], None] = lambda *_: None
+    ) -> Iterator[tuple[str, FileStamp] | None]:
         """Every wanted regular file under `below` now, and None for everything else there.
 
-        Symbolic links are not followed. Folders that vanish or cannot be read
-        meanwhile are passed over: the next scan sees them.
+        Symbolic links are not followed. Folders that vanish meanwhile are passed over;
+        `refused` is told of those that cannot be read, and why.
         """
         pending = [below]
         while pending:
-            for entry in _entries(pending.pop()):
+            for entry in _entries(pending.pop(), refused):
                 found = None
                 try:
                     if entry.is_dir(follow_symlinks=False):
@@ -89,12 +91,16 @@ class Folder:
                 yield found
 
 
-def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+def _entries(
+    folder: str, refused: Callable[[str, OSError], None]
+) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             yield from entries
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        refused(folder, error)
 
 
 def stamp_of(path: str) -> FileStamp | None:
@@ -125,11 +131,11 @@ def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copy2(path, target)  # another file system
         try:
+            shutil.copy2(path, target)  # another file system
             os.unlink(path)
         except OSError:
-            os.unlink(target)
+            target.unlink(missing_ok=True)
             raise
     return target
 
@@ -141,11 +147,10 @@ def text_of(path: str) -> str:
 
 @dataclass(frozen=True)
 class Mount:
-    """A mounted file system: where, its type such as ``ext4``, and what is mounted."""
+    """A mounted file system: where, and its type such as ``ext4``."""
 
     point: str = ""
     type: str = ""
-    source: str = ""
 
 
 def mount_of(path: Path) -> Mount:
@@ -161,7 +166,7 @@ def mount_of(path: Path) -> Mount:
         point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         inside = target == point or target.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best.point):
-            best = Mount(point, *right.split()[:2])
+            best = Mount(point, right.split()[0])
     return best
 
 

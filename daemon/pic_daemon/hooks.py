@@ -137,8 +137,9 @@ def run_command(command: Sequence[str], timeout: float, message: str) -> None:
     try:
         process.communicate(message.encode() + b"\n", timeout)
     except subprocess.TimeoutExpired as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with suppress(PermissionError):  # it became another user
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         raise NotDelivered(f"it took longer than {timeout:g} s") from error
     if process.returncode:
         raise NotDelivered(f"it ended with exit code {process.returncode}")

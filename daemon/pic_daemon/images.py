@@ -30,6 +30,8 @@ COLOR = "sRGB, EXIF orientation applied, transparency over white, first frame"
 MAX_PIXELS = 200_000_000
 """Largest width x height decoded by default: above any camera, below a bomb."""
 
+_FULL_SCALES = (255.0, 4095.0, 65535.0)
+
 BLANK_LEVELS = 3.0
 """A picture whose every channel deviates less than this (0..255) is nearly uniform."""
 
@@ -145,15 +147,22 @@ def _rgb(image: Image.Image, data: bytes, side: int) -> Image.Image:
     with contextlib.suppress(*_DECODER_ERRORS):  # corrupt EXIF: stays as stored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips deeper samples when converting; scale 16 bits to 8 instead.
-        samples = np.asarray(image, dtype=np.float32)
-        scale = 1.0 if samples.max(initial=0) <= 255 else 1 / 257
-        image = Image.fromarray((samples * scale).clip(0, 255).astype(np.uint8))
+        image = _in_8_bits(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Deeper samples, which Pillow would clip, scaled from what they seem to reach up to:
+    1 (floating point alone), 8, 12 or 16 bits, or else their own maximum."""
+    samples = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
+    most = float(samples.max(initial=0))
+    scales = ((1.0,) if image.mode == "F" else ()) + _FULL_SCALES
+    full = next((scale for scale in scales if most <= scale), most)
+    return Image.fromarray((samples * (255 / full)).clip(0, 255).astype(np.uint8))
 
 
 def _plain_jpeg(image: Image.Image, data: bytes, side: int) -> Image.Image | None:

@@ -17,8 +17,9 @@ from pic_daemon.descriptor import Descriptor, load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
-from pic_daemon.indexing import Update, remove, update, workers
+from pic_daemon.indexing import Update, find_twins, remove, update, workers
 from pic_daemon.options import FiniteRange
+from pic_daemon.promise import supported_rate
 
 _PATH = click.Path(path_type=Path)
 _NAMED = 20  # files named of each kind; the others are counted
@@ -75,7 +76,8 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
             for item in sorted(found.items.values(), key=lambda i: i.name):
                 click.echo(f"{item.sha256[:12]}  {_shown(item.name)}")
             return
-        remove(found, names)
+        by_shown = {_shown(item.name): item.name for item in found.items.values()}
+        remove(found, [by_shown.get(name, name) for name in names])
         found.save()
         click.echo(
             f"{output}: {len(names)} removed, {len(found.items)} items left. The next run "
@@ -103,6 +105,7 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
             with _progress("decoys") as show:
                 measured = measure(made, descriptor, others, target_fpr, pool, show)
             made.about = replace(made.about, promise=measured.promise)
+        done.twins = list(find_twins(made, done.fresh, pool))
     made.save()
     _report(made, done, measured)
 
@@ -133,7 +136,7 @@ def open_or_empty(output: Path, catalog: Path, descriptor: Descriptor) -> Catalo
 
 def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
     for refused in done.refused[:_NAMED]:
-        click.echo(f"refused {_shown(refused.name)}: {refused.reason}")
+        click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
     for twins in done.twins[:_NAMED]:
         click.echo(
             f"near-duplicates {_shown(twins.item)} and {_shown(twins.other)} "
@@ -141,11 +144,18 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
         )
     if measured:
         for path, reason in list(measured.left_out.items())[:_NAMED]:
-            click.echo(f"decoy left out {text_of(path)}: {reason}")
+            click.echo(f"decoy left out {text_of(path)}: {text_of(reason)}")
         for decoy in measured.nearest:
             click.echo(
                 f"nearest decoy {text_of(decoy.path)}: {_shown(decoy.item)} "
                 f"(joint score {decoy.score:.3f})"
+            )
+        of_pictures = supported_rate(measured.choosing)
+        if of_pictures > (measured.promise.target_fpr or 1):
+            click.echo(
+                f"note: the threshold is chosen on {measured.choosing} decoys, each in "
+                f"several versions: of other pictures up to {of_pictures:.2g} may match "
+                "(3 / n)"
             )
     left_out = len(measured.left_out) if measured else 0
     click.echo(
@@ -166,10 +176,11 @@ def about_promise(made: CatalogIndex) -> str:
             f"; on {promise.rate.of} others {promise.rate.value:.3g} matched "
             f"(95% interval {promise.rate.low:.2g} to {promise.rate.high:.2g})"
         )
-    if promise.rate and promise.catalog_size != len(made.items):
+    exchanged = promise.catalog_digest and promise.catalog_digest != made.digest()
+    if promise.rate and (exchanged or promise.catalog_size != len(made.items)):
         text += (
-            f"; measured with {promise.catalog_size} items, now {len(made.items)}: "
-            "measure again with --others"
+            f"; measured with {promise.catalog_size} items, now {len(made.items)}, not all "
+            "of them the same: measure again with --others"
         )
     return text
 

@@ -41,12 +41,16 @@ class Twins:
 
 @dataclass
 class Update:
-    """What was done to an index, by item; `refused` are files seen for the first time."""
+    """What was done to an index, by item; `refused` are files seen for the first time.
+
+    `fresh` has a vector of each new item by its number, for `find_twins`.
+    """
 
     added: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    fresh: dict[int, Vectors] = field(default_factory=dict)
     twins: list[Twins] = field(default_factory=list)
 
 
@@ -97,7 +101,7 @@ def update(
     }
     known = refused.keys() | names_kept
     todo = [name for name in there if name not in known]
-    done, fresh = Update(), {}
+    done = Update()
     contents = {item.sha256: n for n, item in index.items.items()}
     size = descriptor.info.input_size
     for names in slices(todo):
@@ -126,7 +130,7 @@ def update(
                 number = index.add(item, own, one.landmarks)
                 contents[one.sha256] = number
                 kept.add(number)
-                fresh[number] = own[0]
+                done.fresh[number] = own[0]
                 done.added.append(name)
         show(len(names))
     for number in index.items.keys() - kept:
@@ -138,7 +142,6 @@ def update(
             f"no picture in {folder} can be indexed"
             + (f"; the first is {_first(refused)}." if refused else ": it holds none.")
         )
-    done.twins = list(_twins(index, fresh, pool))
     return done
 
 
@@ -203,7 +206,7 @@ def _described(
         yield vectors
 
 
-def _twins(
+def find_twins(
     index: CatalogIndex, fresh: dict[int, Vectors], pool: ProcessPoolExecutor
 ) -> Iterator[Twins]:
     """Pairs with a new item in them that the joint decision would not keep apart."""

@@ -27,6 +27,13 @@ _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able 
 UNREAD = "cannot be read:"
 """How the error of a file begins that met an I/O error."""
 
+# What failed under a name was an unfinished state of the file.
+_NO_LONGER_FAILED = (
+    "DELETE FROM images WHERE path = ? AND sha256 <> ? AND status = 'failed'"
+)
+SILENT_S = 120.0
+"""Four heartbeats: a service that says nothing for longer is down or stuck."""
+
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
 STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
@@ -127,13 +134,24 @@ class MatchLog:
                 [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
             )
 
-    def watch(self, folders: Sequence[Path]) -> None:
-        """Note the drop folders: pictures in others are not shown to anyone."""
+    def watch(self, folders: Mapping[Path, str]) -> None:
+        """Note the drop folders with the mount points of their file systems.
+
+        Pictures in other folders are not shown to anyone.
+        """
         with self._transaction():
             self._db.execute("DELETE FROM watched")
             self._db.conn.executemany(
-                "INSERT INTO watched VALUES (?)", [[text_of(str(f))] for f in set(folders)]
+                "INSERT INTO watched VALUES (?, ?)",
+                [
+                    [text_of(str(folder)), text_of(point)]
+                    for folder, point in folders.items()
+                ],
             )
+
+    def mount_points(self) -> dict[str, str]:
+        """What `watch` noted last, by the folder's name as `text_of` writes it."""
+        return dict(self._db.execute("SELECT folder, mount_point FROM watched").fetchall())
 
     def take_in_hand(self, paths: Sequence[str]) -> None:
         """Note the names of files that a decoder gets to see now.
@@ -193,12 +211,15 @@ class MatchLog:
 
         A file that met an I/O error is known for a while: then a scan tries it again.
         """
-        unread_until = iso_time(datetime.now(UTC).timestamp() - _UNREAD_AGAIN_S)
+        now = datetime.now(UTC).timestamp()
+        # Both ends: the clock may have been ahead when it was written.
+        lately = [iso_time(now - _UNREAD_AGAIN_S), iso_time(now + _UNREAD_AGAIN_S)]
         row = self._db.execute(
             "SELECT 1 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' AND classified_at < ?)",
-            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, unread_until],
+            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' "
+            "AND classified_at NOT BETWEEN ? AND ?)",
+            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, *lately],
         ).fetchone()
         return row is not None
 
@@ -215,6 +236,7 @@ class MatchLog:
                 "UPDATE images SET mtime_ns = ?, inode = ? WHERE id = ?",
                 [stamp.mtime_ns, stamp.inode, *row],
             )
+            self._db.conn.execute(_NO_LONGER_FAILED, [text_of(path), sha256])
             self._forget([path])
         return True
 
@@ -243,11 +265,7 @@ class MatchLog:
         with self._transaction():
             deliveries.queue(self._db.conn, hooks, outcomes, model.sha256)
             first = self._next_revision(len(rows))
-            # What failed under this name was an unfinished state of this file.
-            self._db.conn.executemany(
-                "DELETE FROM images WHERE path = ? AND sha256 <> ? AND status = 'failed'",
-                replaced,
-            )
+            self._db.conn.executemany(_NO_LONGER_FAILED, replaced)
             self._db.conn.executemany(
                 """
                 INSERT INTO images (
@@ -297,6 +315,15 @@ class MatchLog:
                 "INSERT OR REPLACE INTO heartbeat VALUES (1, ?, ?)",
                 [now, json.dumps(figures)],
             )
+
+    def is_served(self) -> bool:
+        """Whether a service has lately said that it lives, and not that it has ended."""
+        row = self._db.execute(
+            "SELECT 1 FROM heartbeat WHERE abs(julianday(at) - julianday('now')) < ?"
+            " AND json_extract(figures, '$.stopped') IS NULL",
+            [SILENT_S / 86400],
+        ).fetchone()
+        return row is not None
 
     def mark_moved(self, path: str, sha256: str) -> None:
         """Note that a file is gone from `path`: should it come back, it is read again."""

@@ -114,7 +114,7 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         narrowed["min_score"],
         narrowed["max_score"],
         text_of(os.path.realpath(folder)) if folder else "",
-        narrowed["product"] or "",
+        text_of(narrowed["product"] or ""),
     )
     show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
     if follow:

@@ -6,6 +6,7 @@ catalog. Everything else a server needs stands in the file's metadata.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,8 @@ class Model:
     ) -> list[Verdict]:
         """Score decoded images in one batch and say what each score means.
 
-        A nearly uniform picture never matches, whatever the network says of it. With a
-        `gate` the scores are those of `gate_score`.
+        A nearly uniform picture never matches, whatever the network says of it, nor does
+        one of which it says no number. With a `gate` the scores are those of `gate_score`.
         """
         if not images:
             return []
@@ -135,11 +136,15 @@ class Model:
         found = self.score(pixels) if gate is None else self.gate_score(pixels, gate)
         scores = found.tolist()
         return [
-            Verdict("no-match", 0.0, "nearly uniform picture: nothing to recognise")
-            if image.blank
-            else Verdict("match" if score >= self.info.threshold else "no-match", score)
-            for image, score in zip(images, scores, strict=True)
+            self._verdict(image, score) for image, score in zip(images, scores, strict=True)
         ]
+
+    def _verdict(self, image: DecodedImage, score: float) -> Verdict:
+        if image.blank:
+            return Verdict("no-match", 0.0, "nearly uniform picture: nothing to recognise")
+        if not math.isfinite(score):
+            return Verdict("no-match", 0.0, "the model's score of it is no number")
+        return Verdict("match" if score >= self.info.threshold else "no-match", score)
 
     def metadata_json(self) -> str:
         """The metadata as one JSON object."""

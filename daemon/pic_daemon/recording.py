@@ -4,10 +4,9 @@ waited for, and what is on the disk is told.
 
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +18,7 @@ from pic_daemon.model import Model
 
 logger = logging.getLogger("pic_daemon")
 
+_HEED_STOP_S = 0.1
 _DATABASE_RETRY_S = 2.0  # between two attempts while the database takes nothing
 
 T = TypeVar("T")
@@ -26,12 +26,16 @@ T = TypeVar("T")
 
 @dataclass
 class Recorder:
-    """Belongs to the service's loop; `stop_asked` may be set from any thread."""
+    """Belongs to the service's loop; `stop_asked` may be set from any thread.
+
+    It is no Event: a signal handler that sets one waits for ever for a lock which the
+    thread that it interrupts may hold.
+    """
 
     log: MatchLog
     config: Config
     health: Health
-    stop_asked: threading.Event = field(default_factory=threading.Event)
+    stop_asked: bool = False
 
     def record(self, outcomes: list[Outcome], model: Model) -> None:
         """Write rows in one transaction; then count and log them, and move what failed."""
@@ -55,7 +59,7 @@ class Recorder:
             try:
                 result = write()
             except sqlite3.OperationalError as error:
-                if self.stop_asked.is_set():
+                if self.stop_asked:
                     raise
                 if waiting_since is None:
                     waiting_since = time.monotonic()
@@ -64,7 +68,9 @@ class Recorder:
                         self.log.path, error,
                     )  # fmt: skip
                 self.health.feed_watchdog(busy=False)  # a restart would not help
-                self.stop_asked.wait(_DATABASE_RETRY_S)
+                again = time.monotonic() + _DATABASE_RETRY_S
+                while time.monotonic() < again and not self.stop_asked:
+                    time.sleep(_HEED_STOP_S)
                 continue
             if waiting_since is not None:
                 waited = time.monotonic() - waiting_since

@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pic_daemon.folders import FileStamp, Folder, stamp_of
+from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
 from pic_daemon.watch import FileHint, FolderWatch, HintsLost, hearing_overflows
 
 logger = logging.getLogger("pic_daemon")
@@ -51,13 +51,16 @@ class Scanner:
     All methods return at once and may be called while the thread hangs.
     """
 
-    def __init__(self, folder: Folder, send: Callable[[Sight], None]) -> None:
+    def __init__(
+        self, folder: Folder, send: Callable[[Sight], None], mount_point: str = ""
+    ) -> None:
         self.folder = folder
         self.within = os.path.join(folder.path, "")  # how all paths in it begin
         self.silent = False
         self.looked = threading.Event()  # set after the first look
         self._send = send
-        self._watch = FolderWatch(folder, send, self._scan_below)
+        self._watch = FolderWatch(folder, send, self._scan_below, mount_point)
+        self._refused: set[str] = set()  # sub-folders that could not be read
         self._asked: deque[str] = deque()  # folders to scan
         self._waiting: set[str] = set()  # the same
         self._to_see: deque[tuple[str, FileStamp | None]] = deque()
@@ -119,6 +122,11 @@ class Scanner:
         return self._watch.online and not self.silent
 
     @property
+    def mount_point(self) -> str:
+        """Where the file system that holds the folder was mounted when last seen."""
+        return self._watch.mount_point
+
+    @property
     def busy(self) -> bool:
         """Whether a scan is asked for or under way: files of it may still be sent."""
         return bool(self._asked) or self._scanning
@@ -172,7 +180,7 @@ class Scanner:
         below = self._asked.popleft()
         self._waiting.discard(below)
         files: deque[tuple[str, FileStamp]] = deque()
-        for number, found in enumerate(self.folder.walk(below)):
+        for number, found in enumerate(self.folder.walk(below, self._refuse)):
             self._asking_since = time.monotonic()
             if number % _CHUNK == 0:
                 self._attend()
@@ -187,6 +195,14 @@ class Scanner:
             self._hand_over(files)
         self._scanning = False
         self._send(Found(self, deque()))  # wakes a service that waits for the end
+
+    def _refuse(self, folder: str, error: OSError) -> None:
+        if self._watch.online and folder not in self._refused:
+            self._refused.add(folder)
+            logger.warning(
+                "path=%r cannot be read, nor what is in it: %s",
+                text_of(folder), error.strerror or error,
+            )  # fmt: skip
 
     def _hand_over(self, files: deque[tuple[str, FileStamp]]) -> None:
         while self._unread and not self._ended:
@@ -211,10 +227,19 @@ class Scanner:
 
 @contextmanager
 def scanning(
-    folders: Sequence[Folder], send: Callable[[Sight], None]
+    folders: Sequence[Folder],
+    send: Callable[[Sight], None],
+    mount_points: Mapping[str, str] | None = None,
 ) -> Iterator[list[Scanner]]:
-    """Scanners that have looked at their folders once, as far as these answer."""
-    scanners = [Scanner(folder, send) for folder in folders]
+    """Scanners that have looked at their folders once, as far as these answer.
+
+    `mount_points` says by folder where the file system that held it was mounted before.
+    """
+    before = mount_points or {}
+    scanners = [
+        Scanner(folder, send, before.get(text_of(str(folder.path)), ""))
+        for folder in folders
+    ]
     with hearing_overflows(send):
         for scanner in scanners:
             scanner.start()

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,9 @@ from pic_daemon.errors import InputError
 
 Status = Literal["match", "no-match", "failed"]
 
+_PASSING = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
+)  # fmt: skip
 BUSY_TIMEOUT_S = 60.0
 """How long opening the log or reading it waits for another writer."""
 
@@ -244,10 +248,19 @@ def find_corrections_by_content(db: Database) -> None:
     db.execute("CREATE INDEX corrections_by_content ON corrections (sha256)")
 
 
+@migrations()
+def add_mount_points(db: Database) -> None:
+    """Where the file system of a watched folder is mounted: without it the folder is empty,
+    and its files are not gone."""
+    db.execute("ALTER TABLE watched ADD COLUMN mount_point TEXT NOT NULL DEFAULT ''")
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 
-    Writes nothing; a file that does not exist yet is fine if its folder does.
+    Writes nothing; a file that does not exist yet is fine if its folder does. Where it is
+    only locked or its disk is full, which passes, sqlite3.OperationalError is raised
+    `for_writing`.
     """
     if not os.path.isdir(path.parent):  # unlike Path, never raises
         raise InputError(f"database {path}: its folder does not exist; create it.")
@@ -258,13 +271,16 @@ def check(path: Path, for_writing: bool = True) -> None:
     if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         raise InputError(f"database {path}: it or its folder is not writable.")
     try:
-        db = open_read_only(path)
-        tables = set(db.table_names())
-        applied = {m.name for m in migrations.applied(db)}
-        db.close()
+        with closing(open_read_only(path)) as db:
+            tables = set(db.table_names())
+            applied = {m.name for m in migrations.applied(db)}
     except sqlite3.DatabaseError as error:
-        locked_out = isinstance(error, sqlite3.OperationalError)
-        if locked_out and not os.access(path.parent, os.W_OK):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended one
+        if for_writing and code in _PASSING:
+            raise
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and not os.access(
+            path.parent, os.W_OK
+        ):
             raise InputError(
                 f"{path} is in use by nobody, and SQLite shows it then only to an account "
                 "that may write in its folder: start the service, or ask as its account."

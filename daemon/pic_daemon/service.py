@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pic_daemon.backlog import Backlog
@@ -91,6 +92,7 @@ class Service:
     _scoring: int = 0
     _next_rescan: float = 0.0
     _offline: list[str] = field(default_factory=list)
+    _mount_points: dict[Path, str] = field(default_factory=dict)
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
@@ -111,13 +113,13 @@ class Service:
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
-        self._recorder.stop_asked.set()
+        self._recorder.stop_asked = True
         self.inbox.put(Stop())
 
     @property
     def stop_asked(self) -> bool:
         """Whether `stop` was called."""
-        return self._recorder.stop_asked.is_set()
+        return self._recorder.stop_asked
 
     def reload(self) -> None:
         """Ask the loop to load the model file anew; as safe as `stop`."""
@@ -126,7 +128,6 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self._recorder.write(lambda: self.log.use_model(self.model))
-        self._recorder.write(lambda: self.log.watch([f.path for f in self.config.folders]))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)
@@ -136,11 +137,16 @@ class Service:
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
             Scorer(self.inbox.put) as scorer,
-            scanning(self.config.folders, self.inbox.put) as scanners,
+            scanning(
+                self.config.folders,
+                self.inbox.put,
+                self._recorder.write(self.log.mount_points),
+            ) as scanners,
         ):
             # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
             self._backlog.watch(scanners)
+            self._note_folders()
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -148,6 +154,8 @@ class Service:
             while self._busy() or not self._stopping:
                 with self.health.timed("choose"):
                     more = not self._stopping and self._choose(decoders)
+                if self._stopping:
+                    decoders.look()  # what never comes back is not waited for
                 # In this order: what the backlog says is past may lie in the inbox.
                 if self.until_done and self._backlog.done() and self.inbox.empty():
                     break
@@ -204,6 +212,7 @@ class Service:
             decoders.look()
             if self._backlog.look_at_folders():
                 decoders.leave_behind()
+            self._note_folders()
             if (offline := self._backlog.folders_offline()) != self._offline:
                 self._offline = offline
                 self._next_beat = now
@@ -213,6 +222,12 @@ class Service:
         if now >= self._retention.next_due and self._backlog.quiet():
             online = self._backlog.online
             self._recorder.write(lambda: self._retention.step(self.log, online, now))
+
+    def _note_folders(self) -> None:
+        points = self._backlog.mount_points()
+        if points != self._mount_points:
+            self._mount_points = points
+            self._recorder.write(lambda: self.log.watch(points))
 
     def _beat(self) -> None:
         figures = self._figures()
@@ -263,6 +278,7 @@ class Service:
                 self._pass_on(message)
             case Loaded():
                 message.hand_over()
+                self._beat()  # by which reclassify tells what is out of date
             case Reload():
                 for served in self._files:
                     served.load()
@@ -289,24 +305,22 @@ class Service:
 
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
-        path = reading.path
+        path, in_hand = reading.path, self._backlog.in_hand[reading.path]
         unfinished = reading.changed or reading.suspect or reading.transient
-        stamp = reading.stamp or (self._backlog.in_hand[path].stamp if unfinished else None)
+        stamp = reading.stamp or (in_hand.stamp if unfinished else None)
+        # What was found still when it was chosen may be written on since.
+        settled = in_hand.settled and stamp == in_hand.stamp
         if stamp is None or (unfinished and not self._backlog.online(path)):
             # Gone before it was read, or with its folder, where it is found again.
             self._backlog.drop(path)
         elif reading.suspect:
-            self._backlog.in_hand[path].alone = True
+            in_hand.alone = True
             self._backlog.read_again(path)
         elif reading.transient and (wait := self._next_attempt(reading)):
             problem = "path=%r: %s; trying again in %g s"
             logger.warning(problem, text_of(path), reading.error, wait)
             self._backlog.wait_again(path, stamp, wait)
-        elif reading.changed or (
-            reading.error
-            and not reading.transient
-            and not self._backlog.in_hand[path].settled
-        ):
+        elif reading.changed or (reading.error and not reading.transient and not settled):
             self._backlog.wait_again(path, stamp)
         elif reading.image and len(reading.image.pixels) != self.model.info.input_size:
             self._backlog.read_again(path)  # was read for the model before this one
@@ -335,7 +349,6 @@ class Service:
             self._batch.clear()
         self.model = model
         self._recorder.write(lambda: self.log.use_model(model))
-        self._beat()
         self.health.serving(model)
         logger.info("now serving model %s, sha256 %s", model.path, model.sha256[:12])
 
@@ -430,7 +443,7 @@ class Service:
         now = time.monotonic()
         if self._stopping:
             waits = self._batch or (self.cascade and self.cascade.waiting)
-            return _BATCH_WAIT_S if waits else _LONGEST_WAIT_S
+            return _BATCH_WAIT_S if waits else _LOOK_S
         moments = [self._next_rescan, self._next_look, self._next_beat]
         if (due := self._backlog.next_due()) is not None:
             moments.append(due)

@@ -55,6 +55,8 @@ _REMEDIES = {
 
 _COUNT_EVERY_S = 60.0  # between two looks at the watches that all processes hold
 
+_RENEW_S = 300.0  # the least between two watches of a folder that others are moved out of
+
 _EVENTS: list[type[FileSystemEvent]] = [
     FileCreatedEvent, FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent,
 ]  # fmt: skip
@@ -67,7 +69,9 @@ class FolderWatch:
     appeared below, perhaps already filled; both from a thread of this folder's own.
 
     The folder is offline while it is missing, or while another file system than at first
-    is mounted where it was.
+    is mounted where it was. `mount_point` is where the file system that held it was mounted
+    when a service last saw it, '' where none has: an empty folder that lies outside is one
+    whose disk is missing.
     """
 
     def __init__(
@@ -75,15 +79,18 @@ class FolderWatch:
         folder: Folder,
         send: Callable[[FileHint], None],
         scan: Callable[[str], None],
+        mount_point: str = "",
     ) -> None:
+        self.mount_point = mount_point
         self.polled = folder.mode == "poll"  # nothing announces what arrives
         self._folder = folder
         self._handler = _Handler(folder, send, scan)
-        self._mount: Mount | None = None
+        self._mount: Mount | None = None  # as first seen here
         self._inode: int | None = None
         self._observer: BaseObserver | None = None
         self._said_offline = False
         self._next_count = 0.0
+        self._renew_at = 0.0
 
     @property
     def online(self) -> bool:
@@ -125,22 +132,40 @@ class FolderWatch:
         return True
 
     def _watch_ended(self) -> bool:
-        """Whether a folder made anew under its old inode number has lost its watch."""
+        """Whether the watch is lost, or holds much that is none of the folder's any more.
+
+        A folder made anew under its old inode number has lost it, and so has one that was
+        unmounted and mounted again. watchdog keeps watching sub-folders that were moved
+        away, under their old names, and the thread that reads the events may end over one
+        of them that is deleted later.
+        """
         observer = self._observer
-        return observer is not None and not (
-            observer.is_alive() and any(e.is_alive() for e in observer.emitters)
-        )
+        if observer is None:
+            return False
+        emitting = observer.is_alive() and any(e.is_alive() for e in observer.emitters)
+        if not (emitting and _hears(observer)):
+            return True
+        return self._handler.moved_away and time.monotonic() >= self._renew_at
 
     def _inode_there(self) -> int | None:
+        path = self._folder.path
         try:
-            inode = os.stat(self._folder.path).st_ino
+            inode = os.stat(path).st_ino
+            mount = mount_of(path)
+            if self._mount is None:
+                if len(mount.point) < len(self.mount_point) and not os.listdir(path):
+                    return None
+                self._mount = mount
         except OSError:
             return None
-        mount = mount_of(self._folder.path)
-        self._mount = self._mount or mount
-        return inode if mount == self._mount else None
+        if mount != self._mount:
+            return None
+        self.mount_point = mount.point
+        return inode
 
     def _begin(self) -> None:
+        self._handler.moved_away = False
+        self._renew_at = time.monotonic() + _RENEW_S
         try:
             # watchdog passes over sub-folders that it cannot watch, without a word.
             left = watches_left()
@@ -188,6 +213,15 @@ def _observer() -> BaseObserver:
     return Observer()
 
 
+def _hears(observer: BaseObserver) -> bool:
+    """Whether the thread that reads inotify's events lives and has a watch left.
+
+    watchdog does not tell, so that its own state is asked, where it is as we know it.
+    """
+    reader = getattr(observer, "_inotify_fd", None)
+    return reader is None or (reader.is_alive() and getattr(reader, "_watch_for_wd", True))
+
+
 class _Handler(FileSystemEventHandler):
     def __init__(
         self,
@@ -195,6 +229,7 @@ class _Handler(FileSystemEventHandler):
         send: Callable[[FileHint], None],
         scan: Callable[[str], None],
     ) -> None:
+        self.moved_away = False  # whether a sub-folder was
         self._folder = folder
         self._send = send
         self._scan = scan
@@ -202,9 +237,9 @@ class _Handler(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         moved = isinstance(event, FileMovedEvent | DirMovedEvent)
         path = os.fsdecode(event.dest_path if moved else event.src_path)
-        if not path:
-            return  # moved out of the tree
-        if event.is_directory:
+        if not path:  # moved out of the tree
+            self.moved_away |= event.is_directory
+        elif event.is_directory:
             if self._folder.recursive:
                 self._scan(path)
         elif self._folder.wants(path) and (stamp := stamp_of(path)):

@@ -1,7 +1,11 @@
-"""What the service keeps of the files that wait."""
+"""What the service keeps of the files that wait, and in which order it takes them."""
 
+import os
 import queue
-from contextlib import closing
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,11 +14,11 @@ from conftest import write_image
 from pic_daemon import backlog
 from pic_daemon.backlog import Backlog
 from pic_daemon.config import Config
-from pic_daemon.folders import Folder, stamp_of
+from pic_daemon.folders import FileStamp, Folder, stamp_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog
 from pic_daemon.recording import Recorder
-from pic_daemon.scanning import Found, Sight, scanning
+from pic_daemon.scanning import Found, Scanner, Sight, scanning
 from pic_daemon.watch import FileHint
 
 
@@ -46,3 +50,63 @@ def test_files_announced_beyond_what_is_kept_in_memory_are_found_by_a_scan(
         waiting.heed(found)
         chosen, _ = waiting.choose(room=100)
     assert sorted(chosen) == sorted(paths)
+
+
+@contextmanager
+def backlog_of(
+    tmp_path: Path, model_file: Path, *folders: Folder
+) -> Iterator[tuple[Backlog, list[Scanner]]]:
+    config = Config(folders, model_file, tmp_path / "log.db")
+    with (
+        closing(MatchLog.open(config.database)) as log,
+        scanning(config.folders, lambda _: None) as scanners,
+    ):
+        waiting = Backlog(Recorder(log, config, Health(60)), 2.0, lambda _: None)
+        waiting.watch(scanners)
+        yield waiting, scanners
+
+
+def found_in(scanner: Scanner, count: int, mtime: float) -> Found:
+    stamp = FileStamp(1, int(mtime * 1e9), 1)
+    paths = [os.path.join(scanner.within, f"{n}.png") for n in range(count)]
+    return Found(scanner, deque((path, stamp) for path in paths))
+
+
+def test_a_busy_folder_does_not_keep_others_waiting(
+    tmp_path: Path, model_file: Path
+) -> None:
+    busy, quiet = (Folder(tmp_path / name, mode="poll") for name in ("busy", "quiet"))
+    for folder in (busy, quiet):
+        folder.path.mkdir()
+    with backlog_of(tmp_path, model_file, busy, quiet) as (waiting, scanners):
+        for number in range(1000):
+            path = str(busy.path / f"announced-{number}.png")
+            waiting.heed(FileHint(path, FileStamp(1, number, 1), complete=True))
+        (scanner,) = (s for s in scanners if s.folder == quiet)
+        waiting.heed(found_in(scanner, 1000, mtime=1))
+        chosen, _ = waiting.choose(room=100)
+    assert len([path for path in chosen if path.startswith(scanner.within)]) == 50
+
+
+def test_files_of_tomorrow_do_not_fill_the_memory(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog, "_MOST_IN_HAND", 10)
+    folder = Folder(tmp_path / "drop", mode="poll")
+    folder.path.mkdir()
+    with backlog_of(tmp_path, model_file, folder) as (waiting, scanners):
+        waiting.heed(found_in(scanners[0], 1000, mtime=time.time() + 86400))
+        assert waiting.choose(room=100) == ([], False)
+        assert len(waiting) == 10
+
+
+def test_where_a_server_tells_the_times_a_young_file_must_stand_still(
+    tmp_path: Path, model_file: Path
+) -> None:
+    folder = Folder(tmp_path / "drop", mode="poll")
+    folder.path.mkdir()
+    with backlog_of(tmp_path, model_file, folder) as (waiting, scanners):
+        # By a clock that is 30 s behind this is of just now.
+        waiting.heed(found_in(scanners[0], 1, mtime=time.time() - 30))
+        assert waiting.choose(room=100)[0] == []
+        assert len(waiting) == 1

@@ -185,6 +185,14 @@ def test_items_are_listed_and_removed(make: Tool, run_tool: Tool, tmp_path: Path
     assert [line.split()[1] for line in listed.splitlines()] == [
         "product-00000.jpg", "product-00002.jpg",
     ]  # fmt: skip
+    odd = "Screenshot 1.00\u202fPM.jpg"
+    shutil.copy(tmp_path / "catalog" / "product-00000.jpg", tmp_path / "catalog" / odd)
+    (tmp_path / "catalog" / "product-00000.jpg").unlink()
+    make()
+    shown = run_tool("pic-index", "--output", index, "--list").stdout
+    assert repr(odd) in shown
+    removed = run_tool("pic-index", "--output", index, "--remove", repr(odd))
+    assert "1 removed" in removed.stdout
     unknown = run_tool("pic-index", "--output", index, "--remove", "no.jpg")
     assert unknown.returncode == 2
     assert "holds no item 'no.jpg'" in unknown.stderr
@@ -214,6 +222,56 @@ def test_a_rate_that_the_decoys_cannot_support_is_refused(
     )  # fmt: skip
     assert result.returncode == 2
     assert "15 decoy samples can promise a false positive rate of 0.2" in result.stderr
+
+
+def test_copies_of_one_decoy_are_no_more_than_one(
+    run_tool: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    (decoy,) = write_products(tmp_path / "others", [100])
+    for number in range(40):
+        shutil.copy(decoy, decoy.with_name(f"copy-{number}.jpg"))
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
+        "--output", tmp_path / "catalog.index", "--others", tmp_path / "others",
+        "--target-fpr", 0.1,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "holds 1 usable pictures" in result.stderr
+
+
+def test_a_decoy_longer_than_any_jpeg_is_measured_all_the_same(
+    make: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    write_products(tmp_path / "others", range(100, 112))
+    product(113).resize((80_000, 300)).save(tmp_path / "others" / "scroll.png")
+    output = make("--others", tmp_path / "others", "--target-fpr", 0.2).stdout
+    assert "0 decoys left out" in output
+    assert "note: the threshold is chosen on 7 decoys" in output
+
+
+def test_names_that_are_not_utf8_are_printed(
+    make: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    (first,) = write_products(tmp_path / "catalog", [1])
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    first.rename(first.with_name(odd))
+    shutil.copy(first.with_name(odd), first.with_name("d-copy.jpg"))
+    assert "refused d-copy.jpg: same bytes as caf\\xe9.jpg" in make().stdout
+
+
+def test_an_exchanged_catalog_is_told_though_it_is_as_large(
+    make: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "others", range(100, 112))
+    first, *_ = write_products(tmp_path / "catalog", range(4))
+    make("--others", tmp_path / "others", "--target-fpr", 0.2)
+    assert "measure again" not in make().stdout
+    first.unlink()
+    write_products(tmp_path / "catalog", [7])
+    assert "4 items, now 4, not all of them the same" in make().stdout
 
 
 def test_the_threshold_shuts_out_the_decoys_and_stays_when_items_are_added(

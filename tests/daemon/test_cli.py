@@ -167,6 +167,19 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     assert len({row["path"] for row in rows}) == len(rows) == 300
 
 
+def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(
+    daemon: DaemonProcess, run_tool: Run, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "archive" / "a.png", 200)
+    bulk = ("--recursive", tmp_path / "archive", "--database", daemon.database)
+    daemon.start()
+    refused = run_tool("pic-classify", "--model", daemon.model, *bulk)
+    assert refused.returncode == 2
+    assert "is the log of a service that runs" in refused.stderr
+    assert daemon.stop() == 0
+    assert run_tool("pic-classify", "--model", daemon.model, *bulk).returncode == 0
+
+
 def test_matches_without_a_commands_name_are_the_list(
     run_tool: Run, tmp_path: Path
 ) -> None:

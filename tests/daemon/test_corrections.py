@@ -99,7 +99,8 @@ def test_a_log_of_an_earlier_version_gets_its_tables_and_indexes(tmp_path: Path)
         CREATE INDEX matches_by_time ON images (classified_at) WHERE status = 'match';
         DELETE FROM _sqlite_migrations WHERE name IN
             ('add_watched', 'add_corrections', 'add_indexes_for_the_page',
-             'widen_indexes_for_the_page', 'find_corrections_by_content');
+             'widen_indexes_for_the_page', 'find_corrections_by_content',
+                 'add_mount_points');
         """
     )
     MatchLog.open(tmp_path / "log.db").close()

@@ -46,6 +46,13 @@ def test_a_folder_that_vanished_holds_nothing(tmp_path: Path) -> None:
     assert names(Folder(tmp_path / "gone")) == set()
 
 
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    beyond = str(tmp_path / ("x" * 300))  # as root may read everything else
+    assert list(Folder(tmp_path).walk(beyond, lambda path, _: told.append(path))) == []
+    assert told == [beyond]
+
+
 def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:

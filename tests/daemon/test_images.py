@@ -1,7 +1,9 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pic_daemon.images import DecodedImage, ImageError, decode
@@ -48,6 +50,31 @@ def test_sixteen_bit_greys_keep_their_brightness() -> None:
     samples = np.full((20, 20), 0x8080, np.uint16)
     decoded = decode(encoded(Image.fromarray(samples), "PNG"), 8)
     assert mean_color(decoded) == pytest.approx((128, 128, 128), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "level"),
+    [
+        (np.full((20, 20), 0.5, np.float32), 128),
+        (np.full((20, 20), 128.0, np.float32), 128),
+        (np.full((20, 20), 0x808, np.uint16), 128),  # of 12 bits
+        (np.full((20, 20), 3_000_000, np.int32), 255),
+    ],
+)
+def test_samples_of_other_depths_keep_their_brightness(
+    samples: NDArray[Any], level: int
+) -> None:
+    image = Image.fromarray(samples)
+    assert mean_color(decode(encoded(image, "TIFF"), 8)) == pytest.approx(
+        (level, level, level), abs=1
+    )
+
+
+def test_a_sample_that_is_no_number_is_black_and_the_others_stay() -> None:
+    samples = np.full((20, 20), 0.5, np.float32)
+    samples[0, 0] = np.nan
+    decoded = decode(encoded(Image.fromarray(samples), "TIFF"), 1)
+    assert mean_color(decoded) == pytest.approx((128, 128, 128), abs=2)
 
 
 def test_cmyk_becomes_rgb() -> None:

@@ -113,6 +113,15 @@ def test_what_was_recorded_is_known_until_the_file_changes(
     assert not log.recognise("/drop/a.png", "d" * 64, touched)
 
 
+def test_a_file_that_is_read_again_leaves_no_failed_row_behind(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model)
+    log.record([failure("/drop/a.png", sha256="")], model)  # touched, and not readable
+    assert log.recognise("/drop/a.png", "a" * 64, FileStamp(1000, 6, 7))
+    assert [row["status"] for row in query(log, "SELECT * FROM images")] == ["match"]
+
+
 def test_a_failure_gives_way_to_what_the_file_became(log: MatchLog, model: Model) -> None:
     log.record([failure("/drop/a.png"), failure("/drop/b.png")], model)
     log.record([match("/drop/a.png")], model)
@@ -126,6 +135,9 @@ def test_a_file_that_could_not_be_read_is_tried_again(log: MatchLog, model: Mode
     assert not log.knows("/drop/a.png", STAMP)  # a row of 1970
     log.record([replace(unread, classified_at=time.time())], model)
     assert log.knows("/drop/a.png", STAMP)  # not again by the very next scan
+    log.record([replace(unread, classified_at=time.time() + 86400)], model)
+    assert not log.knows("/drop/a.png", STAMP)  # the clock was ahead
+    log.record([replace(unread, classified_at=time.time())], model)
     assert len(query(log, "SELECT * FROM images")) == 1
     log.record([match("/drop/a.png")], model)
     assert [row["status"] for row in query(log, "SELECT * FROM images")] == ["match"]

@@ -32,6 +32,27 @@ def test_the_verdict_takes_the_threshold_itself_as_a_match(model_file: Path) -> 
     assert [verdict.status for verdict in model.judge(images)] == ["match", "no-match"]
 
 
+def test_a_picture_of_which_the_model_says_no_number_never_matches(
+    model_file: Path,
+) -> None:
+    proto = onnx.load(model_file)
+    proto.graph.node[-1].output[0] = "raw"
+    limit = helper.make_tensor("limit", TensorProto.FLOAT, [], [0.6])
+    proto.graph.initializer.append(limit)
+    proto.graph.node.extend(
+        [
+            helper.make_node("Sub", ["limit", "raw"], ["below"]),
+            helper.make_node("Sqrt", ["below"], ["score"]),
+        ]
+    )
+    onnx.save_model(proto, model_file)
+    bright = np.full((SIZE, SIZE, 3), 200, np.uint8)
+    bright[: SIZE // 2] = 250
+    (verdict,) = load_model(model_file).judge([DecodedImage(bright, 40, 40, "PNG")])
+    assert (verdict.status, verdict.score) == ("no-match", 0.0)
+    assert verdict.reason == "the model's score of it is no number"
+
+
 def test_before_a_gate_a_framed_picture_counts_by_what_is_within_the_frame(
     model_file: Path,
 ) -> None:

@@ -10,13 +10,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import INFO, DaemonProcess, write_image, write_model
+from conftest import INFO, DaemonProcess, mounted, write_image, write_model
 from PIL import Image
+
+from pic_daemon.folders import set_aside, stamp_of
 
 
 def test_a_locked_database_is_waited_for(daemon: DaemonProcess) -> None:
@@ -306,17 +308,6 @@ def lowered(limit: Path, value: int) -> Iterator[None]:
         guard.communicate()
 
 
-@contextmanager
-def mounted(source: Path, folder: Path) -> Iterator[None]:
-    mount = ["mount", "--bind", str(source), str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_returns(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
@@ -335,6 +326,60 @@ def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_return
         assert after[:5] == before
         assert str(after[5]["path"]).endswith("meanwhile.png")
         assert daemon.stop() == 0
+
+
+def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    write_image(disk / "first.png", 10)
+    with mounted(disk, daemon.drop):
+        daemon.start()
+        (row,) = daemon.wait_for_rows(1)
+        assert row["status"] == "no-match"
+        assert daemon.stop() == 0
+    with closing(sqlite3.connect(daemon.database)) as db, db:
+        db.execute("UPDATE images SET classified_at = '2020-01-01T00:00:00.000Z'")
+    daemon.start("--keep-no-match-days", 30)
+    assert "is offline" in daemon.log.read_text()
+    write_image(disk / "second.png", 10)
+    with mounted(disk, daemon.drop):
+        rows = daemon.wait_for_rows(2)
+        assert [Path(str(row["path"])).name for row in rows] == ["first.png", "second.png"]
+        assert rows[0]["classified_at"] == "2020-01-01T00:00:00.000Z"
+        assert daemon.stop() == 0
+
+
+def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
+    daemon: DaemonProcess,
+    small_disk: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    daemon.database = small_disk / "log.db"
+    daemon.start()
+    assert daemon.stop() == 0
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    result = run_tool(
+        "pic-daemon", "run", "--watch", daemon.drop, "--model", daemon.model,
+        "--database", daemon.database,
+    )  # fmt: skip
+    assert result.returncode == 1  # with 2, systemd would not try again
+    assert "Traceback" not in result.stderr
+
+
+def test_what_cannot_be_set_aside_leaves_no_half_behind(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    path = tmp_path / "large.jpg"
+    path.write_bytes(bytes(10 << 20))
+    stamp = stamp_of(str(path))
+    assert stamp
+    with pytest.raises(OSError, match="No space left"):
+        set_aside(str(path), stamp, small_disk)
+    assert list(small_disk.iterdir()) == [] and path.exists()
 
 
 def test_a_read_only_database_is_named_at_the_start(

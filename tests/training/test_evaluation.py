@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import update, workers
 from pic_training.edits import EDITS
+from pic_training.evaluation_scores import _item_of
 from pic_training.peers import nearest, peers
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -148,6 +151,55 @@ def test_too_few_look_alikes_for_the_rate_are_refused(
     assert not (tmp_path / "report").exists()
 
 
+def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home, run = report.parent, tmp_path / "run"
+    run.mkdir()
+    seen = sorted((home / "others").glob("product*"))[:12]
+    rows = [f"{path},{'0' * 64},other" for path in seen]
+    (run / "manifest.csv").write_text("\n".join(["path,sha256,kind", *rows]))
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in (home / "others").iterdir():  # other bytes of the same pictures
+        Image.open(path).convert("RGB").save(others / path.with_suffix(".jpg").name)
+
+    def decoys(*options: object) -> int:
+        result = run_tool(
+            "pic-evaluate", home / "model.onnx", "--catalog", home / "catalog",
+            "--others", others, "--per-edit", 1, "--per-decoy", 10, "--published", 2,
+            "--target-fpr", 0.06, "--output", tmp_path / "report", *options,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        counts = json.loads((tmp_path / "report" / "evaluation.json").read_text())["counts"]
+        return sum(int(n) for name, n in counts.items() if "look-alike pictures" in name)
+
+    assert (decoys(), decoys("--run", run)) == (24, 12)
+
+
+def test_an_item_is_told_by_its_whole_name() -> None:
+    known = {"17.jpg", "shoes/17.jpg"}
+    assert _item_of("/cat/shoes/17.jpg", known) == "shoes/17.jpg"
+    assert _item_of("/cat/17.jpg", known) == "17.jpg"
+    assert _item_of("/cat/18.jpg", known) is None
+
+
+def test_a_name_that_is_not_utf8_can_be_among_the_mistakes(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home, others = report.parent, tmp_path / "others"
+    shutil.copytree(home / "others", others)
+    for n, path in enumerate(sorted(others.glob("product*"))):
+        path.rename(os.path.join(others, os.fsdecode(b"caf\xe9-%d.jpg" % n)))
+    result = run_tool(
+        "pic-evaluate", home / "model.onnx", "--catalog", home / "catalog",
+        "--others", others, "--per-edit", 1, "--per-decoy", 10, "--published", 2,
+        "--target-fpr", 0.03, "--output", tmp_path / "report",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "caf\\xe9-" in (tmp_path / "report" / "evaluation.html").read_text()
+
+
 def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
     run_tool: Run, report: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +216,7 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
         assert "Traceback" not in result.stderr
         return result.stderr
 
-    assert "cannot make" in refusal(output=tmp_path / "file", **{"target-fpr": 0.1})
+    assert "cannot write" in refusal(output=tmp_path / "file", **{"target-fpr": 0.1})
     assert "no name among the others begins so" in refusal(general="generl")
     assert "no two look-alikes that differ" in refusal(general="product")
     assert "is left to use as a decoy" in refusal(others=tmp_path / "alone")

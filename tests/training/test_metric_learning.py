@@ -48,14 +48,21 @@ def test_the_nearest_neighbour_is_never_the_sample_itself() -> None:
 
 
 def test_resemblance_is_the_greatest_cosine_to_the_catalog_and_names_the_item() -> None:
-    known = Known(directions(0, 90).numpy(), np.array([0, 1, 0, -1]))
+    known = Known(directions(0, 90).numpy(), np.array([0, 1, 0, -1]), np.arange(2))
     samples = directions(10, 80, 60, 45).numpy()
     scores, right, loss = resemblance(samples, known)
     assert np.allclose(scores, np.cos(np.deg2rad([10, 10, 30, 45])), atol=1e-6)
     assert right.tolist() == [True, True, False, False]
-    near = Known(directions(0, 90).numpy(), np.array([0, 1, 0, -1]))
+    near = Known(directions(0, 90).numpy(), np.array([0, 1, 0, -1]), np.arange(2))
     far = resemblance(directions(10, 80, 60, 225).numpy(), near)[2]
     assert far < loss  # the decoy went away from both items
+
+
+def test_to_name_a_near_duplicate_is_right() -> None:
+    catalog = directions(0, 1, 90).numpy()
+    samples = directions(1, 89, 45).numpy()
+    known = Known(catalog, np.array([0, 0, -1]), np.array([7, 7, 8]))
+    assert resemblance(samples, known)[1].tolist() == [True, False, False]
 
 
 def test_the_whitened_head_ignores_what_differs_between_copies() -> None:

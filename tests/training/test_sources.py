@@ -42,6 +42,22 @@ def test_every_picture_is_decoded_once_into_the_working_file(
     assert np.abs(copy.astype(int) - drawn).mean() < 3
 
 
+def test_near_duplicates_within_the_catalog_are_one_group(
+    folders: tuple[Path, Path],
+) -> None:
+    product(3).save(folders[0] / "copy-of-3.jpg", quality=40)
+    groups = [p.group for p in collect(folders).of("catalog", "train")]
+    assert (len(groups), len(set(groups))) == (6, 5)
+
+
+def test_a_file_larger_than_any_picture_is_left_out_unread(
+    folders: tuple[Path, Path],
+) -> None:
+    with (folders[1] / "huge.tif").open("wb") as file:
+        file.truncate(2 << 30)
+    assert reasons(collect(folders))["huge.tif"] == "larger than 1,073,741,824 bytes"
+
+
 def test_validation_decoys_are_never_trained_on(folders: tuple[Path, Path]) -> None:
     sources = collect(folders)
     train, val = (

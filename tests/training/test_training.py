@@ -125,6 +125,19 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ({"target-fpr": 0.001}, [], "decoy samples can promise"),
         ({"target-fpr": "nan"}, [], "not a finite number"),
         ({"naming": "inf"}, [], "not a finite number"),
+        ({"stages": 0}, [], "the cnn is trained as a whole"),
+        (
+            {"arch": "resnet50", "weights": "none", "stages": 0, "naming": 1},
+            [],
+            "would teach nothing",
+        ),
+        ({"seed": 2**32}, [], "is not in the range"),
+        ({"target-fpr": 1e-300}, [], "is not in the range"),
+        (
+            {"task": "describe", "head-start": 50, "dimensions": 400, "batch-size": 48},
+            [],
+            "a head start can give a cnn 384 at most",
+        ),
     ],
 )
 def test_wrong_input_leaves_no_run_folder(
@@ -137,6 +150,14 @@ def test_wrong_input_leaves_no_run_folder(
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+def test_a_run_folder_among_the_pictures_is_refused(run_tool: Run, folders: Path) -> None:
+    out = folders / "catalog" / "runs" / "first"
+    result = run_tool("pic-train", *options(folders, out))
+    assert result.returncode == 2
+    assert "choose a place outside" in result.stderr
+    assert not out.parent.exists()
 
 
 def test_another_run_is_never_overwritten(

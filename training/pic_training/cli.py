@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+_SEED = click.IntRange(0, 2**32 - 1)
+_RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than that takes
 
 
 @click.command()
@@ -85,7 +87,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 )
 @click.option(
     "--target-fpr",
-    type=FiniteRange(0, 1, min_open=True, max_open=True),
+    type=_RATE,
     default=0.001,
     show_default=True,
     help="False positive rate that the threshold is chosen for.",
@@ -112,7 +114,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     metavar="WEIGHT",
     help="Learn besides to tell the catalog's pictures apart.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -150,6 +152,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options)
+    _check_place(out, config)
     if workers is None:
         workers = os.cpu_count() or 1
     try:
@@ -159,9 +162,25 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
         sys.exit(130)
     if result is None:  # one of torchrun's processes, but not the first
         return
-    report = write_report(result, config, out)
+    try:
+        report = write_report(result, config, out)
+    except OSError as error:
+        raise InputError(
+            f"{out}: {error.strerror or error}. All epochs are done: make room, and the "
+            "same command with --resume writes the report."
+        ) from error
     click.echo(summary(report))
     click.echo(f"report: {out / 'report.json'}")
+
+
+def _check_place(out: Path, config: "RunConfig") -> None:
+    """Refuse a run folder whose own pictures the next run would take for yours."""
+    for folder in (config.catalog, config.others, config.others_val):
+        if folder and Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+            raise InputError(
+                f"--out {out} lies in {folder}, whose pictures are trained on, and would "
+                "get a plot of its own: choose a place outside."
+            )
 
 
 def _need_the_train_extra() -> None:
@@ -193,6 +212,8 @@ def _config(**options: Any) -> "RunConfig":
     weights = options["weights"]
     if weights is None:
         weights = "imagenet" if options["arch"] == "resnet50" else "none"
+    elif weights not in ("none", "imagenet"):
+        weights = str(Path(weights).absolute())
     paths = {k: str(options[k].absolute()) if options[k] else None
              for k in ("catalog", "others", "others_val", "corrections")}  # fmt: skip
     stages = _stages(options["arch"], options["stages"], 0 if describes else None)
@@ -221,6 +242,10 @@ def _config(**options: Any) -> "RunConfig":
         dimensions=(options["dimensions"] or 256) if describes else 1,
         naming=options["naming"],
     )
+    if config.naming and architecture.stages and not stages:
+        raise InputError(
+            "--naming with --stages 0 would teach nothing that is exported: train a stage."
+        )
     if describes:
         _check_description(config)
     return config
@@ -242,6 +267,11 @@ def _check_description(config: "RunConfig") -> None:
         raise InputError(
             "--task describe trains in one process: a copy is told from the whole batch."
         )
+    if config.head_start and config.dimensions > config.architecture.features:
+        raise InputError(
+            f"--dimensions {config.dimensions}: a head start can give a {config.arch} "
+            f"{config.architecture.features} at most."
+        )
     if config.keeps_features and config.head_start:
         raise InputError(
             "--head-start goes with --stages 1 or more: with none the head is fitted "
@@ -255,7 +285,7 @@ def _stages(arch: str, wanted: int | None, default: int | None) -> int:
     stages = len(ARCHITECTURES[arch].stages)
     if wanted is None:
         return stages if default is None else default
-    if wanted > stages:
+    if wanted > stages or not stages:
         raise InputError(f"--stages {wanted}: the {arch} is trained as a whole.")
     return wanted
 
@@ -340,7 +370,7 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
 @click.option("--index", type=_FILE, help="The index that it made of the catalog.")
 @click.option(
     "--target-fpr",
-    type=FiniteRange(0, 1, min_open=True, max_open=True),
+    type=_RATE,
     default=0.001,
     show_default=True,
 )
@@ -350,7 +380,7 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
               help="Edits of each look-alike.")  # fmt: skip
 @click.option("--published", type=click.IntRange(2), default=4000, show_default=True,
               help="Samples of the published protocol.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option(
     "--output", required=True, type=_FILE, help="Folder for evaluation.json and .html."
 )

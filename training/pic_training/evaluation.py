@@ -30,7 +30,7 @@ from pic_training.evaluation_scores import (
     Scored,
     Scorer,
 )
-from pic_training.sources import Source, Sources
+from pic_training.sources import Source, Sources, test_half
 from pic_training.threshold import Confusion, confusion
 
 _NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
@@ -205,8 +205,7 @@ def evaluate(
 
 def halves(pictures: Sequence[int], sources: Sources) -> tuple[list[int], list[int]]:
     """Pictures, by their positions, that calibrate and that test: whole groups each."""
-    groups = sorted({sources.pictures[n].group for n in pictures})
-    tested = set(groups[1::2])
+    tested = test_half(sources.pictures[n] for n in pictures)
     test = [n for n in pictures if sources.pictures[n].group in tested]
     return [n for n in pictures if sources.pictures[n].group not in tested], test
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from pic_daemon.folders import text_of
 from pic_daemon.images import open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import Interval
@@ -238,7 +239,7 @@ def _thumbnail(scored: Scored, number: int, evaluation: Evaluation, plan: Plan) 
     words = f"{source.path.rsplit('/', 1)[-1]}, {EDITS[sample.edit].name}: {score:.4f}"
     if scored.proposed:
         words += f", nearest {scored.proposed.items[scored.proposed.best][number]}"
-    name = html.escape(words)
+    name = html.escape(text_of(words))
     return f'<img alt="{name}" title="{name}" src="{_inline(file.getvalue(), "jpeg")}">'
 
 

@@ -3,8 +3,10 @@
 import csv
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from pic_daemon.promise import check_support
 from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation, Plan, evaluate, halves
 from pic_training.evaluation_report import as_html, as_json
-from pic_training.sources import Source, Sources, gather
+from pic_training.near_duplicates import first_copies, look_of
+from pic_training.sources import Source, Sources, gather, looks_at
 
 
 def run_evaluation(
@@ -47,7 +50,7 @@ def run_evaluation(
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
         _check_prefixes(general, sources)
         if run:
-            sources = _unseen(sources, run)
+            sources = _unseen(sources, run, side)
         if sources.catalog_digest != model.info.catalog_digest:
             click.echo("note: the model was trained for another catalog", err=True)
         alike = [
@@ -63,15 +66,16 @@ def run_evaluation(
             )
         decoys = len(calibrating) * min(plan.per_decoy, len(EDITS))
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
-        try:
+        with _writing(output):  # before all that takes long
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {output}: {error.strerror}.") from error
+            (output / "evaluation.json").touch()
         with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
             evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)
-        (output / "evaluation.json").write_text(figures + "\n")
-        (output / "evaluation.html").write_text(as_html(evaluation, model, plan))
+        page = as_html(evaluation, model, plan)
+        with _writing(output):
+            (output / "evaluation.json").write_text(figures + "\n")
+            (output / "evaluation.html").write_text(page, encoding="utf-8")
     for name, result in evaluation.methods.items():
         recall = result.trained.recall
         click.echo(
@@ -89,6 +93,14 @@ def run_evaluation(
     return evaluation
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write into {output}: {error.strerror}.") from error
+
+
 def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
     names = [Path(p.path).name for p in sources.pictures if p.kind == "other"]
     for prefix in general:
@@ -102,13 +114,29 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
         )
 
 
-def _unseen(sources: Sources, run: Path) -> Sources:
+def _unseen(sources: Sources, run: Path, side: int) -> Sources:
+    """Without the others that the run has seen, or near-duplicates of."""
     try:
         with (run / "manifest.csv").open(newline="") as file:
-            seen = {row["sha256"] for row in csv.DictReader(file) if row["kind"] == "other"}
+            rows = [row for row in csv.DictReader(file) if row["kind"] == "other"]
+            seen, paths = ({row[name] for row in rows} for name in ("sha256", "path"))
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{run} is not a run folder of pic-train: {error}.") from error
-    kept = tuple(p for p in sources.pictures if p.sha256 not in seen)
+    among = list(looks_at(sorted(paths), side))
+    if missing := len(paths) - len(among):
+        click.echo(
+            f"note: {missing} of the pictures that {run} has seen are not there any more; "
+            "of those only the very files are left out, not their near-duplicates",
+            err=True,
+        )
+    others = [p for p in sources.pictures if p.kind == "other"]
+    looks = [look_of(sources.image(p)) for p in others]
+    twins = first_copies(looks, among) if among else repeat(None)
+    alike = {p.path for p, twin in zip(others, twins) if twin is not None}  # noqa: B905
+    kept = tuple(
+        p for p in sources.pictures
+        if p.kind == "catalog" or (p.sha256 not in seen and p.path not in alike)
+    )  # fmt: skip
     if all(p.kind == "catalog" for p in kept):
         raise InputError(f"{run} has seen every one of the others; give others it has not.")
     return replace(sources, pictures=kept)

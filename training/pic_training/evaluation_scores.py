@@ -1,6 +1,6 @@
 """Edited pictures, and what every method of the evaluation makes of each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.pool import Pool
@@ -173,7 +173,9 @@ class Scorer:
             named[name] = (places >= 0) & (self._catalog[places] == pictures)
         found = None
         if self._identifier:
-            found = _proposed(rows, [self._sources.pictures[n].path for n in pictures])
+            items = {item.name for item in self._identifier.index.items.values()}
+            paths = [self._sources.pictures[n].path for n in pictures]
+            found = _proposed(rows, [_item_of(path, items) for path in paths])
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
             scores[UNGATED] = found.joint[found.best]
             scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
@@ -220,14 +222,21 @@ def _features(job: _Job) -> _Features:
     return _Features(decoded.pixels, decoded.blank, hashes, closeup)
 
 
-def _proposed(rows: Sequence[_Row], paths: Sequence[str]) -> Proposed:
+def _item_of(path: str, known: Collection[str]) -> str | None:
+    """The item that is this file: the longest end of its path that is one's name."""
+    steps = path.split("/")
+    ends = ("/".join(steps[n:]) for n in range(len(steps)))
+    return next((end for end in ends if end in known), None)
+
+
+def _proposed(rows: Sequence[_Row], items_drawn: Sequence[str | None]) -> Proposed:
     padded = [[*row, *[(0.0, 0.0, "")] * (CANDIDATES - len(row))] for row in rows]
     cosines, agreements, items = (
         [[found[part] for found in row] for row in padded] for part in range(3)
     )
     own = [
-        [bool(item) and path.endswith(f"/{item}") for item in row]
-        for path, row in zip(paths, items, strict=True)
+        [bool(item) and item == drawn for item in row]
+        for drawn, row in zip(items_drawn, items, strict=True)
     ]
     return Proposed(
         np.maximum(0.0, np.array(cosines)),

@@ -18,6 +18,7 @@ from torch import nn
 
 from pic_daemon.descriptor import DescriptorInfo, load_descriptor
 from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
 from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
 from pic_daemon.model import ModelInfo, load_model
 from pic_training.networks import Normalised
@@ -107,10 +108,12 @@ def export_run(
             assert isinstance(export.info, ModelInfo)
             info = replace(export.info, precision=precision)
             cost = _convert(temporary, info, images, folder, config, max_loss)
-            write_json(folder / f"export-{precision}.json", cost.to_json())
         temporary.replace(output)
+        if cost:
+            write_json(folder / f"export-{precision}.json", cost.to_json())
     except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror or error}.") from error
+        where = error.filename or output
+        raise InputError(f"cannot write {where}: {error.strerror or error}.") from error
     finally:
         with suppress(OSError):  # its folder is none
             temporary.unlink()
@@ -164,7 +167,7 @@ def _common(folder: Path, config: RunConfig, report: dict[str, Any]) -> dict[str
         "color": COLOR,
         "catalog_digest": report["catalog_digest"],
         "catalog_size": report["catalog_size"],
-        "training_run": folder.resolve().name,
+        "training_run": text_of(folder.resolve().name),
         "created_at": now.replace("+00:00", "Z"),
         "versions": json.dumps(report["versions"], sort_keys=True),
     }

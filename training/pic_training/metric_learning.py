@@ -23,11 +23,13 @@ class Known:
     """The catalog as it is known: `embeddings` of its unaltered pictures, float32 (C, D).
 
     `items`, int64, shape (N,): the position there of the picture behind each
-    validation sample, -1 for a decoy.
+    validation sample, -1 for a decoy. `groups`, shape (C,), has one number for all
+    near-duplicates: to name one for another is right.
     """
 
     embeddings: Floats
     items: NDArray[np.int64]
+    groups: NDArray[np.int64]
 
 
 def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,9 @@ def resemblance(
         part = slice(start, start + _CHUNK)
         cosines, items = embeddings[part] @ known.embeddings.T, known.items[part]
         scores.append(cosines.max(1))
-        right.append(cosines.argmax(1) == items)
+        right.append(
+            (items >= 0) & (known.groups[cosines.argmax(1)] == known.groups[items])
+        )
         copies = np.flatnonzero(items >= 0)
         own = cosines[copies, items[copies]]
         others = known.embeddings[items[copies]] @ decoys.T

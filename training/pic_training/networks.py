@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -255,7 +256,7 @@ DESCRIBERS = {
 def _load_imagenet(network: nn.Module, weights: Any) -> None:
     try:
         network.load_state_dict(weights.get_state_dict(check_hash=True))
-    except OSError as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:  # the last two: damaged
         raise InputError(
             f"the ImageNet weights cannot be fetched ({error}); "
             "give --weights FILE with a local state dict, or --weights none."
@@ -274,7 +275,7 @@ def _load_file(network: nn.Module, path: Path) -> None:
         ) from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
-    if not isinstance(stored, dict):
+    if not isinstance(stored, dict) or not all(isinstance(k, str) for k in stored):
         raise InputError(f"weights {path} hold no state dict.")
     wanted = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
     # Wrappers such as DataParallel put a prefix before every key.

@@ -78,10 +78,10 @@ def _note_corrections(database: Path, folder: Path) -> None:
 def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -> None:
     """Write down what the run is made of, or check that it is still made of that."""
     if is_new:
-        write_json(folder / "config.json", asdict(config))
         digests = {"sources": sources.digest, "weights": _weights_digest(config.weights)}
         write_json(folder / "digest.json", digests)
         write_manifest(sources, folder)
+        write_json(folder / "config.json", asdict(config))  # by which it can be resumed
     elif read_json(folder / "digest.json")["sources"] != sources.digest:
         raise InputError(
             f"the images changed since {folder} was begun; start a new run folder."

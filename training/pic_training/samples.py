@@ -7,7 +7,7 @@ seen, whatever the number of workers.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +109,7 @@ class SampleSet:
         Images are uint8 (N, size, size, 3). Labels, int64, shape (N,), are 0 for others
         and 1, 2, ... for the pictures of the catalog, in the order of `Sources.of`; where
         there are several copies of a picture they number it, by its position in
-        `sources.pictures`.
+        `sources.pictures`. Near-duplicates have the label of the first of them.
         """
         loader: DataLoader[Batch] = DataLoader(
             _Batches(self, epoch, batch_size, processes),
@@ -125,10 +125,18 @@ class SampleSet:
 def _labels_of(samples: SampleSet) -> dict[str, int]:
     """The label of each picture by its path, as in `SampleSet.load`."""
     if samples.copies > 1:
-        return {p.path: n for n, p in enumerate(samples.sources.pictures)}
+        return _numbered(samples.sources.pictures, 0)
     catalog = samples.sources.of("catalog", samples.split)
     others = samples.sources.of("other", samples.split)
-    return {p.path: n for n, p in enumerate(catalog, 1)} | {p.path: 0 for p in others}
+    return _numbered(catalog, 1) | {p.path: 0 for p in others}
+
+
+def _numbered(pictures: Sequence[Source], start: int) -> dict[str, int]:
+    first: dict[tuple[Kind, str], int] = {}
+    return {
+        p.path: first.setdefault((p.kind, p.group), n)
+        for n, p in enumerate(pictures, start)
+    }
 
 
 class _Batches(Dataset[Batch]):

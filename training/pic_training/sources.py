@@ -8,7 +8,7 @@ import csv
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +23,7 @@ from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
 from pic_daemon.images import ImageError, is_blank, open_rgb
+from pic_daemon.reading import read_bytes
 from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
 
 Split = Literal["train", "val"]
@@ -86,10 +87,9 @@ class Sources:
     def tested(self) -> NDArray[np.bool_]:
         """For each picture, whether it is a held-back decoy of the test half.
 
-        The other held-back decoys calibrate. Groups alternate between the halves.
+        The other held-back decoys calibrate.
         """
-        groups = sorted({p.group for p in self.of("other", "val")})
-        test = set(groups[1::2])
+        test = test_half(self.of("other", "val"))
         return np.array([p.split == "val" and p.group in test for p in self.pictures])
 
     @property
@@ -103,6 +103,11 @@ class Sources:
         """SHA-256 over content, kind and split of every picture, in order."""
         lines = (f"{p.sha256} {p.kind} {p.split}\n" for p in self.pictures)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_half(decoys: Iterable[Source]) -> set[str]:
+    """The groups that test, every other one by name; the others calibrate."""
+    return set(sorted({decoy.group for decoy in decoys})[1::2])
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,16 @@ class _Origin:
     folder: Path | None = None
     corrected: tuple[Correction, ...] = ()
 
-    def paths(self) -> list[str]:
-        return _files(self.folder) if self.folder else [c.path for c in self.corrected]
+    def paths(self, left_out: list[LeftOut]) -> list[str]:
+        """The files; folders that cannot be read are added to `left_out`."""
+        if not self.folder:
+            return [c.path for c in self.corrected]
+
+        def refuse(path: str, error: OSError) -> None:
+            problem = f"this folder cannot be read: {error.strerror}"
+            left_out.append(LeftOut(path, problem))
+
+        return _files(self.folder, refuse)
 
 
 def gather(
@@ -179,7 +192,9 @@ def gather(
         origins.append(_Origin("other", "val", others_val))
     found, left_out = _decode_into(file, origins, side)
     found = _without(found, _copies_among_others(found), left_out)
-    groups = groups_of({f.sha256: f.decoded.look for f in found if f.kind == "other"})
+    groups: dict[str, str] = {}
+    for kind in get_args(Kind):
+        groups |= groups_of({f.sha256: f.decoded.look for f in found if f.kind == kind})
     found = _without(found, _leaking(found, groups), left_out)
     held_back = _held_back([groups[f.sha256] for f in found if f.split is None])
     pictures = tuple(
@@ -188,7 +203,7 @@ def gather(
             sha256=f.sha256,
             kind=f.kind,
             split=f.split or ("val" if groups[f.sha256] in held_back else "train"),
-            group=groups.get(f.sha256, f.sha256),
+            group=groups[f.sha256],
             offset=f.offset,
             height=f.decoded.pixels.shape[0],
             width=f.decoded.pixels.shape[1],
@@ -220,7 +235,7 @@ def _decode_into(
             for origin in origins:
                 before = len(found)
                 judged = {c.path: c.sha256 for c in origin.corrected}
-                for item in _decode_all(origin.paths(), side):
+                for item in _decode_all(origin.paths(left_out), side):
                     if isinstance(item, LeftOut):
                         left_out.append(item)
                     elif reason := _reason_against(item, origin, judged, seen):
@@ -265,6 +280,12 @@ def _without(
     return [f for f in found if f.path not in reasons]
 
 
+def looks_at(paths: Iterable[str], side: int) -> Iterator[Look]:
+    """How the pictures at these paths look, of those that are there and can be decoded."""
+    found = _decode_all(paths, side)
+    return (item.look for item in found if isinstance(item, _Decoded))
+
+
 def write_manifest(sources: Sources, folder: Path) -> None:
     """Write manifest.csv and left_out.csv into `folder`."""
     columns = ["path", "sha256", "kind", "split", "group", "stored_width", "stored_height"]
@@ -278,10 +299,11 @@ def write_manifest(sources: Sources, folder: Path) -> None:
         writer.writerows([item.path, item.reason] for item in sources.left_out)
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path, refused: Callable[[str, OSError], None]) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist or is no folder.")
-    return sorted(path for path, _ in Folder(folder.resolve()).scan())
+    whole = Folder(folder.resolve())
+    return sorted(found[0] for found in whole.walk(str(whole.path), refused) if found)
 
 
 def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
@@ -311,17 +333,16 @@ def _decode_all(paths: Iterable[str], side: int) -> Iterator[_Decoded | LeftOut]
 
 
 def _decode(path: str, side: int) -> _Decoded | LeftOut:
+    reading, data = read_bytes(path)
+    if not reading.sha256:
+        gone = "changed while it was read" if reading.changed else "no longer there"
+        return LeftOut(path, reading.error or gone)
     try:
-        data = Path(path).read_bytes()
         image, stored = open_rgb(data, side)
-    except OSError as error:
-        return LeftOut(path, f"cannot be read: {error.strerror}")
     except ImageError as error:
         return LeftOut(path, str(error))
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    return _Decoded(
-        path, hashlib.sha256(data).hexdigest(), np.asarray(image), stored, look_of(image)
-    )
+    return _Decoded(path, reading.sha256, np.asarray(image), stored, look_of(image))
 
 
 def _without_pixels(item: _Decoded) -> _Decoded:

@@ -75,12 +75,13 @@ def fit_calibration(logits: Floats, labels: Labels) -> Calibration:
     """The calibration that makes the log loss of `logits`, shape (N,), least.
 
     Fitted to `labels` drawn a little towards one half, as Platt (1999) does, so that few
-    samples, or samples told apart without an error, promise no certainty. A network whose
-    logits tell nothing, or the opposite, keeps their order: every score is then about the
-    share of the copies.
+    samples, or samples told apart without an error, promise no certainty. Scores are those
+    of a world where half of the pictures are the catalog's, whatever share of the samples
+    is. A network whose logits tell nothing, or the opposite, keeps their order: every score
+    is then about one half.
     """
-    copies = int(labels.sum())
-    certain = ((copies + 1) / (copies + 2), 1 / (len(labels) - copies + 2))
+    copies, others = int(labels.sum()), int((~labels).sum())
+    certain = ((copies + 1) / (copies + 2), 1 / (others + 2))
     wanted = np.where(labels, *certain)
     fit = logistic_regression(torch.from_numpy(logits)[:, None], torch.from_numpy(wanted))
     slope, bias = fit.weight.item(), fit.bias.item()
@@ -88,7 +89,8 @@ def fit_calibration(logits: Floats, labels: Labels) -> Calibration:
     if slope < least:
         share = wanted.mean()
         slope, bias = least, np.log(share / (1 - share)) - least * logits.mean()
-    return Calibration(float(1 / slope), float(bias))
+    share_of_copies = np.log((copies + 1) / (others + 1))
+    return Calibration(float(1 / slope), float(bias - share_of_copies))
 
 
 def calibration_error(probabilities: Floats, labels: Labels) -> float:

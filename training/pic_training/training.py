@@ -295,7 +295,7 @@ class _Run:
         progress = self.progress
         started = time.monotonic()
         judged, labels = self._judge_validation()
-        self._check_loss(judged.loss)
+        self._check_loss(judged.loss + judged.calibrated_loss)
         metrics = EpochMetrics(
             epoch=progress.epoch + 1,
             train_loss=progress.loss_sum / self.train_set.count,
@@ -317,9 +317,10 @@ class _Run:
             ):
                 np.savez(file, scores=judged.scores, right=judged.right, labels=labels)
             self._save("best.pt")
+        # Before the checkpoint: a run that goes on from it does not write these again.
+        write_metrics(progress.history, self.folder)
         self._save("last.pt")
         release_memory()
-        write_metrics(progress.history, self.folder)
         self._say(
             f"epoch {metrics.epoch}/{self.config.epochs}: "
             f"loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
@@ -337,7 +338,8 @@ class _Run:
             outputs, _ = self._outputs("catalog", self._catalog_batches(), len(catalog))
             place = {p.path: n for n, p in enumerate(catalog)}
             items = [place.get(p.path, -1) for p in self.sources.pictures]
-            known = Known(outputs, np.array(items)[self.val_set.sources_drawn()])
+            _, groups = np.unique([p.group for p in catalog], return_inverse=True)
+            known = Known(outputs, np.array(items)[self.val_set.sources_drawn()], groups)
         outputs, labels = self._outputs("validate", self._val_batches(), self.val_set.count)
         return task.judge(outputs, labels, known), labels
 

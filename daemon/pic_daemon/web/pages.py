@@ -20,6 +20,7 @@ from pluggy import HookimplMarker
 
 from pic_daemon.corrections import LABELS, NotCorrectable, correct, history
 from pic_daemon.match_formats import printer
+from pic_daemon.match_log import SILENT_S
 from pic_daemon.web import pictures, queries
 from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
 from pic_daemon.web.queries import Cursor, FilterError, Filters, Page, Row
@@ -35,7 +36,6 @@ _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _PICTURE_AGE_S = 600
 _LONGEST_NAME = 80
-_SILENT_S = 120  # four heartbeats, as pic-daemon status has it
 
 T = TypeVar("T")
 
@@ -253,7 +253,7 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
     beat = queries.heartbeat(db, now)
     state = "never started"
     if beat:
-        silent = beat["age_s"] > _SILENT_S
+        silent = beat["age_s"] > SILENT_S
         state = "stopped" if beat.get("stopped") else "silent" if silent else "running"
     return {
         "page": "dashboard",

@@ -1,0 +1,119 @@
+"""The watch on a folder: what it hears of, and what it survives."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import mounted
+
+from pic_daemon.folders import Folder
+from pic_daemon.watch import FileHint, FolderWatch
+
+Watched = tuple[FolderWatch, Path, list[FileHint]]
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    hints: list[FileHint] = []
+    found = FolderWatch(Folder(drop), hints.append, lambda _: None)
+    assert found.look()
+    yield found, drop, hints
+    found.end()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def inotify_watches() -> int:
+    """How many this process holds."""
+    count = 0
+    for number in os.listdir("/proc/self/fd"):
+        info = Path("/proc/self/fdinfo", number)
+        if info.exists():
+            count += info.read_text().count("inotify wd:")
+    return count
+
+
+def hears_of_a_new_file(watched: Watched, name: str) -> bool:
+    _, drop, hints = watched
+    (drop / name).write_bytes(b"x")
+    until(lambda: any(hint.path.endswith(name) for hint in hints))
+    return True
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_sub_folders_moved_away_and_deleted_there_do_not_end_it(
+    watched: Watched, tmp_path: Path
+) -> None:
+    found, drop, _ = watched
+    for day in ("1", "2"):
+        (drop / "batch").mkdir()
+        until(lambda: inotify_watches() == 1 + int(day))  # noqa: B023
+        (drop / "batch").rename(tmp_path / day)
+        time.sleep(0.8)  # watchdog waits half a second for the other half of a move
+    for day in ("2", "1"):
+        shutil.rmtree(tmp_path / day)
+        time.sleep(0.3)
+    assert found.look()  # its thread has ended over them
+    assert hears_of_a_new_file(watched, "new.jpg")
+
+
+def test_sub_folders_moved_away_are_not_watched_for_ever(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, drop, _ = watched
+    (drop / "batch").mkdir()
+    until(lambda: inotify_watches() == 2)
+    (drop / "batch").rename(tmp_path / "archive")
+    time.sleep(0.8)
+    assert not found.look()  # not at every one that goes
+    monkeypatch.setattr(found, "_renew_at", 0.0)
+    assert found.look()
+    assert inotify_watches() == 1
+    assert not found.look()
+    assert hears_of_a_new_file(watched, "new.jpg")
+
+
+def test_a_disk_mounted_again_between_two_looks_is_watched_anew(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    subprocess.run(["truncate", "-s", "4M", disk], check=True)
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("making a file system needs mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    hints: list[FileHint] = []
+    found = FolderWatch(Folder(drop), hints.append, lambda _: None)
+    with mounted(disk, drop, "-o", "loop"):
+        assert found.look()
+    with mounted(disk, drop, "-o", "loop"):
+        until(found.look)
+        assert hears_of_a_new_file((found, drop, hints), "new.jpg")
+        found.end()
+
+
+def test_an_empty_folder_whose_disk_was_mounted_when_last_seen_is_offline(
+    tmp_path: Path,
+) -> None:
+    disk, drop = tmp_path / "disk", tmp_path / "drop"
+    disk.mkdir()
+    drop.mkdir()
+    found = FolderWatch(Folder(drop), lambda _: None, lambda _: None, str(drop))
+    assert not found.look() and not found.online
+    with mounted(disk, drop):
+        assert found.look() and found.online
+        found.end()
+    moved_here = FolderWatch(Folder(drop), lambda _: None, lambda _: None, str(drop))
+    (drop / "a.jpg").write_bytes(b"x")
+    assert moved_here.look() and moved_here.mount_point != str(drop)
+    moved_here.end()
