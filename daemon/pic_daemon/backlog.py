@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pic_daemon.folders import FileStamp, text_of
+from pic_daemon.folders import FileStamp, mount_of, text_of
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain
 from pic_daemon.settle import SettleTracker
@@ -78,6 +78,13 @@ class Backlog:
         """Whether the deepest folder that this file is in is there and answers."""
         scanner = self._scanner_of(path)
         return scanner is not None and scanner.online
+
+    def there(self, path: str) -> bool:
+        """The same, and its file system is mounted at this moment where it was."""
+        scanner = self._scanner_of(path)
+        if scanner is None or not scanner.online:
+            return False
+        return mount_of(scanner.folder.path).point == scanner.mount_point
 
     def quiet(self) -> bool:
         """Whether nothing is to be read or compared just now."""

@@ -113,11 +113,14 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         level=logging.DEBUG if verbose else logging.INFO, handlers=[handler]
     )
     logging.getLogger("watchdog").setLevel(logging.WARNING)
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides, may_miss=True)
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
     log = opened(settings.database)
+    for path in settings.missing - {Path(folder) for folder in log.mount_points()}:
+        # Where it was watched before, it is offline, as if it had gone meanwhile.
+        raise InputError(f"watch folder {path} does not exist or is no folder.")
     logging.getLogger("pic_daemon").info(_about_model(model))
     if identifier:
         logging.getLogger("pic_daemon").info(_about_identifier(identifier))

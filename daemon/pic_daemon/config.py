@@ -5,8 +5,9 @@ import os
 import queue
 import threading
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -33,7 +34,8 @@ class Config:
     `webhook` and `command` are told of every match: an http(s) address with, in
     `webhook_header_file`, a header of one's own; a program with its arguments. One
     attempt may take `hook_seconds`; a delivery is tried for `hook_hours`.
-    `keep_no_match_days`: see `retention`; None keeps every row.
+    `keep_no_match_days`: see `retention`; None keeps every row. `missing`: those of the
+    folders that do not exist.
     """
 
     folders: tuple[Folder, ...]
@@ -57,6 +59,7 @@ class Config:
     hook_seconds: float = 10.0
     hook_hours: float = 72.0
     keep_no_match_days: float | None = None
+    missing: frozenset[Path] = frozenset()
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
@@ -70,7 +73,11 @@ class Config:
         return self.workers or os.cpu_count() or 1
 
 
-_KEYS = {field.name: field.type for field in fields(Config) if field.name != "folders"}
+_KEYS = {
+    field.name: field.type
+    for field in fields(Config)
+    if field.name not in ("folders", "missing")
+}
 _FOLDER_KEYS = {"path", "recursive", "include", "exclude", "mode", "poll_seconds"}
 _PATHS = (
     "model", "database", "failed_folder", "describe", "index", "webhook_header_file",
@@ -88,14 +95,19 @@ _MINIMUM: dict[str, float] = {
     "gate_threshold": 0,
 }
 _ANSWER_S = 10.0  # a watch folder that does not answer within it starts as offline
+_MISSING = "does not exist or is no folder"
+_MOST_STEPS = 1000
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
+def load_config(
+    file: Path | None, overrides: Mapping[str, Any], may_miss: bool = False
+) -> Config:
     """Join a TOML file with overrides of the same keys (None: not given) and check both.
 
     The override ``watch`` is a list of folder paths. Relative paths in the file are
-    taken from the file's folder. Raises InputError naming the key.
+    taken from the file's folder. Raises InputError naming the key; `may_miss` lets
+    folders pass that do not exist.
     """
     values = _read(file) if file else {}
     where = str(file) if file else "the command line"
@@ -121,7 +133,10 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     folders += [_folder("--watch", Path(), {"path": p}) for p in overrides["watch"]]
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
-    config = Config(tuple(folders), **settings)
+    missing = frozenset(folder.path for folder, is_there in folders if not is_there)
+    for path in () if may_miss else missing:
+        raise InputError(f"watch folder {path} does not exist or is no folder.")
+    config = Config(tuple(f for f, _ in folders), **settings, missing=missing)
     _check_second_stage(config)
     _keep_apart("database", config.database.resolve().parent, config)
     _check_webhook(config)
@@ -205,15 +220,19 @@ def _check_webhook(config: Config) -> None:
         )
 
 
-def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
+def _folder(where: str, base: Path, table: Mapping[str, Any]) -> tuple[Folder, bool]:
+    """The folder of a table, and whether it is there (or does not answer)."""
     unknown = set(table) - _FOLDER_KEYS
     if unknown:
         raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r} in [[watch]].")
     if not isinstance(table.get("path"), str | Path):
         raise InputError(f"{where}: a [[watch]] table needs a path.")
     path = base / table["path"]
-    problem = _within(_ANSWER_S, lambda: _about_folder(path))
-    if problem:
+    known = [path.absolute()]
+    problem = _within(_ANSWER_S, lambda: _about_folder(path, known))
+    if problem == _MISSING or problem == "":
+        known.append(path.resolve())
+    elif problem:
         raise InputError(f"watch folder {path} {problem}.")
     recursive = table.get("recursive", True)
     if not isinstance(recursive, bool):
@@ -232,19 +251,39 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> Folder:
     is_number = isinstance(poll_seconds, int | float) and not isinstance(poll_seconds, bool)
     if not is_number or not 0.1 <= poll_seconds < math.inf:
         raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
-    return Folder(
-        # That of a folder which does not answer cannot be resolved.
-        path.resolve() if problem == "" else path.absolute(),
-        recursive, **patterns, mode=mode, poll_seconds=poll_seconds,
-    )  # fmt: skip
+    folder = Folder(known[-1], recursive, **patterns, mode=mode, poll_seconds=poll_seconds)
+    return folder, problem != _MISSING
 
 
-def _about_folder(path: Path) -> str:
+def _about_folder(path: Path, known: list[Path]) -> str:
+    """What is wrong with a folder, '' if nothing; `known` gets its path as its links are
+    resolved, so that the same name comes out whether or not it answers."""
+    for step in resolving(path.absolute()):
+        known.append(step)
     if not os.path.isdir(path):  # unlike Path, never raises
-        return "does not exist or is no folder"
+        return _MISSING
     if not os.access(path, os.R_OK | os.X_OK):
         return "may not be read by this user"
     return ""
+
+
+def resolving(path: Path) -> Iterator[Path]:
+    """An absolute path with more and more of its links resolved, each before it is asked
+    about what it names: of a path into a mount that hangs, the last that can be known."""
+    done, rest = Path("/"), list(path.parts[1:])
+    for _ in range(_MOST_STEPS):  # links may go in circles
+        if not rest:
+            return
+        here = done / rest.pop(0)
+        yield here.joinpath(*rest)
+        if here.name == "..":
+            done = done.parent
+        elif os.path.islink(here):
+            target = Path(os.readlink(here))
+            done = Path("/") if target.is_absolute() else done
+            rest = [*target.parts[target.is_absolute() :], *rest]
+        else:
+            done = here
 
 
 def _within(seconds: float, ask: Callable[[], str]) -> str | None:
@@ -271,8 +310,12 @@ def _check_failed_folder(config: Config, failed: Path) -> None:
         raise InputError(f"failed_folder {failed} does not exist.")
     _keep_apart("failed_folder", failed.resolve(), config)
     for place in (failed, *(folder.path for folder in config.folders)):
-        if not os.access(place, os.W_OK):
+        if place not in config.missing and _within(_ANSWER_S, partial(_unwritable, place)):
             raise InputError(f"failed_folder is set, but {place} is not writable.")
+
+
+def _unwritable(place: Path) -> str:
+    return "" if os.access(place, os.W_OK) else "not writable"
 
 
 def _keep_apart(name: str, home: Path, config: Config) -> None:

@@ -1,8 +1,8 @@
 """How long rows are kept: those of no match go once they are old and their file is gone.
 
 A row whose file is still there stays however old it is, as it is what keeps the next
-scan from classifying the file again. A file counts as gone where its folder is online
-and nothing lies under its name, or what lies there has a row of its own. Rows outside
+scan from classifying the file again. A file counts as gone where nothing lies under its
+name, or what lies there has a row of its own, and its folder is there still. Rows outside
 the present watch folders stay: whether their files are gone cannot be told.
 """
 
@@ -37,10 +37,10 @@ class Retention:
         if self.keep_days is None:
             self.next_due = float("inf")
 
-    def step(self, log: MatchLog, online: Callable[[str], bool], now: float) -> None:
+    def step(self, log: MatchLog, there: Callable[[str], bool], now: float) -> None:
         """Look at the next batch of old rows and delete those whose files are gone.
 
-        `online` says whether the folder that a path belongs to is there and answers.
+        `there` says whether the folder that a path belongs to is there at this moment.
 
         Raises sqlite3.OperationalError where the database takes nothing; the next step
         does it again.
@@ -48,7 +48,7 @@ class Retention:
         assert self.keep_days is not None
         before = max(0.0, time.time() - self.keep_days * 86400)
         rows = log.no_matches_before(before, self._after, _BATCH)
-        gone = [row.id for row in rows if _is_gone(row, online, log.knows)]
+        gone = [row.id for row in rows if _is_gone(row, there, log.knows)]
         if gone:
             log.delete(gone)
         self._deleted += len(gone)
@@ -62,16 +62,14 @@ class Retention:
 
 
 def _is_gone(
-    row: OldRow, online: Callable[[str], bool], knows: Callable[[str, FileStamp], bool]
+    row: OldRow, there: Callable[[str], bool], knows: Callable[[str, FileStamp], bool]
 ) -> bool:
-    if not online(row.path):
-        return False
     if "\\x" in row.path:  # may stand for bytes that are no UTF-8: cannot be looked up
         return False
     try:
         stamp = FileStamp.of(os.lstat(row.path))
     except (FileNotFoundError, NotADirectoryError):
-        return True
+        return there(row.path)  # asked afterwards: it may just have been unmounted
     except OSError:  # no leave to look, or the disk is in trouble
         return False
-    return stamp != row.stamp and knows(row.path, stamp)
+    return stamp != row.stamp and knows(row.path, stamp) and there(row.path)

@@ -220,8 +220,8 @@ class Service:
             self._next_beat = now + _BEAT_S
             self._beat()
         if now >= self._retention.next_due and self._backlog.quiet():
-            online = self._backlog.online
-            self._recorder.write(lambda: self._retention.step(self.log, online, now))
+            there = self._backlog.there
+            self._recorder.write(lambda: self._retention.step(self.log, there, now))
 
     def _note_folders(self) -> None:
         points = self._backlog.mount_points()

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pic_daemon.config import load_config
+from pic_daemon.config import load_config, resolving
 from pic_daemon.errors import InputError
 
 
@@ -95,3 +95,16 @@ def test_the_database_may_not_lie_in_a_watch_folder(
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         load_config(tmp_path / "none.toml", given())
+
+
+def test_links_are_resolved_as_far_as_they_can_be(tmp_path: Path) -> None:
+    (tmp_path / "mnt" / "nas" / "drop").mkdir(parents=True)
+    (tmp_path / "far").symlink_to(tmp_path / "mnt" / "nas")
+    (tmp_path / "near").symlink_to("far/drop")
+    paths = list(resolving(tmp_path / "near" / ".." / "drop" / "deep"))
+    assert paths[-1] == (tmp_path / "near" / ".." / "drop" / "deep").resolve()
+    # Known before anybody asks about what lies on the mount.
+    into_mount = list(resolving(tmp_path / "near"))
+    assert into_mount.index(tmp_path / "mnt" / "nas" / "drop") < len(into_mount) - 1
+    (tmp_path / "round").symlink_to("round")
+    assert len(list(resolving(tmp_path / "round"))) == 1000

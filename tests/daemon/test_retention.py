@@ -76,7 +76,7 @@ def test_rows_of_a_folder_within_another_stay_while_it_is_offline(
     with scanning(config.folders, lambda _: None) as scanners:
         backlog = Backlog(Recorder(log, config, Health(60)), 0.0, lambda _: None)
         backlog.watch(scanners)
-        Retention(30).step(log, backlog.online, time.monotonic())
+        Retention(30).step(log, backlog.there, time.monotonic())
     assert names(log) == ["away"]
 
 

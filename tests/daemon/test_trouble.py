@@ -350,6 +350,31 @@ def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
         assert daemon.stop() == 0
 
 
+def test_a_restart_while_a_folder_is_gone_goes_on_without_it(
+    daemon: DaemonProcess,
+    tmp_path: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    daemon.start("--watch", other)
+    assert daemon.stop() == 0
+    other.rmdir()
+    daemon.start("--watch", other)
+    assert "other is offline" in daemon.log.read_text()
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    write_image(other / "b.png", 200)
+    daemon.wait_for_rows(2)
+    assert daemon.stop() == 0
+    refused = run_tool(
+        "pic-daemon", "run", "--watch", daemon.drop, "--watch", tmp_path / "otter",
+        "--model", daemon.model, "--database", daemon.database,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "otter does not exist or is no folder" in refused.stderr
+
+
 def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
     daemon: DaemonProcess,
     small_disk: Path,
