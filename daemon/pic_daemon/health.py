@@ -51,6 +51,10 @@ class Health:
             "pic_folders_offline", "Folders that are gone or do not answer",
             registry=registry,
         )  # fmt: skip
+        self._database = Gauge(
+            "pic_database_waiting_seconds", "How long the database has taken nothing",
+            registry=registry,
+        )  # fmt: skip
         self._overflows = Counter(
             "pic_overflows", "Times the kernel dropped file events", registry=registry
         )
@@ -126,6 +130,10 @@ class Health:
     def delivered(self, hook: str, taken: bool) -> None:
         """Count an attempt to tell a hook; from its own thread."""
         self._attempts.labels(hook, "taken" if taken else "failed").inc()
+
+    def database_waits(self, seconds: float) -> None:
+        """Note for how long the database has taken nothing, 0 where it does."""
+        self._database.set(seconds)
 
     def moved(self) -> None:
         """Note that the pipeline moves."""

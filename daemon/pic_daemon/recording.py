@@ -67,12 +67,14 @@ class Recorder:
                         "database %s: %s; waiting until it can be written",
                         self.log.path, error,
                     )  # fmt: skip
+                self.health.database_waits(time.monotonic() - waiting_since)
                 self.health.feed_watchdog(busy=False)  # a restart would not help
                 again = time.monotonic() + _DATABASE_RETRY_S
                 while time.monotonic() < again and not self.stop_asked:
                     time.sleep(_HEED_STOP_S)
                 continue
             if waiting_since is not None:
+                self.health.database_waits(0)
                 waited = time.monotonic() - waiting_since
                 logger.info("database %s: goes on after %.0f s", self.log.path, waited)
             return result

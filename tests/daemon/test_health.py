@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -38,6 +39,23 @@ def test_prometheus_is_told_outcomes_latency_and_model(
     ):
         assert f"pic_{still} 0.0" in text
     assert 'pic_latency_seconds_bucket{le="+Inf"} 3.0' in text
+
+
+def test_prometheus_is_told_while_the_database_takes_nothing(
+    daemon: DaemonProcess,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    daemon.start("--metrics", address)
+    other = sqlite3.connect(daemon.database, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    write_image(daemon.drop / "a.png", 200)
+    name = "pic_database_waiting_seconds"
+    daemon.wait_until(lambda: not re.search(rf"^{name} 0\.0$", metrics(address), re.M))
+    other.execute("ROLLBACK")
+    other.close()
+    daemon.wait_for_rows(1)
+    daemon.wait_until(lambda: f"{name} 0.0" in metrics(address))
 
 
 def metrics(address: str) -> str:

@@ -65,7 +65,7 @@ def test_a_file_that_is_gone_or_is_another_now_is_named_and_passed_over(
     dropped[1].write_bytes(dropped[7].read_bytes())
     sources = collect(tmp_path, *corrections)
     reasons = {Path(item.path).name: item.reason for item in sources.left_out}
-    assert reasons[dropped[0].name] == "cannot be read: No such file or directory"
+    assert reasons[dropped[0].name] == "no longer there"
     assert reasons[dropped[1].name] == "changed since it was corrected"
     assert dropped[2].name in names(sources, "other")
     assert not {dropped[0].name, dropped[1].name} & names(sources, "other")

@@ -55,6 +55,7 @@ class _Progress:
     """
 
     head_fitted: bool = False
+    versions: int = 0  # of each picture on a GPU: with others the samples are others
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
@@ -215,7 +216,8 @@ class _Run:
     def _move_samples(self) -> None:
         side = max(256, 2 * self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        versions = versions_for(self.train_set, side, free // 2)
+        fitting = versions_for(self.train_set, side, free // 2)
+        versions = self.progress.versions = self.progress.versions or fitting
         if not versions:
             self._say("too many pictures for the device: the CPU renders the samples")
             return
