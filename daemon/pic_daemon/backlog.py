@@ -48,7 +48,7 @@ class Backlog:
         self._ready: dict[Scanner, deque[str]] = {}  # in the order of their turns
         self._found: list[Found] = []
         self._scanners: list[Scanner] = []  # deepest folder first
-        self._passed_over = False  # whether hints were, since the last scan
+        self._passed_over: set[Scanner] = set()  # whose hints were, since the last scan
 
     def __len__(self) -> int:
         return len(self.in_hand) + len(self._settling)
@@ -125,14 +125,14 @@ class Backlog:
         Folders take turns, and scans of those with nothing ready go on meanwhile, so that
         none waits until another, however busy, is done.
         """
-        ready = self._any_ready()
-        if self._passed_over and not ready:
-            self._passed_over = False
-            self.scan(again=True)
+        for scanner in [s for s in self._passed_over if not self._ready[s]]:
+            self._passed_over.discard(scanner)
+            scanner.scan(again=True)
         chosen: list[str] = []
-        steps = _SCAN_SHARE if ready else _SCAN_STEP
+        steps = _SCAN_SHARE if self._any_ready() else _SCAN_STEP
+        full = self._with_many_settling()
         while len(chosen) < room:
-            if steps and (found := self._to_compare()):
+            if steps and (found := self._to_compare(full)):
                 steps -= 1
                 self._compare(found)
             elif path := self._next_ready():
@@ -141,7 +141,7 @@ class Backlog:
                 else:
                     self.drop(path)
             else:
-                return chosen, self._to_compare() is not None
+                return chosen, self._to_compare(full) is not None
         return chosen, False
 
     def _any_ready(self) -> bool:
@@ -154,11 +154,26 @@ class Backlog:
                 return paths.popleft()
         return None
 
-    def _to_compare(self) -> Found | None:
-        """A scan whose folder has nothing ready; none while too many files settle."""
-        if len(self._settling) >= _MOST_IN_HAND:
-            return None
-        return next((f for f in self._found if not self._ready[f.scanner]), None)
+    def _to_compare(self, full: set[Scanner]) -> Found | None:
+        """A scan of a folder that has nothing ready and is not among the `full`."""
+        return next(
+            (
+                f
+                for f in self._found
+                if not self._ready[f.scanner] and f.scanner not in full
+            ),
+            None,
+        )
+
+    def _with_many_settling(self) -> set[Scanner]:
+        """Folders of which as many files settle as may be kept in memory."""
+        if len(self._settling) < _MOST_IN_HAND:
+            return set()
+        paths = self._settling.paths()
+        return {
+            s for s in self._scanners
+            if sum(path.startswith(s.within) for path in paths) >= _MOST_IN_HAND
+        }  # fmt: skip
 
     def heed(self, sight: Found | SeenAgain | FileHint) -> None:
         """Take note of what a scanner saw."""
@@ -173,8 +188,8 @@ class Backlog:
                 scanner = self._scanner_of(path)
                 if scanner and (path in self.in_hand or len(self) < _MOST_IN_HAND):
                     self._consider(path, stamp, complete, scanner)
-                else:
-                    self._passed_over = True
+                elif scanner:
+                    self._passed_over.add(scanner)
 
     def read_again(self, path: str) -> None:
         """Have a file in hand read once more at once."""
@@ -218,7 +233,8 @@ class Backlog:
             self._passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9
-        skew = _SKEW_S if scanner.folder.mode == "poll" else 0.0
+        own = self._scanner_of(path) or scanner  # which may be of a folder within
+        skew = _SKEW_S if own.folder.mode == "poll" else 0.0
         still = age >= self._settle_seconds + skew
         if complete or still:
             self._take(path, stamp, still, scanner)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from pic_daemon.cascade import Cascade, Identifier, load_identifier
-from pic_daemon.config import Config, load_config
+from pic_daemon.config import MISSING, Config, load_config
 from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
-from pic_daemon.folders import mount_of
+from pic_daemon.folders import mount_of, text_of
 from pic_daemon.hooks import check_hooks, describe_hooks
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
@@ -114,13 +114,11 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     )
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     settings = load_config(config, overrides, may_miss=True)
+    _check_missing(settings)
     check_hooks(settings)
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
     log = opened(settings.database)
-    for path in settings.missing - {Path(folder) for folder in log.mount_points()}:
-        # Where it was watched before, it is offline, as if it had gone meanwhile.
-        raise InputError(f"watch folder {path} does not exist or is no folder.")
     logging.getLogger("pic_daemon").info(_about_model(model))
     if identifier:
         logging.getLogger("pic_daemon").info(_about_identifier(identifier))
@@ -136,6 +134,17 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         raise click.ClickException(f"database {settings.database}: {error}") from error
     finally:
         log.close()
+
+
+def _check_missing(settings: Config) -> None:
+    """A folder that is not there is offline if it was watched before, else a mistake."""
+    before: Collection[str] = ()
+    if settings.missing and os.path.exists(settings.database):
+        with _open_log(settings.database) as log:
+            before = log.mount_points()
+    for path in settings.missing:
+        if text_of(str(path)) not in before:
+            raise InputError(f"watch folder {path} {MISSING}.")
 
 
 @daemon.command()

@@ -95,7 +95,7 @@ _MINIMUM: dict[str, float] = {
     "gate_threshold": 0,
 }
 _ANSWER_S = 10.0  # a watch folder that does not answer within it starts as offline
-_MISSING = "does not exist or is no folder"
+MISSING = "does not exist or is no folder"
 _MOST_STEPS = 1000
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -135,7 +135,7 @@ def load_config(
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     missing = frozenset(folder.path for folder, is_there in folders if not is_there)
     for path in () if may_miss else missing:
-        raise InputError(f"watch folder {path} does not exist or is no folder.")
+        raise InputError(f"watch folder {path} {MISSING}.")
     config = Config(tuple(f for f, _ in folders), **settings, missing=missing)
     _check_second_stage(config)
     _keep_apart("database", config.database.resolve().parent, config)
@@ -230,8 +230,8 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> tuple[Folder, b
     path = base / table["path"]
     known = [path.absolute()]
     problem = _within(_ANSWER_S, lambda: _about_folder(path, known))
-    if problem == _MISSING or problem == "":
-        known.append(path.resolve())
+    if problem in ("", MISSING):
+        known.append(Path(os.path.realpath(path)))
     elif problem:
         raise InputError(f"watch folder {path} {problem}.")
     recursive = table.get("recursive", True)
@@ -252,7 +252,7 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> tuple[Folder, b
     if not is_number or not 0.1 <= poll_seconds < math.inf:
         raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
     folder = Folder(known[-1], recursive, **patterns, mode=mode, poll_seconds=poll_seconds)
-    return folder, problem != _MISSING
+    return folder, problem != MISSING
 
 
 def _about_folder(path: Path, known: list[Path]) -> str:
@@ -261,7 +261,7 @@ def _about_folder(path: Path, known: list[Path]) -> str:
     for step in resolving(path.absolute()):
         known.append(step)
     if not os.path.isdir(path):  # unlike Path, never raises
-        return _MISSING
+        return MISSING
     if not os.access(path, os.R_OK | os.X_OK):
         return "may not be read by this user"
     return ""

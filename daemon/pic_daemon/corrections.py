@@ -57,10 +57,11 @@ def correct(database: Path, image: int, label: Label, who: str) -> None:
         if status == "failed":
             raise NotCorrectable("this file could not be judged: there is no verdict.")
         last = db.execute(
-            "SELECT label, who FROM corrections WHERE sha256 = ? ORDER BY id DESC LIMIT 1",
+            "SELECT label, who, path FROM corrections WHERE sha256 = ? "
+            "ORDER BY id DESC LIMIT 1",
             [sha256],
         ).fetchone()
-        if last != (label, who):
+        if last != (label, who, path):
             db.execute(
                 "INSERT INTO corrections (image, path, sha256, label, who, at) "
                 "VALUES (?, ?, ?, ?, ?, ?)",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Hook = Literal["webhook", "command"]
 
 _LONGEST_WAIT_S = 600.0  # between two attempts at one delivery
-_LEAST_TRYING_S = 3600.0
+_DOUBTFUL_S = 3600.0
 _DOUBLINGS = 20  # more than any wait, and far from what overflows
 
 
@@ -111,20 +111,23 @@ def due(db: sqlite3.Connection, hook: Hook, now: float, limit: int) -> list[Deli
 
 
 def note(
-    db: sqlite3.Connection, attempts: Sequence[Attempt], now: float, give_up_after: float
+    db: sqlite3.Connection,
+    attempts: Sequence[Attempt],
+    now: float,
+    give_up_after: float,
+    tried_for: float,
 ) -> list[Attempt]:
     """Write what became of deliveries, in one transaction; returns those given up.
 
     One that failed is due again after 1, 2, 4 ... 600 seconds, until `give_up_after`
-    seconds have gone by since it was queued. Every one is tried at least once, and for an
-    hour by its own waits: the clock may have been behind when it was queued.
+    seconds have gone by since it was queued. Every one is tried at least once. In the first
+    hour of `tried_for`, the seconds that the hook has been tried by this process, the clock
+    is not believed: it may have been behind when a delivery was queued.
     """
     failed = [attempt for attempt in attempts if attempt.error]
-    tried_for = min(give_up_after, _LEAST_TRYING_S)
+    believed = tried_for >= min(give_up_after, _DOUBTFUL_S)
     lost = [
-        a for a in failed
-        if now - a.delivery.queued_at >= give_up_after
-        and _waits(a.delivery.attempts) >= tried_for
+        a for a in failed if believed and now - a.delivery.queued_at >= give_up_after
     ]  # fmt: skip
     rows = [
         [
@@ -150,11 +153,6 @@ def note(
         db.rollback()
         raise
     return lost
-
-
-def _waits(attempts: int) -> float:
-    """The seconds that the waits after so many failed attempts take together."""
-    return sum(doubled(n, _LONGEST_WAIT_S) for n in range(attempts))
 
 
 def doubled(times: int, longest: float) -> float:

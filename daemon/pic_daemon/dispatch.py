@@ -44,6 +44,7 @@ class Dispatcher:
     health: Health
     stop: threading.Event
     _failures: int = field(default=0, init=False)  # in a row
+    _since: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> None:
         """Deliver until stopped; trouble with the database is waited out."""
@@ -56,6 +57,9 @@ class Dispatcher:
             except Exception:  # a thread that ended would leave the queue to itself
                 logger.exception("%s: trying again", self.hook)
             self.stop.wait(_DATABASE_RETRY_S)
+
+    def _tried_for(self) -> float:
+        return time.monotonic() - self._since
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.database, timeout=5.0, isolation_level=None)
@@ -117,7 +121,7 @@ class Dispatcher:
         said = False
         while made:
             try:
-                lost = note(db, made, time.time(), self.give_up_after)
+                lost = note(db, made, time.time(), self.give_up_after, self._tried_for())
             except sqlite3.OperationalError as error:
                 if self.stop.is_set():
                     return  # they are made again at the next start

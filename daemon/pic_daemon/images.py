@@ -30,8 +30,6 @@ COLOR = "sRGB, EXIF orientation applied, transparency over white, first frame"
 MAX_PIXELS = 200_000_000
 """Largest width x height decoded by default: above any camera, below a bomb."""
 
-_FULL_SCALES = (255.0, 4095.0, 65535.0)
-
 BLANK_LEVELS = 3.0
 """A picture whose every channel deviates less than this (0..255) is nearly uniform."""
 
@@ -157,11 +155,12 @@ def _rgb(image: Image.Image, data: bytes, side: int) -> Image.Image:
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """Deeper samples, which Pillow would clip, scaled from what they seem to reach up to:
-    1 (floating point alone), 8, 12 or 16 bits, or else their own maximum."""
+    8 or 16 bits, else their own maximum; 1, or a little more, in floating point."""
     samples = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
     most = float(samples.max(initial=0))
-    scales = ((1.0,) if image.mode == "F" else ()) + _FULL_SCALES
-    full = next((scale for scale in scales if most <= scale), most)
+    full = next((scale for scale in (255.0, 65535.0) if most <= scale), most)
+    if image.mode == "F" and most <= 2:
+        full = 1.0
     return Image.fromarray((samples * (255 / full)).clip(0, 255).astype(np.uint8))
 
 

@@ -37,10 +37,17 @@ class Retention:
         if self.keep_days is None:
             self.next_due = float("inf")
 
-    def step(self, log: MatchLog, there: Callable[[str], bool], now: float) -> None:
+    def step(
+        self,
+        log: MatchLog,
+        online: Callable[[str], bool],
+        there: Callable[[str], bool],
+        now: float,
+    ) -> None:
         """Look at the next batch of old rows and delete those whose files are gone.
 
-        `there` says whether the folder that a path belongs to is there at this moment.
+        `online` says whether the folder that a path belongs to answered when it was last
+        looked at, `there` whether it is there at this moment.
 
         Raises sqlite3.OperationalError where the database takes nothing; the next step
         does it again.
@@ -48,7 +55,11 @@ class Retention:
         assert self.keep_days is not None
         before = max(0.0, time.time() - self.keep_days * 86400)
         rows = log.no_matches_before(before, self._after, _BATCH)
-        gone = [row.id for row in rows if _is_gone(row, there, log.knows)]
+        gone = [
+            row.id
+            for row in rows
+            if online(row.path) and _is_gone(row, log.knows) and there(row.path)
+        ]
         if gone:
             log.delete(gone)
         self._deleted += len(gone)
@@ -61,15 +72,14 @@ class Retention:
         self.next_due = now + _PASS_EVERY_S
 
 
-def _is_gone(
-    row: OldRow, there: Callable[[str], bool], knows: Callable[[str, FileStamp], bool]
-) -> bool:
+def _is_gone(row: OldRow, knows: Callable[[str, FileStamp], bool]) -> bool:
+    """As it looks: `there` is asked afterwards, as the folder may just have gone."""
     if "\\x" in row.path:  # may stand for bytes that are no UTF-8: cannot be looked up
         return False
     try:
         stamp = FileStamp.of(os.lstat(row.path))
     except (FileNotFoundError, NotADirectoryError):
-        return there(row.path)  # asked afterwards: it may just have been unmounted
+        return True
     except OSError:  # no leave to look, or the disk is in trouble
         return False
-    return stamp != row.stamp and knows(row.path, stamp) and there(row.path)
+    return stamp != row.stamp and knows(row.path, stamp)

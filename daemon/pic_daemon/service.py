@@ -140,7 +140,8 @@ class Service:
             scanning(
                 self.config.folders,
                 self.inbox.put,
-                self._recorder.write(self.log.mount_points),
+                # Nobody waits with a single pass for a disk to come back.
+                {} if self.until_done else self._recorder.write(self.log.mount_points),
             ) as scanners,
         ):
             # The first scan comes after the watches: what arrives between is seen twice
@@ -220,8 +221,8 @@ class Service:
             self._next_beat = now + _BEAT_S
             self._beat()
         if now >= self._retention.next_due and self._backlog.quiet():
-            there = self._backlog.there
-            self._recorder.write(lambda: self._retention.step(self.log, there, now))
+            folders = self._backlog.online, self._backlog.there
+            self._recorder.write(lambda: self._retention.step(self.log, *folders, now))
 
     def _note_folders(self) -> None:
         points = self._backlog.mount_points()

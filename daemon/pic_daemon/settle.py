@@ -9,6 +9,7 @@ Cases it handles:
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pic_daemon.folders import FileStamp
@@ -31,6 +32,10 @@ class SettleTracker:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def paths(self) -> Iterable[str]:
+        """The files that are waited for."""
+        return self._waiting.keys()
 
     def wait(
         self, path: str, stamp: FileStamp, now: float, seen_at: float, longer: float = 0.0

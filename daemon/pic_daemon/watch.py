@@ -8,11 +8,14 @@ the disk with the match log is what finds every file; see `scanning`.
 import errno
 import logging
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -68,10 +71,10 @@ class FolderWatch:
     `send` gets hints of files that the folder wants, `scan` the path of a folder that
     appeared below, perhaps already filled; both from a thread of this folder's own.
 
-    The folder is offline while it is missing, or while another file system than at first
-    is mounted where it was. `mount_point` is where the file system that held it was mounted
-    when a service last saw it, '' where none has: an empty folder that lies outside is one
-    whose disk is missing.
+    The folder is offline while it is missing, or while it lies on another mount point than
+    at first or on another type of file system. `mount_point` is where the file system that
+    held it was mounted when a service last saw it, '' where none has: an empty folder that
+    lies outside is one whose disk is missing.
     """
 
     def __init__(
@@ -136,8 +139,7 @@ class FolderWatch:
 
         A folder made anew under its old inode number has lost it, and so has one that was
         unmounted and mounted again. watchdog keeps watching sub-folders that were moved
-        away, under their old names, and the thread that reads the events may end over one
-        of them that is deleted later.
+        away, under their old names.
         """
         observer = self._observer
         if observer is None:
@@ -150,7 +152,9 @@ class FolderWatch:
     def _inode_there(self) -> int | None:
         path = self._folder.path
         try:
-            inode = os.stat(path).st_ino
+            status = os.stat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                return None
             mount = mount_of(path)
             if self._mount is None:
                 if len(mount.point) < len(self.mount_point) and not os.listdir(path):
@@ -161,7 +165,7 @@ class FolderWatch:
         if mount != self._mount:
             return None
         self.mount_point = mount.point
-        return inode
+        return status.st_ino
 
     def _begin(self) -> None:
         self._handler.moved_away = False
@@ -180,6 +184,7 @@ class FolderWatch:
                 recursive=self._folder.recursive,
                 event_filter=_EVENTS,
             )
+            _mend(self._observer)
         except OSError as error:
             self.end()
             self._poll(error.errno or 0)
@@ -211,6 +216,24 @@ def _observer() -> BaseObserver:
         # Full events tell a file moved in from outside (complete) from a new one.
         return InotifyObserver(generate_full_events=True)
     return Observer()
+
+
+def _mend(observer: BaseObserver) -> None:
+    """Have watchdog forget a watch whose name it has given to another, or forgotten.
+
+    It raises there otherwise, in the thread that reads the events or when it is to end:
+    sub-folders that were moved away keep their watch under a name that comes again.
+    """
+
+    def forget(group: Any, wd: int) -> None:
+        path = group._active_callbacks_by_watch.pop(wd, None)
+        if group._active_callbacks_by_path.get(path) == wd:
+            del group._active_callbacks_by_path[path]
+
+    for emitter in observer.emitters:
+        group: Any = getattr(emitter, "_inotify", None)
+        if hasattr(group, "_remove_watch_internally"):
+            group._remove_watch_internally = partial(forget, group)
 
 
 def _hears(observer: BaseObserver) -> bool:

@@ -108,3 +108,5 @@ def test_links_are_resolved_as_far_as_they_can_be(tmp_path: Path) -> None:
     assert into_mount.index(tmp_path / "mnt" / "nas" / "drop") < len(into_mount) - 1
     (tmp_path / "round").symlink_to("round")
     assert len(list(resolving(tmp_path / "round"))) == 1000
+    with pytest.raises(InputError, match="does not exist or is no folder"):
+        load_config(None, given(watch=(tmp_path / "round",), model="m", database="d"))

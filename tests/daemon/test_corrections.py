@@ -47,6 +47,15 @@ def test_saying_the_same_again_adds_nothing(shop: Shop) -> None:
     assert shop.log._db["corrections"].count == 1
 
 
+def test_the_same_said_of_the_same_bytes_elsewhere_counts_from_there(shop: Shop) -> None:
+    first = shop.copy_of(1, "a.jpg")
+    correct(shop.database, 1, "ours", "Ada")
+    again = first.rename(first.with_name("again.jpg"))
+    shop._record(again, "match", 0, score=0.9, threshold=0.5)
+    correct(shop.database, 2, "ours", "Ada")
+    assert [c.path for c in read_corrections(shop.database)] == [str(again)]
+
+
 def test_only_a_row_with_a_verdict_can_be_corrected(shop: Shop) -> None:
     shop.broken("b.jpg", "the file is empty")
     for number, reason in ((1, "no verdict"), (2, "no record 2")):

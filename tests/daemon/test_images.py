@@ -57,7 +57,7 @@ def test_sixteen_bit_greys_keep_their_brightness() -> None:
     [
         (np.full((20, 20), 0.5, np.float32), 128),
         (np.full((20, 20), 128.0, np.float32), 128),
-        (np.full((20, 20), 0x808, np.uint16), 128),  # of 12 bits
+        (np.full((20, 20), 1.02, np.float32), 255),
         (np.full((20, 20), 3_000_000, np.int32), 255),
     ],
 )

@@ -246,10 +246,24 @@ def test_a_hook_that_has_failed_for_weeks_is_still_tried_again(
     log.record([match("/drop/a.png", at=0)], model, ["webhook"])
     log._db.execute("UPDATE deliveries SET attempts = 5000")
     (delivery,) = due(log._db.conn, "webhook", now=100, limit=1)
-    assert not note(log._db.conn, [Attempt(delivery, "down")], now=100, give_up_after=1e9)
+    attempt = Attempt(delivery, "down")
+    assert not note(log._db.conn, [attempt], now=100, give_up_after=1e9, tried_for=0)
     assert query(log, "SELECT attempts, due_at FROM deliveries") == [
         {"attempts": 5001, "due_at": 700.0}
     ]
+
+
+def test_a_clock_that_was_wrong_neither_ends_nor_delays_a_delivery(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png", at=0)], model, ["webhook"])  # in 1970
+    (early,) = due(log._db.conn, "webhook", now=1e9, limit=1)
+    late, failed = 1e9 + 7200, [Attempt(early, "down")]
+    assert not note(log._db.conn, failed, now=1e9, give_up_after=7200, tried_for=60)
+    assert note(log._db.conn, failed, now=late, give_up_after=7200, tried_for=3600)
+    log.record([match("/drop/b.png", at=2e9)], model, ["webhook"])
+    (ahead,) = due(log._db.conn, "webhook", now=1e9, limit=2)
+    assert "/drop/b.png" in ahead.message
 
 
 def test_a_match_scored_again_is_news_only_if_its_verdict_or_product_changed(

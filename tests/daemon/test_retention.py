@@ -54,7 +54,7 @@ def kept(log: MatchLog, *online: Path) -> list[str]:
     """Names in the log after a whole pass that keeps 30 days."""
     retention = Retention(30)
     while retention.next_due == 0:
-        retention.step(log, in_one_of(online), time.monotonic())
+        retention.step(log, in_one_of(online), lambda _: True, time.monotonic())
     return names(log)
 
 
@@ -76,12 +76,32 @@ def test_rows_of_a_folder_within_another_stay_while_it_is_offline(
     with scanning(config.folders, lambda _: None) as scanners:
         backlog = Backlog(Recorder(log, config, Health(60)), 0.0, lambda _: None)
         backlog.watch(scanners)
-        Retention(30).step(log, backlog.there, time.monotonic())
+        Retention(30).step(log, backlog.online, backlog.there, time.monotonic())
+    assert names(log) == ["away"]
+
+
+def test_a_folder_that_is_offline_is_not_looked_into(
+    log: MatchLog, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.record([recorded(tmp_path / "hung" / "away.png", 31)], model)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lstat", lambda _: pytest.fail("it would hang"))
+        Retention(30).step(log, lambda _: False, lambda _: True, time.monotonic())
+    assert names(log) == ["away"]
+
+
+def test_rows_stay_where_the_folder_went_while_it_was_looked_into(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    row = recorded(tmp_path / "drop" / "away.png", 31)
+    log.record([row], model)
+    Path(row.path).unlink()
+    Retention(30).step(log, lambda _: True, lambda _: False, time.monotonic())
     assert names(log) == ["away"]
 
 
 def test_more_days_than_there_ever_were_keep_everything(log: MatchLog) -> None:
-    Retention(999_999).step(log, lambda _: True, time.monotonic())
+    Retention(999_999).step(log, lambda _: True, lambda _: True, time.monotonic())
 
 
 def test_only_old_rows_of_no_match_whose_files_are_gone_are_deleted(

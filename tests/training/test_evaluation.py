@@ -174,7 +174,7 @@ def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
         counts = json.loads((tmp_path / "report" / "evaluation.json").read_text())["counts"]
         return sum(int(n) for name, n in counts.items() if "look-alike pictures" in name)
 
-    assert (decoys(), decoys("--run", run)) == (24, 12)
+    assert (decoys(), decoys("--run", run)) == (25, 13)
 
 
 def test_an_item_is_told_by_its_whole_name() -> None:
@@ -238,7 +238,7 @@ def test_what_a_run_has_seen_is_left_out(
     result = run_tool(*arguments)
     assert result.returncode == 2 and "is not a run folder" in result.stderr
     seen = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (home / "others").iterdir()]
-    lines = ["sha256,kind", *(f"{sha256},other" for sha256 in seen)]
+    lines = ["path,sha256,kind", *(f"/gone,{sha256},other" for sha256 in seen)]
     (tmp_path / "run" / "manifest.csv").write_text("\n".join(lines))
     result = run_tool(*arguments)
     assert result.returncode == 2 and "has seen every one of the others" in result.stderr

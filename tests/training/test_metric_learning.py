@@ -63,6 +63,8 @@ def test_to_name_a_near_duplicate_is_right() -> None:
     samples = directions(1, 89, 45).numpy()
     known = Known(catalog, np.array([0, 0, -1]), np.array([7, 7, 8]))
     assert resemblance(samples, known)[1].tolist() == [True, False, False]
+    alone = Known(catalog, known.items, np.arange(3))
+    assert resemblance(samples, known)[2] < resemblance(samples, alone)[2]
 
 
 def test_the_whitened_head_ignores_what_differs_between_copies() -> None:

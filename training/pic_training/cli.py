@@ -197,7 +197,7 @@ def _config(**options: Any) -> "RunConfig":
     import torch
 
     from pic_training.networks import ARCHITECTURES, DESCRIBERS
-    from pic_training.run_folder import RunConfig
+    from pic_training.run_folder import RunConfig, absolute
 
     describes = options["task"] == "describe"
     architecture = (DESCRIBERS if describes else ARCHITECTURES)[options["arch"]]
@@ -212,8 +212,6 @@ def _config(**options: Any) -> "RunConfig":
     weights = options["weights"]
     if weights is None:
         weights = "imagenet" if options["arch"] == "resnet50" else "none"
-    elif weights not in ("none", "imagenet"):
-        weights = str(Path(weights).absolute())
     paths = {k: str(options[k].absolute()) if options[k] else None
              for k in ("catalog", "others", "others_val", "corrections")}  # fmt: skip
     stages = _stages(options["arch"], options["stages"], 0 if describes else None)
@@ -224,7 +222,7 @@ def _config(**options: Any) -> "RunConfig":
     config = RunConfig(
         **paths,  # type: ignore[arg-type]
         arch=options["arch"],
-        weights=weights,
+        weights=absolute(weights),
         epochs=options["epochs"],
         train_images=options["train_images"],
         val_images=options["val_images"],

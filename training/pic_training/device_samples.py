@@ -27,7 +27,7 @@ from pic_training.augmentation import (
     compress,
 )
 from pic_training.distributed import ALONE, Processes
-from pic_training.samples import Batch, SampleSet, start_worker
+from pic_training.samples import Batch, SampleSet, labels_of, start_worker
 from pic_training.sources import Source
 
 MAX_VERSIONS = 16
@@ -149,8 +149,7 @@ class DeviceSamples:
         picture = self._pictures(epoch).to(device)
         version = (uniform() * self.pool.pixels.shape[1]).long()
         size = self.pool.sizes[picture, version]
-        # The catalog comes first in the pool.
-        label = (picture + 1) * (torch.arange(count, device=device) % 2)
+        label = self._labels().to(device)[picture]
         varied = (label == 0) & self.samples.varied
         length = self.pool.crops[picture, version]
         place = torch.stack([uniform(), uniform()], dim=1)
@@ -173,11 +172,18 @@ class DeviceSamples:
             images = torch.where(flipped, images.flip(2), images)
             yield images.round().to(torch.uint8), label[part]
 
+    def _labels(self) -> torch.Tensor:
+        """The label of each picture by its place in the pool."""
+        labels = labels_of(self.samples)
+        return torch.tensor([labels[source.path] for source in self._pooled()])
+
+    def _pooled(self) -> list[Source]:
+        sources = self.samples.sources
+        return [*sources.of("catalog", "train"), *sources.of("other", "train")]
+
     def _pictures(self, epoch: int) -> torch.Tensor:
         """The picture behind each sample, by its place in the pool, shape (N,)."""
-        sources = self.samples.sources
-        pool = [*sources.of("catalog", "train"), *sources.of("other", "train")]
-        position = {source.path: n for n, source in enumerate(pool)}
+        position = {source.path: n for n, source in enumerate(self._pooled())}
         orders = [
             torch.tensor([position[s.path] for s in self.samples.order(kind, epoch)])
             for kind in ("other", "catalog")

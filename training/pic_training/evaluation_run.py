@@ -68,7 +68,7 @@ def run_evaluation(
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
         with _writing(output):  # before all that takes long
             output.mkdir(parents=True, exist_ok=True)
-            (output / "evaluation.json").touch()
+            tempfile.TemporaryFile(dir=output).close()
         with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
             evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)

@@ -58,8 +58,8 @@ def resemblance(
 ) -> tuple[Floats, NDArray[np.bool_], float]:
     """Each sample's greatest cosine to the catalog, whether that is its item, and the loss.
 
-    The loss is that of telling a copy's item among all items and all decoys at once,
-    in nats, a mean over the copies.
+    The loss is that of telling a copy's item among all items but its near-duplicates, and
+    all decoys, at once, in nats, a mean over the copies.
     """
     decoys = embeddings[known.items < 0]
     scores, right, losses = [], [], []
@@ -73,7 +73,10 @@ def resemblance(
         copies = np.flatnonzero(items >= 0)
         own = cosines[copies, items[copies]]
         others = known.embeddings[items[copies]] @ decoys.T
-        against = np.concatenate([cosines[copies], others], axis=1) / TEMPERATURE
+        twins = known.groups == known.groups[items[copies], None]
+        twins[np.arange(len(copies)), items[copies]] = False
+        rivals = np.where(twins, -np.inf, cosines[copies])
+        against = np.concatenate([rivals, others], axis=1) / TEMPERATURE
         losses.append(np.logaddexp.reduce(against, axis=1) - own / TEMPERATURE)
     return (
         np.concatenate(scores),

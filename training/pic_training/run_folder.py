@@ -110,6 +110,12 @@ def best_of(history: Sequence[EpochMetrics]) -> EpochMetrics:
     return min(history, key=lambda m: m.val_calibrated_loss)
 
 
+def absolute(weights: str) -> str:
+    """Where the weights are, whatever folder a run is resumed from."""
+    is_file = weights not in ("none", "imagenet")
+    return str(Path(weights).absolute()) if is_file else weights
+
+
 def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     """Take an empty folder for a new run, or check that the one there is this run.
 
@@ -121,6 +127,7 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
             raise InputError(f"{folder} holds no run to resume.")
         # A run begun before there was an option went by its default.
         before = {f.name: f.default for f in fields(RunConfig)} | read_json(stored)
+        before["weights"] = absolute(before["weights"])  # once kept as it was given
         now = json.loads(json.dumps(asdict(config)))
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["augmentation"]:  # no option: versions differ in it

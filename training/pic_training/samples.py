@@ -122,7 +122,7 @@ class SampleSet:
         return iter(loader)
 
 
-def _labels_of(samples: SampleSet) -> dict[str, int]:
+def labels_of(samples: SampleSet) -> dict[str, int]:
     """The label of each picture by its path, as in `SampleSet.load`."""
     if samples.copies > 1:
         return _numbered(samples.sources.pictures, 0)
@@ -148,7 +148,7 @@ class _Batches(Dataset[Batch]):
         self._processes = processes
         self._key = samples.key(epoch)
         self._source = samples.sources_of(epoch)
-        self._label = _labels_of(samples)
+        self._label = labels_of(samples)
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._samples.share(number, self._batch_size, self._processes)

@@ -55,7 +55,7 @@ class _Progress:
     """
 
     head_fitted: bool = False
-    versions: int = 0  # of each picture on a GPU: with others the samples are others
+    versions: int | None = None  # of each picture on a GPU; with others, other samples
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
@@ -216,8 +216,15 @@ class _Run:
     def _move_samples(self) -> None:
         side = max(256, 2 * self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        fitting = versions_for(self.train_set, side, free // 2)
-        versions = self.progress.versions = self.progress.versions or fitting
+        versions = versions_for(self.train_set, side, free // 2)
+        if self.progress.versions is not None:
+            if self.progress.versions > versions:
+                raise InputError(
+                    f"{self.folder} was begun with {self.progress.versions} versions of "
+                    f"each picture on the GPU; {versions} fit now: free its memory."
+                )
+            versions = self.progress.versions
+        self.progress.versions = versions
         if not versions:
             self._say("too many pictures for the device: the CPU renders the samples")
             return

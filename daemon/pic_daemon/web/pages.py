@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +33,7 @@ SESSION = "ds_actor"  # Datasette's own signed cookie, so that its pages know th
 _SESSION_S = 12 * 3600
 _QUERY_LIMIT_MS = 3000
 _PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
+_LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _PICTURE_AGE_S = 600
@@ -186,7 +188,8 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
     kind: Literal["csv", "json"] = request.url_vars["format"]
     try:
         filters = Filters.of({name: request.args.get(name) or "" for name in request.args})
-        first = await _ask(datasette, partial(_read_part, filters=filters, cursor=None))
+        read = partial(_read_part, filters=filters, cursor=None)
+        first = await _ask(datasette, read, _PART_LIMIT_MS)
     except FilterError as error:
         return Response.text(f"{error}.\n", 400)
     except sqlite3.OperationalError as error:
@@ -195,18 +198,26 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
     async def send(writer: AsgiWriter) -> None:
         text, part = StringIO(), first
         put = printer(kind, text)
-        while True:
+        left = asyncio.ensure_future(_left(request))
+        while request.method == "GET" and not left.done():
             put(part.rows)
             await writer.write(text.getvalue())
             text.seek(0)
             text.truncate()
             if part.older is None:
-                return
+                break
             read = partial(_read_part, filters=filters, cursor=part.older)
             part = await _ask(datasette, read, _PART_LIMIT_MS)
+        left.cancel()
 
     headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
     return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
+
+
+async def _left(request: Request) -> None:
+    """Returns when nobody is there any more; sending goes on without a word."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _read_part(db: sqlite3.Connection, filters: Filters, cursor: Cursor | None) -> Page:
@@ -219,13 +230,13 @@ async def record(request: Request, datasette: Datasette) -> Response:
     found = await _ask(datasette, partial(_read_record, number=number))
     if found is None:
         return await _message(datasette, request, 404, f"There is no record {number}.")
-    row, folders = found["row"], found.pop("folders")
-    missing = {}  # in words besides, as nobody hears what stands in a picture
-    for of in ("dropped", "catalog"):
-        try:
-            await _copy_of(datasette, row, folders, of, "large")
-        except pictures.NotShown as reason:
-            missing[of] = str(reason)
+    # In words besides, as nobody hears what stands in a picture.
+    site: Site = datasette.pic_site
+    look = partial(pictures.missing, found["row"], found.pop("folders"), site.catalog)
+    missing: dict[str, str] = {}
+    with suppress(TimeoutError):  # such as of a mount that hangs
+        looking = asyncio.get_running_loop().run_in_executor(site.decoding, look)
+        missing = await asyncio.wait_for(looking, _LOOK_S)
     found |= {"here": f"/record/{number}", "missing": missing}
     return await _html(datasette, request, "record.html", found)
 
@@ -267,7 +278,9 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
 
 async def picture(request: Request, datasette: Datasette) -> Response:
     """A small JPEG of a recorded picture, or an SVG that says why there is none."""
-    number = int(request.url_vars["number"])
+    site: Site = datasette.pic_site
+    number, size = int(request.url_vars["number"]), request.url_vars["size"]
+    side = pictures.SIDES[size]
 
     def asked(db: sqlite3.Connection) -> tuple[Row | None, list[str]]:
         return queries.record(db, number), queries.watched(db)
@@ -276,23 +289,15 @@ async def picture(request: Request, datasette: Datasette) -> Response:
     try:
         if row is None:
             raise pictures.NotShown("no such record")
-        which = request.url_vars["of"], request.url_vars["size"]
-        data = await _copy_of(datasette, row, folders, *which)
+        if request.url_vars["of"] == "dropped":
+            work = partial(pictures.dropped, row, folders, side)
+        else:
+            work = partial(pictures.of_catalog, row, site.catalog, side)
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(site.decoding, work)
     except pictures.NotShown as reason:
         return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
     return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")
-
-
-async def _copy_of(
-    datasette: Datasette, row: Row, folders: list[str], of: str, size: str
-) -> bytes:
-    """The dropped or the catalog picture of a row as JPEG. Raises NotShown."""
-    site: Site = datasette.pic_site
-    if of == "dropped":
-        work = partial(pictures.dropped, row, folders, pictures.SIDES[size])
-    else:
-        work = partial(pictures.of_catalog, row, site.catalog, pictures.SIDES[size])
-    return await asyncio.get_running_loop().run_in_executor(site.decoding, work)
 
 
 def _picture(data: bytes, kind: str, status: int, cache: str) -> Response:

@@ -42,32 +42,61 @@ def dropped(row: dict[str, Any], folders: Iterable[str], side: int) -> bytes:
     Raises NotShown unless the file lies in one of `folders`, is the one that was
     recorded, and was decoded by the service, which does so in a process of its own.
     """
+    return _smaller(_dropped_file(row, folders), side)
+
+
+def missing(
+    row: dict[str, Any], folders: Iterable[str], catalog: Path | None
+) -> dict[str, str]:
+    """Why the pictures of a row are not shown, as far as can be told without them."""
+    reasons = {}
+    for of in ("dropped", "catalog"):
+        try:
+            if of == "dropped":
+                _dropped_file(row, folders, 0)
+            else:
+                _catalog_file(row, catalog, 0)
+        except NotShown as reason:
+            reasons[of] = str(reason)
+    return reasons
+
+
+def _dropped_file(
+    row: dict[str, Any], folders: Iterable[str], most: int = MAX_BYTES
+) -> bytes:
     if row["status"] == "failed":
         raise NotShown("could not be decoded")
     for folder in folders:
         inside = folder.rstrip("/") + "/"
         if row["path"].startswith(inside):
-            data, stamp = read_beneath(Path(folder), row["path"][len(inside) :])
+            data, stamp = read_beneath(Path(folder), row["path"][len(inside) :], most)
             break
     else:
         raise NotShown("not in a watched folder")
     if stamp.bytes != row["bytes"] or row["mtime_ns"] not in (STALE, stamp.mtime_ns):
         raise NotShown("changed since")
-    return _smaller(data, side)
+    return data
 
 
 def of_catalog(row: dict[str, Any], catalog: Path | None, side: int) -> bytes:
     """The same of the catalog picture that a row names. Raises NotShown."""
+    return _smaller(_catalog_file(row, catalog), side)
+
+
+def _catalog_file(
+    row: dict[str, Any], catalog: Path | None, most: int = MAX_BYTES
+) -> bytes:
     if not row["catalog_item"]:
         raise NotShown("no product named")
     if catalog is None:
         raise NotShown("no catalog given")
-    data, _ = read_beneath(catalog, row["catalog_item"])
-    return _smaller(data, side)
+    return read_beneath(catalog, row["catalog_item"], most)[0]
 
 
-def read_beneath(folder: Path, relative: str) -> tuple[bytes, FileStamp]:
-    """The bytes of a regular file below `folder`, opened step by step without links.
+def read_beneath(
+    folder: Path, relative: str, most: int = MAX_BYTES
+) -> tuple[bytes, FileStamp]:
+    """At most the first bytes of a regular file below `folder`, opened without links.
 
     Raises NotShown where a step leads out of the folder, is a link or is not there.
     """
@@ -90,7 +119,7 @@ def read_beneath(folder: Path, relative: str) -> tuple[bytes, FileStamp]:
                 raise NotShown("not a file")
             if status.st_size > MAX_BYTES:
                 raise NotShown("too large to show")
-            return file.read(MAX_BYTES), FileStamp.of(status)
+            return file.read(most), FileStamp.of(status)
     except OSError as error:
         raise NotShown("no longer there") from error
 

@@ -112,10 +112,7 @@ def prepare(database: Path) -> bool:
     if not os.path.exists(database):
         raise InputError(f"database {database} does not exist, or this user may not look.")
     if os.access(database, os.W_OK) and os.access(database.parent, os.W_OK):
-        try:
-            MatchLog.open(database).close()
-        except sqlite3.OperationalError as error:
-            raise InputError(f"database {database}: {error}.") from error
+        MatchLog.open(database).close()
         return True
     check(database, for_writing=False)
     try:
