@@ -13,6 +13,7 @@ from typing import Literal
 
 from pic_daemon.images import PATTERNS
 
+_MOST_COPIED = 1 << 30  # bytes: the service waits meanwhile
 EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
 """Names left alone by default: hidden files and downloads that are not finished."""
 
@@ -131,6 +132,9 @@ def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+        if stamp.bytes > _MOST_COPIED:
+            problem = "too large to be copied to another file system"
+            raise OSError(errno.EFBIG, problem) from error
         try:
             shutil.copy2(path, target)  # another file system
             os.unlink(path)

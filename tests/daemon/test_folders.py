@@ -66,6 +66,22 @@ def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
     assert stamp_of(path) is None
 
 
+def test_a_file_too_large_to_be_copied_stays(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other file system at hand")
+    path = tmp_path / "film.jpg"
+    with path.open("wb") as file:
+        file.truncate(2 << 30)
+    stamp = stamp_of(str(path))
+    assert stamp
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        with pytest.raises(OSError, match="too large to be copied"):
+            set_aside(str(path), stamp, Path(folder))
+        assert os.listdir(folder) == []
+    assert path.exists()
+
+
 def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:
     assert text_of(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
     assert text_of("café.jpg") == "café.jpg"
