@@ -56,7 +56,9 @@ class Variant:
     `own_...` says. `decoy_area` is the least share of its area that a decoy is cropped
     to; `turned` is the share of the decoys that is turned by one, two or three quarters.
     `mixup` is the parameter of the Beta distribution by which pictures and labels of a
-    batch are blended (Zhang et al. 2018)."""
+    batch are blended (Zhang et al. 2018). `erased` is the share of all samples in which a
+    box is painted over (Zhong et al. 2017); `sam` is the radius within which the weights
+    are first moved to where the loss is highest (Foret et al. 2020)."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -85,6 +87,8 @@ class Variant:
     decoy_area: float = 0.5
     turned: float = 0.0
     mixup: float = 0.0
+    erased: float = 0.0
+    sam: float = 0.0
     seed: int = 0
 
 
@@ -127,6 +131,9 @@ VARIANTS = {
     ),
     "bent, half of them turned besides": replace(BENT, turned=0.5),
     "bent, mixup 0.4": replace(BENT, mixup=0.4),
+    "bent, half of the samples erased": replace(BENT, erased=0.5),
+    "bent, dropout 0.5": replace(BENT, dropout=0.5),
+    "bent, SAM 0.05": replace(BENT, sam=0.05),
     "those, both": BOTH,
     "those, both, --naming 0.4": replace(BOTH, naming=0.4),
     "those, both, --naming 1": replace(BOTH, naming=1.0),
@@ -235,16 +242,7 @@ def train(variant: Variant, data: Data) -> Normalised:
                          if variant.pooled else CNN)  # fmt: skip
     namer = nn.Linear(CNN.features, int(data.items.max()) + 1)
     parameters = [*network.parameters(), *(namer.parameters() if variant.naming else [])]
-    optimizer: torch.optim.Optimizer
-    if variant.adamw:
-        optimizer = torch.optim.AdamW(
-            parameters, variant.lr, weight_decay=variant.weight_decay, fused=True
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            parameters, variant.lr, variant.momentum,
-            weight_decay=variant.weight_decay, fused=True,
-        )  # fmt: skip
+    optimizer = optimizer_of(variant, parameters)
     average = copy.deepcopy(network) if variant.ema else network
     steps = len(samples) // variant.batch
     some = torch.arange(steps // variant.repeats * variant.batch)
@@ -257,6 +255,7 @@ def train(variant: Variant, data: Data) -> Normalised:
         for group in optimizer.param_groups:
             group["lr"] = rate(variant, step / steps)
         optimizer.zero_grad()
+        moved = climbed(network, images, labels, variant.sam) if variant.sam else []
         with torch.autocast("cpu", torch.bfloat16):
             features = network.features(images)
             features = dropout(features, variant.dropout)
@@ -269,6 +268,10 @@ def train(variant: Variant, data: Data) -> Normalised:
             weight = variant.naming * (1 - step / steps if variant.naming_falls else 1)
             loss = loss + weight / 2 * cross_entropy(named, data.items[index[labels > 0]])
         loss.backward()
+        if variant.sam:
+            with torch.no_grad():
+                for parameter, by in zip(network.parameters(), moved, strict=True):
+                    parameter.sub_(by)
         optimizer.step()
         if variant.hard:
             again(order, index, losses.detach(), step, variant)
@@ -277,6 +280,34 @@ def train(variant: Variant, data: Data) -> Normalised:
                 for mean, new in zip(average.parameters(), parameters, strict=True):
                     mean.lerp_(new, 1 - variant.ema)
     return average.eval()
+
+
+def optimizer_of(variant: Variant, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if variant.adamw:
+        return torch.optim.AdamW(
+            parameters, variant.lr, weight_decay=variant.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters, variant.lr, variant.momentum,
+        weight_decay=variant.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def climbed(
+    network: Normalised, images: torch.Tensor, labels: torch.Tensor, radius: float
+) -> list[torch.Tensor]:
+    """Move the weights so far towards a higher loss; returns by how much each was."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network.head(network.features(images)).squeeze(1).float()
+    binary_cross_entropy_with_logits(logits, labels).backward()
+    with torch.no_grad():
+        parameters = list(network.parameters())
+        slopes = [p.grad.clone() for p in parameters if p.grad is not None]
+        length = torch.nn.utils.get_total_norm(slopes)
+        for parameter, slope in zip(parameters, slopes, strict=True):
+            parameter.add_(slope.mul_(radius / (length + 1e-12)))
+    network.zero_grad()
+    return slopes
 
 
 def rate(variant: Variant, share: float) -> float:
@@ -322,6 +353,12 @@ def altered(images: torch.Tensor, variant: Variant) -> torch.Tensor:
         images[::2] = decoys
     if variant.own:
         images[::2] = owned(images[::2], images[1::2], variant)
+    if variant.erased:
+        for number in (torch.rand(len(images)) < variant.erased).nonzero().flatten():
+            height, width = torch.randint(8, 33, (2,)).tolist()
+            top, left = (int(torch.randint(65 - side, ())) for side in (height, width))
+            box = images[number, top : top + height, left : left + width]
+            box[:] = torch.randint(256, (3,))
     return images
 
 
