@@ -6,7 +6,7 @@ folder's return finds it again.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pic_daemon.scanning import Found, Scanner, SeenAgain
 from pic_daemon.settle import SettleTracker
 from pic_daemon.watch import FileHint
 
-_MOST_IN_HAND = 100_000  # files announced beyond these wait for a scan, not in memory
+_MOST_HELD = 100_000  # files of a folder; those beyond wait for a scan, not in memory
 _SCAN_STEP = 1000  # files compared between two looks into the inbox
 _SCAN_SHARE = 100  # the same while others are ready to be read
 _SKEW_S = 60.0  # by which the clock of a file server may differ, and what it says be late
@@ -47,6 +47,7 @@ class Backlog:
         self._settling = SettleTracker(settle_seconds)
         self._ready: dict[Scanner, deque[str]] = {}  # in the order of their turns
         self._found: list[Found] = []
+        self._held: Counter[Scanner] = Counter()  # files in memory
         self._scanners: list[Scanner] = []  # deepest folder first
         self._passed_over: set[Scanner] = set()  # whose hints were, since the last scan
 
@@ -130,9 +131,8 @@ class Backlog:
             scanner.scan(again=True)
         chosen: list[str] = []
         steps = _SCAN_SHARE if self._any_ready() else _SCAN_STEP
-        full = self._with_many_settling()
         while len(chosen) < room:
-            if steps and (found := self._to_compare(full)):
+            if steps and (found := self._to_compare()):
                 steps -= 1
                 self._compare(found)
             elif path := self._next_ready():
@@ -141,7 +141,7 @@ class Backlog:
                 else:
                     self.drop(path)
             else:
-                return chosen, self._to_compare(full) is not None
+                return chosen, self._to_compare() is not None
         return chosen, False
 
     def _any_ready(self) -> bool:
@@ -154,26 +154,15 @@ class Backlog:
                 return paths.popleft()
         return None
 
-    def _to_compare(self, full: set[Scanner]) -> Found | None:
-        """A scan of a folder that has nothing ready and is not among the `full`."""
-        return next(
-            (
-                f
-                for f in self._found
-                if not self._ready[f.scanner] and f.scanner not in full
-            ),
-            None,
-        )
-
-    def _with_many_settling(self) -> set[Scanner]:
-        """Folders of which as many files settle as may be kept in memory."""
-        if len(self._settling) < _MOST_IN_HAND:
-            return set()
-        paths = self._settling.paths()
-        return {
-            s for s in self._scanners
-            if sum(path.startswith(s.within) for path in paths) >= _MOST_IN_HAND
-        }  # fmt: skip
+    def _to_compare(self) -> Found | None:
+        """A scan of a folder that has nothing ready and does not keep too much in memory;
+        of one that is offline it is let go."""
+        for found in self._found:
+            scanner = found.scanner
+            idle = not self._ready[scanner] and self._held[scanner] < _MOST_HELD
+            if idle or not scanner.online:
+                return found
+        return None
 
     def heed(self, sight: Found | SeenAgain | FileHint) -> None:
         """Take note of what a scanner saw."""
@@ -186,7 +175,8 @@ class Backlog:
                     self._seen(path, expected, stamp)
             case FileHint(path, stamp, complete):
                 scanner = self._scanner_of(path)
-                if scanner and (path in self.in_hand or len(self) < _MOST_IN_HAND):
+                held = path in self.in_hand or path in self._settling
+                if scanner and (held or self._held[scanner] < _MOST_HELD):
                     self._consider(path, stamp, complete, scanner)
                 elif scanner:
                     self._passed_over.add(scanner)
@@ -211,6 +201,7 @@ class Backlog:
         """Be done with a file in hand, unless something happened to it meanwhile."""
         self._passed(1)
         stamp, scanner = self.in_hand.pop(path).hinted_again, self._scanner_of(path)
+        self._hold(path, -1)
         if stamp and scanner:
             self._consider(path, stamp, False, scanner)
 
@@ -239,9 +230,17 @@ class Backlog:
         if complete or still:
             self._take(path, stamp, still, scanner)
         else:
+            if path not in self._settling:
+                self._hold(path)
             self._settling.wait(path, stamp, time.monotonic(), time.time())
 
+    def _hold(self, path: str, files: int = 1) -> None:
+        if scanner := self._scanner_of(path):
+            self._held[scanner] += files
+
     def _take(self, path: str, stamp: FileStamp, settled: bool, scanner: Scanner) -> None:
+        if path not in self._settling:
+            self._hold(path)
         seen_at = self._settling.release(path) or time.time()
         self.in_hand[path] = InHand(seen_at, stamp, settled)
         self._ready[scanner].append(path)
@@ -254,7 +253,8 @@ class Backlog:
         if path in self.in_hand:
             return  # a hint was faster
         if stamp is None:
-            self._settling.release(path)
+            if self._settling.release(path) is not None:
+                self._hold(path, -1)
             if self.online(path):
                 self.drop(path)
         elif expected and self._settling.awaits(path, expected):

@@ -134,15 +134,16 @@ class MatchLog:
                 [model.sha256, text_of(str(model.path)), model.metadata_json(), now, now],
             )
 
-    def watch(self, folders: Mapping[Path, str]) -> None:
+    def watch(self, folders: Mapping[Path, str], besides: bool = False) -> None:
         """Note the drop folders with the mount points of their file systems.
 
-        Pictures in other folders are not shown to anyone.
+        Pictures in other folders are not shown to anyone. `besides` leaves what was noted.
         """
         with self._transaction():
-            self._db.execute("DELETE FROM watched")
+            if not besides:
+                self._db.execute("DELETE FROM watched")
             self._db.conn.executemany(
-                "INSERT INTO watched VALUES (?, ?)",
+                "INSERT OR IGNORE INTO watched VALUES (?, ?)",
                 [
                     [text_of(str(folder)), text_of(point)]
                     for folder, point in folders.items()

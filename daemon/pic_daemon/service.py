@@ -228,7 +228,8 @@ class Service:
         points = self._backlog.mount_points()
         if points != self._mount_points:
             self._mount_points = points
-            self._recorder.write(lambda: self.log.watch(points))
+            # A single pass does not take the place of the service whose log it is.
+            self._recorder.write(lambda: self.log.watch(points, besides=self.until_done))
 
     def _beat(self) -> None:
         figures = self._figures()

@@ -9,7 +9,6 @@ Cases it handles:
 """
 
 import heapq
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pic_daemon.folders import FileStamp
@@ -33,9 +32,8 @@ class SettleTracker:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def paths(self) -> Iterable[str]:
-        """The files that are waited for."""
-        return self._waiting.keys()
+    def __contains__(self, path: str) -> bool:
+        return path in self._waiting
 
     def wait(
         self, path: str, stamp: FileStamp, now: float, seen_at: float, longer: float = 0.0

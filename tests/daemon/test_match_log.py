@@ -153,6 +153,14 @@ def test_a_file_that_crashed_its_decoders_is_left_alone_until_asked(
     assert not log.knows("/drop/a.png", STAMP)
 
 
+def test_folders_are_noted_instead_of_those_before_or_besides_them(log: MatchLog) -> None:
+    log.watch({Path("/mnt/nas"): "/mnt/nas", Path("/srv/drop"): "/"})
+    log.watch({Path("/mnt/nas"): "/", Path("/archive"): "/"}, besides=True)
+    assert log.mount_points() == {"/mnt/nas": "/mnt/nas", "/srv/drop": "/", "/archive": "/"}
+    log.watch({Path("/srv/drop"): "/"})
+    assert log.mount_points() == {"/srv/drop": "/"}
+
+
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
     log.take_in_hand(["/drop/a.png"])
     log.record([match("/drop/a.png")], model)

@@ -110,7 +110,7 @@ def test_the_example_config_is_valid(tmp_path: Path) -> None:
                 "decode_seconds"):  # fmt: skip
         everything = everything.replace(f"# {key} =", f"{key} =")
     for field in fields(Config):
-        assert field.name == "folders" or f"{field.name} = " in text
+        assert field.name in ("folders", "missing") or f"{field.name} = " in text
     (tmp_path / "pic.toml").write_text(everything)
     given = load_config(tmp_path / "pic.toml", {"watch": ()})
     (tmp_path / "short.toml").write_text(text)

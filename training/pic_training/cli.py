@@ -59,7 +59,10 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
     "of its pictures it is.",
 )
 @click.option(
-    "--arch", type=click.Choice(["cnn", "resnet50"]), default="cnn", show_default=True
+    "--arch",
+    type=click.Choice(["cnn", "resnet8", "resnet50"]),
+    default="cnn",
+    show_default=True,
 )
 @click.option(
     "--dimensions",
@@ -77,13 +80,14 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    help="[classify 32; describe: cnn 256, resnet50 128, on kept features 1024]",
+    help="[classify 32, resnet8 64; describe: cnn 256, resnet50 128, on kept features "
+    "1024]",
 )
 @click.option(
     "--lr",
     type=FiniteRange(0, min_open=True),
-    help="At the start; falls to zero along a half cosine [classify: cnn 0.05, resnet50 "
-    "0.01, after a head start 0.0001; describe: cnn 0.001, resnet50 0.0001].",
+    help="At the start; falls to zero along a half cosine [classify: cnn and resnet8 0.05, "
+    "resnet50 0.01, after a head start 0.0001; describe: cnn 0.001, resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",
@@ -200,6 +204,8 @@ def _config(**options: Any) -> "RunConfig":
     from pic_training.run_folder import RunConfig, absolute
 
     describes = options["task"] == "describe"
+    if describes and options["arch"] not in DESCRIBERS:
+        raise InputError(f"--task describe: a {options['arch']} does not learn it.")
     architecture = (DESCRIBERS if describes else ARCHITECTURES)[options["arch"]]
     device = options["device"]
     if device == "auto":

@@ -20,6 +20,7 @@ from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation, Plan, evaluate, halves
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.near_duplicates import first_copies, look_of
+from pic_training.run_folder import replacing
 from pic_training.sources import Source, Sources, gather, looks_at
 
 
@@ -74,8 +75,9 @@ def run_evaluation(
         figures = json.dumps(as_json(evaluation, model, plan), indent=1)
         page = as_html(evaluation, model, plan)
         with _writing(output):
-            (output / "evaluation.json").write_text(figures + "\n")
-            (output / "evaluation.html").write_text(page, encoding="utf-8")
+            for name, text in (("json", figures + "\n"), ("html", page)):
+                with replacing(output / f"evaluation.{name}") as path:
+                    path.write_text(text, encoding="utf-8")
     for name, result in evaluation.methods.items():
         recall = result.trained.recall
         click.echo(

@@ -1,4 +1,4 @@
-"""The two architectures: a trunk that sees, and a linear head that decides or describes."""
+"""The architectures: a trunk that sees, and a linear head that decides or describes."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from torchvision.models.resnet import BasicBlock
 
 from pic_daemon.errors import InputError
 
@@ -23,9 +24,9 @@ class Architecture:
 
     `trunk` builds what turns normalised images into `features` numbers each;
     `stages` names the parts of it that fine-tuning may freeze, first to last. `mean`
-    and `std` normalise RGB in [0, 1]; `lr`, `momentum` and `batch_size` are the
-    defaults for the optimizer, `fitted_lr` that of the rate where the head was fitted
-    first, which a higher one undoes (bench/results/published-protocol.md).
+    and `std` normalise RGB in [0, 1]; `lr`, `momentum`, `batch_size` and `weight_decay`
+    are the defaults for the optimizer, `fitted_lr` that of the rate where the head was
+    fitted first, which a higher one undoes (bench/results/published-protocol.md).
     """
 
     trunk: Callable[[str], nn.Module]
@@ -38,6 +39,7 @@ class Architecture:
     momentum: float
     batch_size: int
     fitted_lr: float | None = None
+    weight_decay: float = 0.0
 
 
 class Normalised(nn.Module):
@@ -145,10 +147,7 @@ def cnn_trunk(weights: str = "none") -> nn.Module:
     with ReLU and no pooling on 64 x 64 RGB, Linear(65,536 -> 384, no bias); the head
     is Linear(384 -> 1). The sigmoid follows in the loss and in the exported graph.
     """
-    if weights != "none":
-        raise InputError(
-            "there are no pretrained weights for the cnn; use --arch resnet50."
-        )
+    _refuse_weights(weights, "cnn")
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         nn.ReLU(),
@@ -160,6 +159,26 @@ def cnn_trunk(weights: str = "none") -> nn.Module:
         nn.Linear(16 * 64 * 64, 384, bias=False),
         nn.ReLU(),
     )
+
+
+def resnet8_trunk(weights: str = "none") -> nn.Module:
+    """A small residual network for 64 x 64 RGB: three basic blocks (He et al. 2016), each
+    of half the side of what it is given, 32 -> 48 -> 96 -> 192 channels."""
+    _refuse_weights(weights, "resnet8")
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+    ]  # fmt: skip
+    for before, after in ((32, 48), (48, 96), (96, 192)):
+        around = nn.Conv2d(before, after, 1, stride=2, bias=False), nn.BatchNorm2d(after)
+        layers.append(BasicBlock(before, after, 2, nn.Sequential(*around)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def _refuse_weights(weights: str, arch: str) -> None:
+    if weights != "none":
+        raise InputError(
+            f"there are no pretrained weights for the {arch}; use --arch resnet50."
+        )
 
 
 def resnet50_trunk(weights: str = "imagenet") -> nn.Module:
@@ -220,6 +239,18 @@ ARCHITECTURES = {
         lr=0.05,
         momentum=0.0,
         batch_size=32,
+    ),
+    "resnet8": Architecture(
+        resnet8_trunk,
+        features=192,
+        stages=(),
+        size=64,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        lr=0.05,
+        momentum=0.9,
+        batch_size=64,
+        weight_decay=5e-4,
     ),
     "resnet50": Architecture(
         resnet50_trunk,

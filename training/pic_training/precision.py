@@ -28,7 +28,7 @@ from pic_training.threshold import Calibration, Confusion, confusion, gate_for, 
 
 Precision = Literal["fp32", "fp16", "int8"]
 
-_QUANTIZED = {"cnn": ["Gemm"], "resnet50": ["Conv", "Gemm"]}
+_QUANTIZED = {"cnn": ["Gemm"], "resnet8": ["Conv", "Gemm"], "resnet50": ["Conv", "Gemm"]}
 # The CNN's convolutions have so few channels that int8 gains nothing there
 # (bench/results/throughput.md).
 

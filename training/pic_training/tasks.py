@@ -62,7 +62,10 @@ def task_of(config: RunConfig) -> Task:
 
 
 def _sgd(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trained, config.lr, config.momentum, fused=True)
+    decay = config.architecture.weight_decay
+    return torch.optim.SGD(
+        trained, config.lr, config.momentum, weight_decay=decay, fused=True
+    )
 
 
 def _adam(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

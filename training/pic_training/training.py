@@ -216,14 +216,13 @@ class _Run:
     def _move_samples(self) -> None:
         side = max(256, 2 * self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        versions = versions_for(self.train_set, side, free // 2)
-        if self.progress.versions is not None:
-            if self.progress.versions > versions:
-                raise InputError(
-                    f"{self.folder} was begun with {self.progress.versions} versions of "
-                    f"each picture on the GPU; {versions} fit now: free its memory."
-                )
-            versions = self.progress.versions
+        if (versions := self.progress.versions) is None:
+            versions = versions_for(self.train_set, side, free // 2)
+        elif versions > (most := versions_for(self.train_set, side, free * 9 // 10)):
+            raise InputError(
+                f"{self.folder} was begun with {versions} versions of each picture on the "
+                f"GPU; {most} fit now: free its memory."
+            )
         self.progress.versions = versions
         if not versions:
             self._say("too many pictures for the device: the CPU renders the samples")

@@ -55,6 +55,7 @@ class Site:
     user: str | None
     writable: bool
     decoding: ThreadPoolExecutor
+    looking: ThreadPoolExecutor
 
 
 @hookimpl
@@ -199,16 +200,18 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
         text, part = StringIO(), first
         put = printer(kind, text)
         left = asyncio.ensure_future(_left(request))
-        while request.method == "GET" and not left.done():
-            put(part.rows)
-            await writer.write(text.getvalue())
-            text.seek(0)
-            text.truncate()
-            if part.older is None:
-                break
-            read = partial(_read_part, filters=filters, cursor=part.older)
-            part = await _ask(datasette, read, _PART_LIMIT_MS)
-        left.cancel()
+        try:
+            while request.method == "GET" and not left.done():
+                put(part.rows)
+                await writer.write(text.getvalue())
+                text.seek(0)
+                text.truncate()
+                if part.older is None:
+                    break
+                read = partial(_read_part, filters=filters, cursor=part.older)
+                part = await _ask(datasette, read, _PART_LIMIT_MS)
+        finally:
+            left.cancel()
 
     headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
     return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
@@ -235,7 +238,7 @@ async def record(request: Request, datasette: Datasette) -> Response:
     look = partial(pictures.missing, found["row"], found.pop("folders"), site.catalog)
     missing: dict[str, str] = {}
     with suppress(TimeoutError):  # such as of a mount that hangs
-        looking = asyncio.get_running_loop().run_in_executor(site.decoding, look)
+        looking = asyncio.get_running_loop().run_in_executor(site.looking, look)
         missing = await asyncio.wait_for(looking, _LOOK_S)
     found |= {"here": f"/record/{number}", "missing": missing}
     return await _html(datasette, request, "record.html", found)

@@ -113,10 +113,11 @@ def read_beneath(
                 at = os.open(step, flags, dir_fd=before)
             finally:
                 os.close(before)
+        status = os.fstat(at)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(at)
+            raise NotShown("not a file")
         with open(at, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise NotShown("not a file")
             if status.st_size > MAX_BYTES:
                 raise NotShown("too large to show")
             return file.read(most), FileStamp.of(status)

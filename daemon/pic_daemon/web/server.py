@@ -102,6 +102,7 @@ def make_app(
         user=None if token else getpass.getuser(),
         writable=writable,
         decoding=ThreadPoolExecutor(_DECODERS, "picture"),
+        looking=ThreadPoolExecutor(_DECODERS, "look"),
     )
     hosts = _LOOPBACK | {host}
     return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
