@@ -28,7 +28,7 @@ def test_the_cnn_is_the_published_one() -> None:
     assert not any("Pool" in type(layer).__name__ for layer in layers)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet50"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_each_architecture_gives_one_logit_per_uint8_image(name: str) -> None:
     architecture = ARCHITECTURES[name]
     network = Normalised(architecture).eval()

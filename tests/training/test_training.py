@@ -415,6 +415,28 @@ def test_a_resnet50_is_trained_and_exported_alike(
     assert (info.architecture, info.input_size) == ("resnet50", 224)
 
 
+def test_a_resnet8_is_trained_and_exported_alike(
+    run_tool: Run, folders: Path, tmp_path: Path
+) -> None:
+    changes = {"arch": "resnet8", "epochs": 1}
+    trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    assert trained.returncode == 0, trained.stderr
+    for precision in ("fp32", "int8"):
+        output = tmp_path / f"{precision}.onnx"
+        exported = run_tool(
+            "pic-export", tmp_path / "run", "--output", output,
+            "--precision", precision, "--max-loss", 1,
+        )  # fmt: skip
+        assert exported.returncode == 0, exported.stderr
+        info = load_model(output, "cpu").info
+        assert (info.architecture, info.input_size) == ("resnet8", 64)
+    described = run_tool(
+        "pic-train", *options(folders, tmp_path / "no", **changes), "--task", "describe"
+    )
+    assert described.returncode == 2
+    assert "a resnet8 does not learn it" in described.stderr
+
+
 def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
