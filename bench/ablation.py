@@ -58,7 +58,8 @@ class Variant:
     `mixup` is the parameter of the Beta distribution by which pictures and labels of a
     batch are blended (Zhang et al. 2018). `erased` is the share of all samples in which a
     box is painted over (Zhong et al. 2017); `sam` is the radius within which the weights
-    are first moved to where the loss is highest (Foret et al. 2020)."""
+    are first moved to where the loss is highest (Foret et al. 2020); `arch` is that of
+    pic-train."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -89,6 +90,7 @@ class Variant:
     mixup: float = 0.0
     erased: float = 0.0
     sam: float = 0.0
+    arch: str = "cnn"
     seed: int = 0
 
 
@@ -134,6 +136,9 @@ VARIANTS = {
     "bent, half of the samples erased": replace(BENT, erased=0.5),
     "bent, dropout 0.5": replace(BENT, dropout=0.5),
     "bent, SAM 0.05": replace(BENT, sam=0.05),
+    "bent, resnet8": replace(
+        BENT, arch="resnet8", lr=0.05, momentum=0.9, weight_decay=5e-4, batch=64
+    ),
     "those, both": BOTH,
     "those, both, --naming 0.4": replace(BOTH, naming=0.4),
     "those, both, --naming 1": replace(BOTH, naming=1.0),
@@ -238,9 +243,11 @@ def row(variant: Variant, data: Data) -> str:
 def train(variant: Variant, data: Data) -> Normalised:
     torch.manual_seed(variant.seed)
     samples = data.train[variant.decoy_area]
-    network = Normalised(replace(CNN, trunk=pooled_trunk, features=384)
-                         if variant.pooled else CNN)  # fmt: skip
-    namer = nn.Linear(CNN.features, int(data.items.max()) + 1)
+    architecture = ARCHITECTURES[variant.arch]
+    if variant.pooled:
+        architecture = replace(CNN, trunk=pooled_trunk)
+    network = Normalised(architecture).to(memory_format=torch.channels_last)
+    namer = nn.Linear(architecture.features, int(data.items.max()) + 1)
     parameters = [*network.parameters(), *(namer.parameters() if variant.naming else [])]
     optimizer = optimizer_of(variant, parameters)
     average = copy.deepcopy(network) if variant.ema else network
