@@ -243,9 +243,8 @@ def row(variant: Variant, data: Data) -> str:
 def train(variant: Variant, data: Data) -> Normalised:
     torch.manual_seed(variant.seed)
     samples = data.train[variant.decoy_area]
-    architecture = ARCHITECTURES[variant.arch]
-    if variant.pooled:
-        architecture = replace(CNN, trunk=pooled_trunk)
+    pooled = replace(CNN, trunk=pooled_trunk)
+    architecture = pooled if variant.pooled else ARCHITECTURES[variant.arch]
     network = Normalised(architecture).to(memory_format=torch.channels_last)
     namer = nn.Linear(architecture.features, int(data.items.max()) + 1)
     parameters = [*network.parameters(), *(namer.parameters() if variant.naming else [])]
