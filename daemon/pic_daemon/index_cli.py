@@ -37,7 +37,7 @@ _NAMED = 20  # files named of each kind; the others are counted
 )
 @click.option(
     "--target-fpr",
-    type=FiniteRange(0, 1, min_open=True),
+    type=FiniteRange(1e-9, 1),  # no folder holds more than a lower one takes
     default=0.001,
     show_default=True,
     help="Largest share of them that may match.",

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import write_image
+from conftest import SIZE, write_image
 
 from pic_daemon import backlog
 from pic_daemon.backlog import Backlog
@@ -17,8 +17,11 @@ from pic_daemon.config import Config
 from pic_daemon.folders import FileStamp, Folder, stamp_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog
+from pic_daemon.model import load_model
+from pic_daemon.reading import read_image
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, Sight, scanning
+from pic_daemon.service import Service
 from pic_daemon.watch import FileHint
 
 
@@ -119,6 +122,34 @@ def test_a_folder_whose_files_do_not_settle_keeps_no_other_waiting(
         assert waiting.choose(room=100)[0] == []
         waiting.heed(found_in(by_name["other"], 3, mtime=1))
         assert len(waiting.choose(room=100)[0]) == 3
+
+
+def test_an_upload_that_went_on_after_its_file_was_chosen_is_waited_for(
+    tmp_path: Path, model_file: Path
+) -> None:
+    path = write_image(tmp_path / "drop" / "large.png", 200, side=400)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    os.utime(path, (1e9, 1e9))  # it paused long ago
+    stamp = stamp_of(str(path))
+    assert stamp
+    config = Config((Folder(tmp_path / "drop"),), model_file, tmp_path / "log.db")
+    with (
+        closing(MatchLog.open(config.database)) as log,
+        scanning(config.folders, lambda _: None) as scanners,
+    ):
+        service = Service(config, load_model(model_file, "cpu"), log)
+        service._backlog.watch(scanners)
+        for goes_on in (False, True):
+            service._backlog.heed(Found(scanners[0], deque([(str(path), stamp)])))
+            assert service._backlog.choose(room=10)[0] == [str(path)]
+            if goes_on:
+                path.write_bytes(whole[: len(whole) * 3 // 4])
+            service._sort(read_image(str(path), SIZE))
+            assert len(service._batch) == (0 if goes_on else 1)
+            if not goes_on:  # it is no picture, and would be recorded so
+                service._backlog.let_go(service._batch.pop().path)
+        assert len(service._backlog) == 1 and not service._backlog.in_hand
 
 
 def test_where_a_server_tells_the_times_a_young_file_must_stand_still(

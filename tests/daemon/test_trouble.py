@@ -68,15 +68,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def filled(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    ballast = disk / "ballast"
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
 def test_a_full_disk_is_waited_out(daemon: DaemonProcess, small_disk: Path) -> None:
     daemon.database = small_disk / "log.db"
     daemon.start()
     write_image(daemon.drop / "before.png", 200)
     daemon.wait_for_rows(1)
-    ballast = small_disk / "ballast"
-    with pytest.raises(OSError, match="No space left"), ballast.open("wb", 0) as file:
-        while True:
-            file.write(bytes(4096))
+    ballast = filled(small_disk)
     for number in range(200):
         write_image(daemon.drop / f"{number}.png", 200)
     daemon.wait_until(lambda: "waiting until it can be written" in daemon.log.read_text())
@@ -383,10 +389,7 @@ def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
     daemon.database = small_disk / "log.db"
     daemon.start()
     assert daemon.stop() == 0
-    ballast = small_disk / "ballast"
-    with pytest.raises(OSError, match="No space left"), ballast.open("wb", 0) as file:
-        while True:
-            file.write(bytes(4096))
+    filled(small_disk)
     result = run_tool(
         "pic-daemon", "run", "--watch", daemon.drop, "--model", daemon.model,
         "--database", daemon.database,

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     folder = tmp_path_factory.mktemp("sources")
     write_products(folder / "catalog", range(60))
+    product(59).save(folder / "catalog" / "again.jpg", quality=40)  # has the same label
     write_products(folder / "others", range(100, 160))
     sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
     return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
