@@ -29,13 +29,12 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.functional import (  # noqa: E402
     binary_cross_entropy_with_logits,
-    cross_entropy,
     dropout,
 )
 from training import choose  # noqa: E402
 
 from pic_training.augmentation import Augmentation  # noqa: E402
-from pic_training.networks import ARCHITECTURES, Normalised  # noqa: E402
+from pic_training.networks import ARCHITECTURES, Naming, Normalised, Recogniser  # noqa: E402
 from pic_training.samples import SampleSet  # noqa: E402
 from pic_training.sources import Split, gather  # noqa: E402
 
@@ -59,7 +58,7 @@ class Variant:
     batch are blended (Zhang et al. 2018). `erased` is the share of all samples in which a
     box is painted over (Zhong et al. 2017); `sam` is the radius within which the weights
     are first moved to where the loss is highest (Foret et al. 2020); `arch` is that of
-    pic-train."""
+    pic-train, and decides what `naming` does."""
 
     lr: float = 0.08
     batch: int = CNN.batch_size
@@ -98,6 +97,7 @@ DEFAULT = Variant()
 RECOLOURED = replace(DEFAULT, varied=True, halved=0.0)
 BENT = replace(RECOLOURED, gamma=0.5)
 BOTH = replace(RECOLOURED, decoy_area=0.1, gamma=0.5)
+RESNET8 = replace(BENT, arch="resnet8", lr=0.05, momentum=0.9, weight_decay=5e-4, batch=64)
 ADAMW = replace(DEFAULT, adamw=True, lr=0.0005, batch=128)
 VARIANTS = {
     "default: SGD, half cosine, fresh samples": DEFAULT,
@@ -136,9 +136,8 @@ VARIANTS = {
     "bent, half of the samples erased": replace(BENT, erased=0.5),
     "bent, dropout 0.5": replace(BENT, dropout=0.5),
     "bent, SAM 0.05": replace(BENT, sam=0.05),
-    "bent, resnet8": replace(
-        BENT, arch="resnet8", lr=0.05, momentum=0.9, weight_decay=5e-4, batch=64
-    ),
+    "bent, resnet8": RESNET8,
+    "bent, resnet8, --naming 1": replace(RESNET8, naming=1.0),
     "those, both": BOTH,
     "those, both, --naming 0.4": replace(BOTH, naming=0.4),
     "those, both, --naming 1": replace(BOTH, naming=1.0),
@@ -243,11 +242,10 @@ def row(variant: Variant, data: Data) -> str:
 def train(variant: Variant, data: Data) -> Normalised:
     torch.manual_seed(variant.seed)
     samples = data.train[variant.decoy_area]
-    pooled = replace(CNN, trunk=pooled_trunk)
-    architecture = pooled if variant.pooled else ARCHITECTURES[variant.arch]
-    network = Normalised(architecture).to(memory_format=torch.channels_last)
-    namer = nn.Linear(architecture.features, int(data.items.max()) + 1)
-    parameters = [*network.parameters(), *(namer.parameters() if variant.naming else [])]
+    items = int(data.items.max()) + 1
+    network = network_of(variant, items).to(memory_format=torch.channels_last)
+    naming = Naming(network, items)
+    parameters = [*(naming if variant.naming else network).parameters()]
     optimizer = optimizer_of(variant, parameters)
     average = copy.deepcopy(network) if variant.ema else network
     steps = len(samples) // variant.batch
@@ -265,14 +263,14 @@ def train(variant: Variant, data: Data) -> Normalised:
         with torch.autocast("cpu", torch.bfloat16):
             features = network.features(images)
             features = dropout(features, variant.dropout)
-            logits = network.head(features).squeeze(1).float()
-            named = namer(features[labels > 0]).float() if variant.naming else None
+            logits, names = (part.float() for part in naming.name(features))
         target = labels * (1 - variant.smoothing) + variant.smoothing / 2
         losses = binary_cross_entropy_with_logits(logits, target, reduction="none")
         loss = losses.mean()
-        if named is not None:
+        if variant.naming:
             weight = variant.naming * (1 - step / steps if variant.naming_falls else 1)
-            loss = loss + weight / 2 * cross_entropy(named, data.items[index[labels > 0]])
+            items_seen = torch.where(index % 2 > 0, data.items[index] + 1, 0)
+            loss = loss + weight / len(index) * naming.loss(names, items_seen)
         loss.backward()
         if variant.sam:
             with torch.no_grad():
@@ -286,6 +284,15 @@ def train(variant: Variant, data: Data) -> Normalised:
                 for mean, new in zip(average.parameters(), parameters, strict=True):
                     mean.lerp_(new, 1 - variant.ema)
     return average.eval()
+
+
+def network_of(variant: Variant, items: int) -> Normalised:
+    if variant.pooled:
+        return Normalised(replace(CNN, trunk=pooled_trunk))
+    architecture = ARCHITECTURES[variant.arch]
+    if architecture.prototypes and variant.naming:
+        return Recogniser(architecture, "none", items)
+    return Normalised(architecture)
 
 
 def optimizer_of(variant: Variant, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

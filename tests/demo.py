@@ -32,7 +32,7 @@ def main() -> int:
     say(f"Drawing {len(CATALOG)} products and {len(DECOYS)} look-alikes")
     write_products(HERE / "catalog", CATALOG)
     write_products(HERE / "others", DECOYS)
-    say("Training the CNN on this machine")
+    say("Training a network on this machine")
     folders = "--catalog", HERE / "catalog", "--others", HERE / "others"
     size = "--epochs", 5, "--train-images", 6000, "--val-images", 1000
     rest = "--device", "cpu", "--target-fpr", 0.02, "--out", HERE / "run"

@@ -15,8 +15,8 @@ def train(
     start = [BIN / "torchrun", "--standalone", "--nproc-per-node", processes, "--no-python"]
     given = {
         "catalog": folders / "catalog", "others": folders / "others", "epochs": 2,
-        "out": folders / out, "device": "cpu", "precision": "fp32", "workers": 1,
-        "target-fpr": 0.05, "train-images": 201, "val-images": 256, **changes,
+        "out": folders / out, "arch": "cnn", "device": "cpu", "precision": "fp32",
+        "workers": 1, "target-fpr": 0.05, "train-images": 201, "val-images": 256, **changes,
     }  # fmt: skip
     command = [*(start if processes > 1 else []), BIN / "pic-train"]
     command += [part for key, value in given.items() for part in (f"--{key}", value)]

@@ -1,8 +1,9 @@
-"""Telling the catalog's pictures apart, which is learned besides and dropped at export."""
+"""Telling the catalog's pictures apart: learned beside the decision, or how it is made."""
 
 import json
 import subprocess
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pic_training.augmentation import Augmentation
 from pic_training.cli import _config
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
+from pic_training.networks import Recogniser
 from pic_training.run_folder import RunConfig, load_network, new_network
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
@@ -20,11 +22,11 @@ from pic_training.sources import gather
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def config(folders: Path, naming: float) -> RunConfig:
+def config(folders: Path, naming: float, arch: str) -> RunConfig:
     return _config(
         catalog=folders / "catalog", others=folders / "others", others_val=None, epochs=1,
         corrections=None, train_images=640, val_images=256, batch_size=32, lr=None,
-        head_start=0, stages=None, seed=0, precision="fp32", target_fpr=0.05, arch="cnn",
+        head_start=0, stages=None, seed=0, precision="fp32", target_fpr=0.05, arch=arch,
         device="cpu", task="classify", dimensions=None, weights=None, naming=naming,
     )  # fmt: skip
 
@@ -38,22 +40,24 @@ def batches(folders: Path) -> list[Batch]:
     return list(samples.load(0, 32, 1))
 
 
-def learner(folders: Path, naming: float) -> Learner:
+def learner(folders: Path, naming: float, arch: str = "cnn") -> Learner:
     torch.manual_seed(0)
-    return Learner(config(folders, naming), ALONE, items=6)
+    return Learner(config(folders, naming, arch), ALONE, items=6)
 
 
+@pytest.mark.parametrize("arch", ["cnn", "resnet8"])
 def test_it_is_learned_which_picture_a_sample_is_of(
-    folders: Path, batches: list[Batch]
+    folders: Path, batches: list[Batch], arch: str
 ) -> None:
-    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    taught, untaught = (learner(folders, naming, arch) for naming in (1, 0))
     assert taught.naming and not untaught.naming
     for _ in range(3):
         for batch in batches:
             taught.step(batch, 32, 0)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     with torch.no_grad():
-        logits, names = taught.naming(images)
+        logits, names = taught.naming.eval()(images)
+        assert torch.equal(logits, taught.network(images))
     ours = labels > 0
     assert (names.argmax(1)[ours] == labels[ours] - 1).float().mean() > 0.8
     assert ((logits > 0) == ours).float().mean() > 0.8
@@ -69,7 +73,7 @@ def test_the_network_starts_and_ends_as_one_that_learns_no_names(
         for key, value in taught.network.state_dict().items()
     )
     taught.step(batches[0], 32, 0)
-    new_network(taught.config, "none").load_state_dict(taught.state()["network"])
+    new_network(taught.config, "none", 0).load_state_dict(taught.state()["network"])
 
 
 def test_what_names_are_worth_is_not_in_the_loss_that_is_told(
@@ -81,13 +85,14 @@ def test_what_names_are_worth_is_not_in_the_loss_that_is_told(
     assert taught.take_totals() == untaught.take_totals()
 
 
+@pytest.mark.parametrize("arch", ["cnn", "resnet8"])
 def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
-    folders: Path, batches: list[Batch]
+    folders: Path, batches: list[Batch], arch: str
 ) -> None:
-    whole, rest = (learner(folders, 1) for _ in range(2))
+    whole, rest = (learner(folders, 1, arch) for _ in range(2))
     for batch in batches[:4]:
         whole.step(batch, 32, 0)
-    rest.restore(whole.state())
+    rest.restore(deepcopy(whole.state()))
     for learns in (whole, rest):
         for batch in batches[4:8]:
             learns.step(batch, 32, 0)
@@ -96,12 +101,33 @@ def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
     assert all(torch.equal(expected[key], parts[key]) for key in expected)
 
 
-def test_the_model_holds_no_names(folders: Path, tmp_path: Path, run_tool: Run) -> None:
+@torch.no_grad()
+def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(folders: Path) -> None:
+    network = new_network(config(folders, 1, "resnet8"), "none", 6).eval()
+    assert isinstance(network, Recogniser)
+    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    logits, names = network.name(network.features(images))
+    assert names.shape == (4, 6) and names.abs().max() <= network.scale
+    odds = names.exp().sum(1) / network.none.exp()
+    assert torch.allclose(logits, odds.log(), atol=1e-4)
+    network.none += 3
+    assert torch.allclose(network(images), logits - 3, atol=1e-4)
+
+
+def test_a_resnet8_that_names_nothing_ends_in_one_number(folders: Path) -> None:
+    network = new_network(config(folders, 0, "resnet8"), "none", 6)
+    assert not isinstance(network, Recogniser) and network.head.out_features == 1
+
+
+def test_the_model_of_a_cnn_holds_no_names(
+    folders: Path, tmp_path: Path, run_tool: Run
+) -> None:
     run, model = tmp_path / "run", tmp_path / "model.onnx"
     trained = run_tool(
         "pic-train", "--catalog", folders / "catalog", "--others", folders / "others",
         "--out", run, "--epochs", 1, "--train-images", 192, "--val-images", 256,
         "--workers", 1, "--target-fpr", 0.05, "--device", "cpu", "--naming", 1,
+        "--arch", "cnn",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert json.loads((run / "config.json").read_text())["naming"] == 1

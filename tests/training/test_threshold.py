@@ -143,6 +143,15 @@ def test_the_gate_lets_all_but_a_thousandth_of_the_copies_through() -> None:
     assert gate_for(scores, labels, -5.0) == -5.0
 
 
+def test_the_gate_of_a_sharp_network_lets_a_twentieth_of_the_decoys_through() -> None:
+    draw = np.random.default_rng(3)
+    labels = np.arange(8000) % 2 == 1
+    scores = draw.normal(labels * 20.0, 1)
+    gate = gate_for(scores, labels, 10.0)
+    assert (scores[~labels] >= gate).mean() == pytest.approx(0.05)
+    assert (scores[labels] >= gate).all()
+
+
 def test_a_rate_of_few_pictures_in_many_samples_has_a_wide_interval() -> None:
     hits = np.arange(3000) % 100 == 0
     alone = rate(hits, np.arange(3000))

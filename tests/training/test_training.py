@@ -48,6 +48,8 @@ def test_a_run_folder_holds_everything_about_the_run(finished: Path) -> None:
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     assert len(json.loads((finished / "metrics.json").read_text())) == 2
     assert np.load(finished / "parity.npy").shape == (256, 64, 64, 3)
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["arch"], config["naming"]) == ("resnet8", 1)
 
 
 def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -> None:
@@ -119,13 +121,14 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
             [],
             "/nowhere.pth cannot be read",
         ),
-        ({"weights": "imagenet"}, [], "no pretrained weights for the cnn"),
+        ({"weights": "imagenet"}, [], "no pretrained weights for the resnet8"),
         ({}, ["--resume"], "holds no run to resume"),
-        ({"stages": 2}, [], "the cnn is trained as a whole"),
+        ({"stages": 2}, [], "the resnet8 is trained as a whole"),
         ({"target-fpr": 0.001}, [], "decoy samples can promise"),
         ({"target-fpr": "nan"}, [], "not a finite number"),
         ({"naming": "inf"}, [], "not a finite number"),
-        ({"stages": 0}, [], "the cnn is trained as a whole"),
+        ({"task": "describe", "arch": "resnet8"}, [], "a resnet8 does not learn it"),
+        ({"arch": "cnn", "stages": 0}, [], "the cnn is trained as a whole"),
         (
             {"arch": "resnet50", "weights": "none", "stages": 0, "naming": 1},
             [],
@@ -244,15 +247,17 @@ def test_a_finished_run_of_the_version_that_cropped_decoys_further_is_exported(
 
 
 def test_a_run_begun_before_there_was_an_option_goes_on(
-    run_tool: Run, folders: Path, finished: Path, tmp_path: Path
+    run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:
-    older = shutil.copytree(finished, tmp_path / "older")
+    older = tmp_path / "older"
+    given = options(folders, older, epochs=1, naming=0)
+    assert run_tool("pic-train", *given).returncode == 0
     config = json.loads((older / "config.json").read_text())
     del config["naming"]
     (older / "config.json").write_text(json.dumps(config))
-    result = run_tool("pic-train", *options(folders, older), "--resume")
+    result = run_tool("pic-train", *given, "--resume")
     assert result.returncode == 0, result.stderr
-    result = run_tool("pic-train", *options(folders, older, naming=1), "--resume")
+    result = run_tool("pic-train", *options(folders, older, epochs=1), "--resume")
     assert result.returncode == 2 and "naming = 0.0, not 1" in result.stderr
 
 
@@ -415,10 +420,11 @@ def test_a_resnet50_is_trained_and_exported_alike(
     assert (info.architecture, info.input_size) == ("resnet50", 224)
 
 
-def test_a_resnet8_is_trained_and_exported_alike(
-    run_tool: Run, folders: Path, tmp_path: Path
+@pytest.mark.parametrize("arch", ["cnn", "resnet8"])
+def test_a_small_network_is_trained_and_exported_in_int8_as_well(
+    run_tool: Run, folders: Path, tmp_path: Path, arch: str
 ) -> None:
-    changes = {"arch": "resnet8", "epochs": 1}
+    changes = {"arch": arch, "epochs": 1}
     trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
     assert trained.returncode == 0, trained.stderr
     for precision in ("fp32", "int8"):
@@ -429,12 +435,7 @@ def test_a_resnet8_is_trained_and_exported_alike(
         )  # fmt: skip
         assert exported.returncode == 0, exported.stderr
         info = load_model(output, "cpu").info
-        assert (info.architecture, info.input_size) == ("resnet8", 64)
-    described = run_tool(
-        "pic-train", *options(folders, tmp_path / "no", **changes), "--task", "describe"
-    )
-    assert described.returncode == 2
-    assert "a resnet8 does not learn it" in described.stderr
+        assert (info.architecture, info.input_size) == (arch, 64)
 
 
 def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(

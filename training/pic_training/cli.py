@@ -61,8 +61,7 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
 @click.option(
     "--arch",
     type=click.Choice(["cnn", "resnet8", "resnet50"]),
-    default="cnn",
-    show_default=True,
+    help="The cnn is the published one  [classify resnet8; describe cnn].",
 )
 @click.option(
     "--dimensions",
@@ -113,10 +112,9 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
 @click.option(
     "--naming",
     type=FiniteRange(0),
-    default=0,
-    show_default=True,
     metavar="WEIGHT",
-    help="Learn besides to tell the catalog's pictures apart.",
+    help="Learn besides to tell the catalog's pictures apart; a resnet8 then recognises "
+    "them one by one  [resnet8 1, else 0].",
 )
 @click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option(
@@ -204,9 +202,10 @@ def _config(**options: Any) -> "RunConfig":
     from pic_training.run_folder import RunConfig, absolute
 
     describes = options["task"] == "describe"
-    if describes and options["arch"] not in DESCRIBERS:
-        raise InputError(f"--task describe: a {options['arch']} does not learn it.")
-    architecture = (DESCRIBERS if describes else ARCHITECTURES)[options["arch"]]
+    arch = options["arch"] or ("cnn" if describes else "resnet8")
+    if describes and arch not in DESCRIBERS:
+        raise InputError(f"--task describe: a {arch} does not learn it.")
+    architecture = (DESCRIBERS if describes else ARCHITECTURES)[arch]
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,17 +216,18 @@ def _config(**options: Any) -> "RunConfig":
         precision = "bf16" if _computes_in_bf16(device) else "fp32"
     weights = options["weights"]
     if weights is None:
-        weights = "imagenet" if options["arch"] == "resnet50" else "none"
+        weights = "imagenet" if arch == "resnet50" else "none"
     paths = {k: str(options[k].absolute()) if options[k] else None
              for k in ("catalog", "others", "others_val", "corrections")}  # fmt: skip
-    stages = _stages(options["arch"], options["stages"], 0 if describes else None)
+    stages = _stages(arch, options["stages"], 0 if describes else None)
     batch = 1024 if describes and architecture.stages and not stages else None
     if not describes and options["dimensions"]:
         raise InputError("--dimensions goes with --task describe.")
     fitted_lr = architecture.fitted_lr if options["head_start"] else None
+    naming = options["naming"]
     config = RunConfig(
         **paths,  # type: ignore[arg-type]
-        arch=options["arch"],
+        arch=arch,
         weights=absolute(weights),
         epochs=options["epochs"],
         train_images=options["train_images"],
@@ -244,7 +244,7 @@ def _config(**options: Any) -> "RunConfig":
         processes=int(os.environ.get("WORLD_SIZE", "1")),  # set by torchrun
         task=options["task"],
         dimensions=(options["dimensions"] or 256) if describes else 1,
-        naming=options["naming"],
+        naming=float(architecture.prototypes) if naming is None else naming,
     )
     if config.naming and architecture.stages and not stages:
         raise InputError(

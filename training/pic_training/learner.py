@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from pic_training.distributed import Processes
@@ -26,7 +25,7 @@ class Learner:
         self.config = config
         self.task = task_of(config)
         self.device = torch.device(config.device)
-        network = new_network(config, config.weights)
+        network = new_network(config, config.weights, items)
         if architecture.stages:
             network.freeze(architecture.stages[: len(architecture.stages) - config.stages])
         if config.weights != "none":
@@ -61,15 +60,11 @@ class Learner:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             made = self._forward(images)
-        outputs, names = made if self.naming else (made, None)
+        outputs = made[0] if self.naming else made
         loss, correct = self.task.loss(outputs.float(), labels)
         self.loss_sum += loss.detach()
-        if names is not None:
-            # Only catalog samples have a name: their labels count from one.
-            named = cross_entropy(
-                names.float(), labels - 1, ignore_index=-1, reduction="sum"
-            )
-            loss = loss + self.config.naming * named
+        if self.naming:
+            loss = loss + self.config.naming * self.naming.loss(made[1], labels)
         # Gradients are averaged over the processes, whose shares may differ by one.
         loss = loss * (self.processes.count / of)
         loss.backward()  # type: ignore[no-untyped-call]

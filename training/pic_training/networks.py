@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize, one_hot
 from torchvision.models.resnet import BasicBlock
 
 from pic_daemon.errors import InputError
@@ -16,6 +16,9 @@ from pic_daemon.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of torchvision's published ResNet50 weights, for RGB in [0, 1].
+
+MARGIN = 0.2
+"""By which a copy's cosine to its own picture is to exceed those to others."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Architecture:
     and `std` normalise RGB in [0, 1]; `lr`, `momentum`, `batch_size` and `weight_decay`
     are the defaults for the optimizer, `fitted_lr` that of the rate where the head was
     fitted first, which a higher one undoes (bench/results/published-protocol.md).
+    Where pictures of the catalog are named, with `prototypes` it is the head that does so.
     """
 
     trunk: Callable[[str], nn.Module]
@@ -40,6 +44,7 @@ class Architecture:
     batch_size: int
     fitted_lr: float | None = None
     weight_decay: float = 0.0
+    prototypes: bool = False
 
 
 class Normalised(nn.Module):
@@ -110,22 +115,69 @@ class Describer(Normalised):
         return normalize(embedding, dim=1)
 
 
+class Recogniser(Normalised):
+    """A trunk whose features are compared with a prototype of each of `items` pictures.
+
+    Each picture has a logit, a multiple of the cosine to its prototype, and so has "none of
+    them". What decides is the log of the odds of any to none: a decoy has to be like one
+    picture, not like their kind (bench/results/ablation.md). Cosines, their scale and the
+    margin in `Naming.loss` are those of Wang et al. 2018 (CosFace).
+    """
+
+    def __init__(self, architecture: Architecture, weights: str, items: int) -> None:
+        super().__init__(architecture, weights)
+        self.head = nn.Linear(architecture.features, items, bias=False)
+        nn.init.normal_(self.head.weight)  # a step turns short ones too far
+        self.scale = nn.Parameter(torch.tensor(20.0))
+        self.none = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> logits (N,)."""
+        return self.name(self.features(images))[0]
+
+    def name(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (N, F) -> logits (N,), and logits of each picture (N, items)."""
+        with torch.autocast(features.device.type, enabled=False):
+            prototypes = normalize(self.head.weight, dim=1)
+            names = self.scale * normalize(features.float(), dim=1) @ prototypes.T
+            return names.logsumexp(1) - self.none, names
+
+
 class Naming(nn.Module):
     """A network that also says which of the catalog's `items` pictures it sees.
 
     It has to look for what tells a picture from its look-alikes. Only for training: what
-    is kept and exported is `network`, which learns by sharing its trunk.
+    is kept and exported is `network`. Where that is no Recogniser, a layer beside its head
+    names the pictures, and it learns by sharing its trunk.
     """
 
     def __init__(self, network: Normalised, items: int) -> None:
         super().__init__()
         self.network = network
-        self.names = nn.Linear(network.head.in_features, items)
+        self.names: nn.Module = nn.Identity()
+        if not isinstance(network, Recogniser):
+            self.names = nn.Linear(network.head.in_features, items)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (N, H, W, 3) -> logits (N,), and logits of each picture (N, items)."""
-        features = self.network.features(images)
+        return self.name(self.network.features(images))
+
+    def name(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of features (N, F)."""
+        if isinstance(self.network, Recogniser):
+            return self.network.name(features)
         return self.network.head(features).squeeze(1), self.names(features)
+
+    def loss(self, names: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy in nats of naming the catalog's samples, summed.
+
+        `labels`, int64 (N,), count the pictures from one; decoys have zero, and no name.
+        """
+        own = labels - 1
+        if isinstance(self.network, Recogniser):
+            least = self.network.scale * MARGIN
+            names = names - least * one_hot(own.clamp(min=0), names.shape[1])
+        return cross_entropy(names.float(), own, ignore_index=-1, reduction="sum")
 
 
 def _per_channel(values: tuple[float, float, float]) -> torch.Tensor:
@@ -251,6 +303,7 @@ ARCHITECTURES = {
         momentum=0.9,
         batch_size=64,
         weight_decay=5e-4,
+        prototypes=True,
     ),
     "resnet50": Architecture(
         resnet50_trunk,

@@ -24,6 +24,7 @@ from pic_training.networks import (
     Architecture,
     Describer,
     Normalised,
+    Recogniser,
 )
 
 
@@ -203,7 +204,7 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
-    network = new_network(config, "none")
+    network = new_network(config, "none", len(state["network"]["head.weight"]))
     network.load_state_dict(state["network"])
     return config, network.eval()
 
@@ -236,10 +237,12 @@ def load_validation(folder: Path, count: int) -> dict[str, NDArray[Any]]:
     return found
 
 
-def new_network(config: RunConfig, weights: str) -> Normalised:
-    """The network of a run before its training."""
+def new_network(config: RunConfig, weights: str, items: int) -> Normalised:
+    """The network of a run before its training; `items` pictures are in its catalog."""
     if config.task == "describe":
         return Describer(config.architecture, weights, config.dimensions)
+    if config.architecture.prototypes and config.naming:
+        return Recogniser(config.architecture, weights, items)
     return Normalised(config.architecture, weights)
 
 
