@@ -19,7 +19,7 @@ from pic_training.process import prepare_for_training
 
 prepare_for_training()
 
-from training import asked, gathered  # noqa: E402
+from training import asked, calibrated, gathered  # noqa: E402
 
 from pic_training.augmentation import Augmentation  # noqa: E402
 from pic_training.run_folder import load_network  # noqa: E402
@@ -48,9 +48,10 @@ def main(run: Path, again: Path | None) -> None:
         )
     config, network = load_network(again or run)
     with gathered(config, again or run) as sources:
+        calibration = calibrated(config, again or run, sources)
         for alterations, augmentation in ALTERATIONS.items():
             for split, pictures in PICTURES.items():
-                answer = asked(config, network, sources, split, augmentation)
+                answer = asked(config, network, calibration, sources, split, augmentation)
                 print(f"{alterations}, {pictures}: {answer}", flush=True)
 
 

@@ -31,7 +31,7 @@ from pic_training.preparation import pictures_of, samples_of
 from pic_training.run_folder import RunConfig, load_network
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split
-from pic_training.threshold import fit_calibration
+from pic_training.threshold import Calibration, fit_calibration
 
 GENERAL = ("caltech", "flowers", "urban", "plasma", "drone")
 BIN = Path(sys.executable).parent
@@ -118,7 +118,8 @@ def print_known(run: Path) -> None:
     config, network = load_network(run)
     plain = replace(config.augmentation, variety=False)
     with gathered(config, run) as sources:
-        known = asked(config, network, sources, "train", plain)
+        calibration = calibrated(config, run, sources)
+        known = asked(config, network, calibration, sources, "train", plain)
     print(f"\nNew samples of pictures that were trained on: {known}")
 
 
@@ -129,9 +130,9 @@ def print_kinds(run: Path) -> None:
     with gathered(config, run) as sources:
         val = samples_of(config, sources, "val")
         drawn, test = val.sources_drawn(), val.is_test()
+        calibration = calibrated(config, run, sources)
     kept = np.load(run / "validation.npz")
     logits, labels = kept["scores"], kept["labels"] > 0
-    calibrated = fit_calibration(logits[~test], labels[~test])(logits)
     names = [Path(source.path).name for source in sources.pictures]
     general = np.array([name.startswith(GENERAL) for name in names])[drawn]
     print("\n| | accuracy | loss | calibrated: accuracy | loss | recall at 0.1 | at 0.01 "
@@ -139,7 +140,7 @@ def print_kinds(run: Path) -> None:
     for name, of in (("general", general), ("look-alike", ~general)):
         figures = [
             (logits, labels, labels | of),
-            (calibrated, labels, test & (labels | of)),
+            (calibration(logits), labels, test & (labels | of)),
         ]
         shown = [balanced(x[part], y[part]) for x, y, part in figures]
         cells = [f"{accuracy:.2%} | {loss:.4f}" for accuracy, loss in shown]
@@ -147,6 +148,13 @@ def print_kinds(run: Path) -> None:
             threshold = np.quantile(logits[~labels & of], 1 - rate)
             cells.append(f"{(logits[labels] > threshold).mean():.1%}")
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def calibrated(config: RunConfig, run: Path, sources: Sources) -> Calibration:
+    """The calibration of a finished run, as its report has it."""
+    kept = np.load(run / "validation.npz")
+    fitted = ~samples_of(config, sources, "val").is_test()
+    return fit_calibration(kept["scores"][fitted], kept["labels"][fitted] > 0)
 
 
 def balanced(logits: Floats, labels: Labels) -> tuple[float, float]:
@@ -165,12 +173,12 @@ def gathered(config: RunConfig, run: Path) -> Iterator[Sources]:
 
 
 def asked(
-    config: RunConfig, network: Normalised, sources: Sources, split: Split,
-    augmentation: Augmentation,
+    config: RunConfig, network: Normalised, calibration: Calibration, sources: Sources,
+    split: Split, augmentation: Augmentation,
 ) -> str:  # fmt: skip
     """The network asked about as many samples as the run had for validation, of pictures
     trained on in an epoch that it never came to: accuracy at one half, by class as well,
-    and loss."""
+    and loss, as it is and calibrated."""
     size = config.architecture.size
     samples = SampleSet(
         sources, split, config.val_images, size, config.seed, augmentation
@@ -181,12 +189,15 @@ def asked(
             outputs.append(network(images))
             labels.append(some > 0)
     logits, truth = torch.cat(outputs), torch.cat(labels)
-    loss = binary_cross_entropy_with_logits(logits, truth.float())
-    right = (logits > 0) == truth
-    return (
-        f"accuracy {right.float().mean():.3%} (catalog {right[truth].float().mean():.3%}, "
-        f"decoys {right[~truth].float().mean():.3%}), loss {loss:.5f}"
-    )
+    said = []
+    for name, some in (("", logits), ("; calibrated: ", calibration(logits))):
+        loss = binary_cross_entropy_with_logits(some, truth.float())
+        right = ((some > 0) == truth).float()
+        said.append(
+            f"{name}accuracy {right.mean():.3%} (catalog {right[truth].mean():.3%}, "
+            f"decoys {right[~truth].mean():.3%}), loss {loss:.5f}"
+        )
+    return "".join(said)
 
 
 if __name__ == "__main__":
