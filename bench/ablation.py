@@ -244,7 +244,7 @@ def train(variant: Variant, data: Data) -> Normalised:
     samples = data.train[variant.decoy_area]
     items = int(data.items.max()) + 1
     network = network_of(variant, items).to(memory_format=torch.channels_last)
-    naming = Naming(network, items)
+    naming = Naming(network, items if variant.naming else 1)
     parameters = [*(naming if variant.naming else network).parameters()]
     optimizer = optimizer_of(variant, parameters)
     average = copy.deepcopy(network) if variant.ema else network
@@ -263,9 +263,9 @@ def train(variant: Variant, data: Data) -> Normalised:
         with torch.autocast("cpu", torch.bfloat16):
             features = network.features(images)
             features = dropout(features, variant.dropout)
-            logits, names = (part.float() for part in naming.name(features))
+            logits, names = naming.name(features)
         target = labels * (1 - variant.smoothing) + variant.smoothing / 2
-        losses = binary_cross_entropy_with_logits(logits, target, reduction="none")
+        losses = binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
         loss = losses.mean()
         if variant.naming:
             weight = variant.naming * (1 - step / steps if variant.naming_falls else 1)

@@ -10,7 +10,7 @@ from conftest import BIN
 
 
 def train(
-    folders: Path, out: str, processes: int, **changes: int
+    folders: Path, out: str, processes: int, **changes: object
 ) -> subprocess.CompletedProcess[str]:
     start = [BIN / "torchrun", "--standalone", "--nproc-per-node", processes, "--no-python"]
     given = {
@@ -43,6 +43,14 @@ def test_two_processes_come_to_the_result_of_one(folders: Path, naming: int) -> 
     assert np.abs(logits[0] - logits[1]).max() < 1e-2
     files = [{p.name for p in (folders / out).iterdir()} for out in runs.values()]
     assert files[0] == files[1]
+
+
+def test_two_processes_train_the_default_network(folders: Path) -> None:
+    result = train(folders, "default", 2, arch="resnet8")
+    assert result.returncode == 0, result.stderr
+    history = json.loads((folders / "default" / "metrics.json").read_text())
+    assert [metrics["epoch"] for metrics in history] == [1, 2]
+    assert all(0 < metrics["train_loss"] < 20 for metrics in history)
 
 
 def test_batches_that_the_processes_cannot_share_are_refused(folders: Path) -> None:

@@ -14,7 +14,7 @@ from pic_training.augmentation import Augmentation
 from pic_training.cli import _config
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
-from pic_training.networks import Recogniser
+from pic_training.networks import SCALE, Recogniser
 from pic_training.run_folder import RunConfig, load_network, new_network
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
@@ -107,7 +107,7 @@ def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(folders: Path) 
     assert isinstance(network, Recogniser)
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
     logits, names = network.name(network.features(images))
-    assert names.shape == (4, 6) and names.abs().max() <= network.scale
+    assert names.shape == (4, 6) and names.abs().max() <= SCALE
     odds = names.exp().sum(1) / network.none.exp()
     assert torch.allclose(logits, odds.log(), atol=1e-4)
     network.none += 3

@@ -128,6 +128,7 @@ def test_a_finished_run_may_be_resumed_to_no_effect(
         ({"target-fpr": "nan"}, [], "not a finite number"),
         ({"naming": "inf"}, [], "not a finite number"),
         ({"task": "describe", "arch": "resnet8"}, [], "a resnet8 does not learn it"),
+        ({"head-start": 16}, [], "a resnet8 has that with --naming 0"),
         ({"arch": "cnn", "stages": 0}, [], "the cnn is trained as a whole"),
         (
             {"arch": "resnet50", "weights": "none", "stages": 0, "naming": 1},
@@ -250,14 +251,16 @@ def test_a_run_begun_before_there_was_an_option_goes_on(
     run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:
     older = tmp_path / "older"
-    given = options(folders, older, epochs=1, naming=0)
-    assert run_tool("pic-train", *given).returncode == 0
+    given = options(folders, older, epochs=1)
+    begun = {"arch": "cnn", "naming": 0}  # by default, then
+    options_then = options(folders, older, epochs=1, **begun)
+    assert run_tool("pic-train", *options_then).returncode == 0
     config = json.loads((older / "config.json").read_text())
     del config["naming"]
     (older / "config.json").write_text(json.dumps(config))
     result = run_tool("pic-train", *given, "--resume")
     assert result.returncode == 0, result.stderr
-    result = run_tool("pic-train", *options(folders, older, epochs=1), "--resume")
+    result = run_tool("pic-train", *given, "--naming", 1, "--resume")
     assert result.returncode == 2 and "naming = 0.0, not 1" in result.stderr
 
 

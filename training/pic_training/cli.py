@@ -153,7 +153,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     from pic_training.report import summary, write_report
     from pic_training.training import Interrupted, run_training
 
-    config = _config(**options)
+    config = _config(**options | (_as_begun(out, options) if resume else {}))
     _check_place(out, config)
     if workers is None:
         workers = os.cpu_count() or 1
@@ -173,6 +173,17 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
         ) from error
     click.echo(summary(report))
     click.echo(f"report: {out / 'report.json'}")
+
+
+def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What a run was begun with where the options leave it to a default, which may have
+    changed since."""
+    from pic_training.run_folder import read_json
+
+    if not (out / "config.json").exists():
+        return {}
+    stored = {"naming": 0.0} | read_json(out / "config.json")
+    return {name: stored.get(name) for name in ("arch", "naming") if options[name] is None}
 
 
 def _check_place(out: Path, config: "RunConfig") -> None:
@@ -246,6 +257,10 @@ def _config(**options: Any) -> "RunConfig":
         dimensions=(options["dimensions"] or 256) if describes else 1,
         naming=float(architecture.prototypes) if naming is None else naming,
     )
+    if config.head_start and architecture.prototypes and config.naming:
+        raise InputError(
+            "--head-start fits a head of one number: a resnet8 has that with --naming 0."
+        )
     if config.naming and architecture.stages and not stages:
         raise InputError(
             "--naming with --stages 0 would teach nothing that is exported: train a stage."

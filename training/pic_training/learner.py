@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pic_training.distributed import Processes
 from pic_training.networks import Naming
-from pic_training.run_folder import RunConfig, new_network
+from pic_training.run_folder import RunConfig, fill, new_network
 from pic_training.samples import Batch
 from pic_training.tasks import task_of
 
@@ -17,7 +17,7 @@ from pic_training.tasks import task_of
 class Learner:
     """A network and its optimizer. Totals stay on the device until they are asked for.
 
-    `items` is the number of pictures in the catalog.
+    `items` is the number of pictures in the catalog, near-duplicates counted once.
     """
 
     def __init__(self, config: RunConfig, processes: Processes, items: int) -> None:
@@ -92,7 +92,7 @@ class Learner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.network.load_state_dict(state["network"])
+        fill(self.network, state["network"])
         if self.naming:
             self.naming.names.load_state_dict(state["names"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -17,6 +17,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of torchvision's published ResNet50 weights, for RGB in [0, 1].
 
+SCALE = 24.0
+"""Of a Recogniser's cosines; learned ones came to 22 to 27 (bench/results/ablation.md)."""
+
 MARGIN = 0.2
 """By which a copy's cosine to its own picture is to exceed those to others."""
 
@@ -128,8 +131,7 @@ class Recogniser(Normalised):
         super().__init__(architecture, weights)
         self.head = nn.Linear(architecture.features, items, bias=False)
         nn.init.normal_(self.head.weight)  # a step turns short ones too far
-        self.scale = nn.Parameter(torch.tensor(20.0))
-        self.none = nn.Parameter(torch.tensor(0.0))
+        self.none = nn.Parameter(torch.tensor(float(items)).log())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) -> logits (N,)."""
@@ -139,7 +141,7 @@ class Recogniser(Normalised):
         """Features (N, F) -> logits (N,), and logits of each picture (N, items)."""
         with torch.autocast(features.device.type, enabled=False):
             prototypes = normalize(self.head.weight, dim=1)
-            names = self.scale * normalize(features.float(), dim=1) @ prototypes.T
+            names = SCALE * normalize(features.float(), dim=1) @ prototypes.T
             return names.logsumexp(1) - self.none, names
 
 
@@ -175,8 +177,8 @@ class Naming(nn.Module):
         """
         own = labels - 1
         if isinstance(self.network, Recogniser):
-            least = self.network.scale * MARGIN
-            names = names - least * one_hot(own.clamp(min=0), names.shape[1])
+            harder = one_hot(own.clamp(min=0), names.shape[1])
+            names = names - SCALE * MARGIN * harder
         return cross_entropy(names.float(), own, ignore_index=-1, reduction="sum")
 
 

@@ -81,7 +81,7 @@ def convert(path: Path, info: ModelInfo, precision: Precision, images: Pixels) -
             _Samples(images),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED[info.architecture],
-            nodes_to_exclude=last,  # one number for the decision stays exact
+            nodes_to_exclude=last,  # what decides stays exact, as do prototypes
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

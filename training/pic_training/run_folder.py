@@ -37,7 +37,7 @@ class RunConfig:
     match log whose corrected pictures take part, as corrections.json names them. A run
     that learns to ``describe`` ends in vectors of `dimensions` numbers. `naming` weighs
     telling the catalog's pictures apart: for each of its samples, that many times the
-    cross-entropy is learned from besides.
+    cross-entropy is learned from besides. A resnet8 is then a Recogniser.
     """
 
     catalog: str
@@ -205,8 +205,19 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
     network = new_network(config, "none", len(state["network"]["head.weight"]))
-    network.load_state_dict(state["network"])
+    fill(network, state["network"])
     return config, network.eval()
+
+
+def fill(network: Normalised, state: dict[str, Any]) -> None:
+    """Give a network the weights in a checkpoint; raises InputError where it is another."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            "the checkpoint is of a version whose network was another: train again in a "
+            "new folder."
+        ) from error
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class SampleSet:
 
         Images are uint8 (N, size, size, 3). Labels, int64, shape (N,), are 0 for others
         and 1, 2, ... for the pictures of the catalog, in the order of `Sources.of`; where
-        there are several copies of a picture they number it, by its position in
-        `sources.pictures`. Near-duplicates have the label of the first of them.
+        there are several copies of a picture they number all `sources.pictures` from 0.
+        Near-duplicates have one label.
         """
         loader: DataLoader[Batch] = DataLoader(
             _Batches(self, epoch, batch_size, processes),
@@ -132,10 +132,10 @@ def labels_of(samples: SampleSet) -> dict[str, int]:
 
 
 def _numbered(pictures: Sequence[Source], start: int) -> dict[str, int]:
-    first: dict[tuple[Kind, str], int] = {}
+    numbers: dict[tuple[Kind, str], int] = {}
     return {
-        p.path: first.setdefault((p.kind, p.group), n)
-        for n, p in enumerate(pictures, start)
+        p.path: numbers.setdefault((p.kind, p.group), start + len(numbers))
+        for p in pictures
     }
 
 

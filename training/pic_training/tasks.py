@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,12 @@ def task_of(config: RunConfig) -> Task:
 
 
 def _sgd(config: RunConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim]}]
+    if levels := [p for p in trained if not p.ndim]:  # decay would only bias them
+        groups.append({"params": levels, "weight_decay": 0.0})
     decay = config.architecture.weight_decay
     return torch.optim.SGD(
-        trained, config.lr, config.momentum, weight_decay=decay, fused=True
+        groups, config.lr, config.momentum, weight_decay=decay, fused=True
     )
 
 

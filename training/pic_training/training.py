@@ -34,7 +34,7 @@ from pic_training.run_folder import (
     replacing,
     write_metrics,
 )
-from pic_training.samples import Batch
+from pic_training.samples import Batch, labels_of
 from pic_training.sources import Sources
 from pic_training.tasks import Judged
 
@@ -139,9 +139,10 @@ class _Run:
         self.workers = workers
         self.sources = sources
         self.processes = processes
-        self.learner = Learner(config, processes, len(sources.of("catalog", "train")))
         self.progress = _Progress()
         self.train_set = samples_of(config, sources, "train")
+        items = max(labels_of(self.train_set).values())
+        self.learner = Learner(config, processes, items)
         self.val_set = samples_of(config, sources, "val")
         self.on_device: DeviceSamples | FeatureSamples | None = None
         self.catalog_batches: list[Batch] = []
