@@ -1,6 +1,7 @@
 """Telling the catalog's pictures apart: learned beside the decision, or how it is made."""
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
 from pic_training.augmentation import Augmentation
 from pic_training.cli import _config
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
-from pic_training.networks import SCALE, Recogniser
-from pic_training.run_folder import RunConfig, load_network, new_network
+from pic_training.networks import MARGIN, SCALE, Naming, Recogniser
+from pic_training.run_folder import RunConfig, fill, load_network, new_network
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
@@ -112,6 +114,33 @@ def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(folders: Path) 
     assert torch.allclose(logits, odds.log(), atol=1e-4)
     network.none += 3
     assert torch.allclose(network(images), logits - 3, atol=1e-4)
+
+
+def test_a_copy_is_to_be_nearer_to_its_own_picture_by_a_margin(folders: Path) -> None:
+    network = new_network(config(folders, 1, "resnet8"), "none", 3)
+    cosines = torch.tensor([[0.5 + MARGIN, 0.5, 0.5], [0.9, 0.9, 0.9]])
+    labels = torch.tensor([1, 0])  # the second is a decoy
+    loss = Naming(network, 3).loss(SCALE * cosines, labels)
+    assert loss.item() == pytest.approx(math.log(3), abs=1e-4)
+
+
+def test_the_level_of_none_starts_even_and_does_not_decay(folders: Path) -> None:
+    taught = learner(folders, 1, "resnet8")
+    network = taught.network
+    assert isinstance(network, Recogniser)
+    assert network.none.item() == pytest.approx(math.log(6))
+    decays = {
+        id(p): group["weight_decay"]
+        for group in taught.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert decays[id(network.none)] == 0 < decays[id(network.head.weight)]
+
+
+def test_weights_of_another_network_are_refused(folders: Path) -> None:
+    plain, taught = (new_network(config(folders, n, "resnet8"), "none", 6) for n in (0, 1))
+    with pytest.raises(InputError, match="a version whose network was another"):
+        fill(taught, plain.state_dict())
 
 
 def test_a_resnet8_that_names_nothing_ends_in_one_number(folders: Path) -> None:
