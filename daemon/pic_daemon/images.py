@@ -77,9 +77,9 @@ class DecodedImage:
 
 def is_blank(pixels: Pixels) -> bool:
     """Whether uint8 pixels of shape (H, W, 3) are nearly uniform."""
-    # One plane after the other: numpy takes seven times as long across them.
-    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)
-    return bool(planes.std(axis=1, dtype=np.float32).max() < BLANK_LEVELS)
+    # One channel after the other: mostly the first says it, and numpy is slow across them.
+    channels = (pixels[..., channel] for channel in range(3))
+    return all(c.std(dtype=np.float32) < BLANK_LEVELS for c in channels)
 
 
 def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:

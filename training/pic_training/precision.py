@@ -28,7 +28,8 @@ from pic_training.threshold import Calibration, Confusion, confusion, gate_for, 
 
 Precision = Literal["fp32", "fp16", "int8"]
 
-_QUANTIZED = {"cnn": ["Gemm"], "resnet8": ["Conv", "Gemm"], "resnet50": ["Conv", "Gemm"]}
+_RESIDUAL = ["Conv", "Add", "Relu"]
+_QUANTIZED = {"cnn": ["Gemm"], "resnet8": _RESIDUAL, "resnet50": _RESIDUAL}
 # The CNN's convolutions have so few channels that int8 gains nothing there
 # (bench/results/throughput.md).
 
@@ -73,15 +74,16 @@ def convert(path: Path, info: ModelInfo, precision: Precision, images: Pixels) -
         model = convert_float_to_float16(onnx.load(path), keep_io_types=True)
     else:
         quant_pre_process(path, path, skip_symbolic_shape=True)
-        graph = onnx.load(path).graph
-        last = [node.name for node in graph.node if node.op_type == "Gemm"][-1:]
+        nodes = onnx.load(path).graph.node
+        trunk = max(n for n, node in enumerate(nodes) if node.op_type == "Relu") + 1
         quantize_static(
             path,
             path,
             _Samples(images),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED[info.architecture],
-            nodes_to_exclude=last,  # what decides stays exact, as do prototypes
+            # What decides, behind the trunk, stays exact.
+            nodes_to_exclude=[node.name for node in nodes[trunk:]],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
