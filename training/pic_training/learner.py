@@ -1,6 +1,7 @@
 """One training step, on whatever device and in however many processes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,9 +91,9 @@ class Learner:
             state["names"] = self.naming.names.state_dict()
         return state
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
-        fill(self.network, state["network"])
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from the state in the checkpoint at `path`."""
+        fill(self.network, state["network"], path)
         if self.naming:
             self.naming.names.load_state_dict(state["names"])
         self.optimizer.load_state_dict(state["optimizer"])

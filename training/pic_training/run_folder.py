@@ -205,18 +205,18 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
     network = new_network(config, "none", len(state["network"]["head.weight"]))
-    fill(network, state["network"])
+    fill(network, state["network"], folder / name)
     return config, network.eval()
 
 
-def fill(network: Normalised, state: dict[str, Any]) -> None:
-    """Give a network the weights in a checkpoint; raises InputError where it is another."""
+def fill(network: Normalised, state: dict[str, Any], path: Path) -> None:
+    """Give a network the weights of a checkpoint; raises InputError where it is another."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(
-            "the checkpoint is of a version whose network was another: train again in a "
-            "new folder."
+            f"the checkpoint {path} is of a version whose network was another: train "
+            "again in a new folder."
         ) from error
 
 

@@ -426,7 +426,7 @@ class _Run:
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path, self.learner.device)
-        self.learner.restore(state)
+        self.learner.restore(state, path)
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
         self.progress = _Progress(**state["progress"], history=history)
 
