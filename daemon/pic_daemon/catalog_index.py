@@ -297,7 +297,9 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
         Landmarks.from_bytes(index.landmarks(next(iter(items))))
     except ValueError as error:
         problem = "its landmarks are those of another version"
-        raise InputError(f"index {path}: {problem}; make it again.") from error
+        raise InputError(
+            f"index {path}: {problem}; remove it and make it again."
+        ) from error
     return index
 
 
@@ -322,7 +324,9 @@ def _check_vectors(
     path: Path, about: About, items: Collection[int], vectors: Neighbours
 ) -> None:
     if not items:
-        raise InputError(f"index {path} is of an empty catalog: make it again.")
+        raise InputError(
+            f"index {path} is of an empty catalog: remove it and make it again."
+        )
     if vectors.dimensions != about.dimensions:
         raise InputError(_damaged(path, "its vectors have another length than it says"))
     numbers: set[int] = set()
@@ -350,4 +354,6 @@ def _same_content(path: Path, item: Item | None) -> bool:
 
 
 def _damaged(path: Path, problem: object) -> str:
-    return f"index {path} is damaged ({problem}): make it again with pic-index."
+    return (
+        f"index {path} is damaged ({problem}): remove it and make it again with pic-index."
+    )

@@ -152,7 +152,9 @@ def _check_missing(settings: Config) -> None:
 def check(config: Path | None, **overrides: Any) -> None:
     """Try config, folders, models, index, database and hooks without starting.
 
-    Exit code 2 if one fails. Hooks are not told anything.
+    Exit code 2 if one fails, 1 if the database is locked. Hooks are not told anything;
+    a webhook that cannot be reached is only named. What the unit allows is not seen from
+    here, nor whether the port of --metrics is free.
 
     Example: pic-daemon check --config /etc/pic-daemon.toml
     """
@@ -227,6 +229,8 @@ def status(database: Path, as_json: bool) -> None:
               help="Instead tell hooks, at once, what was given up.")  # fmt: skip
 def retry(database: Path, deliveries: bool) -> None:
     """Have the service try every failed image again, at its next scan or on SIGHUP.
+
+    Those that --failed-folder took away are tried once they are moved back.
 
     Example: pic-daemon retry --database log.db && systemctl reload pic-daemon
     """
@@ -312,7 +316,8 @@ def _check_watches(settings: Config) -> None:
     if left is None:
         click.echo("inotify: not on this system")
         return
-    needed = sum(watches_needed(folder) for folder in settings.folders)
+    watched = [folder for folder in settings.folders if folder.mode == "events"]
+    needed = sum(watches_needed(folder) for folder in watched)
     click.echo(f"inotify: {needed} watches needed, {left} left for this user")
     if needed > left:
         raise InputError(

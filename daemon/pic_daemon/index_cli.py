@@ -63,7 +63,7 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
 
     Run again, it describes new and changed pictures and drops those that are gone; a
     running pic-daemon picks the file up. The threshold stays as it was measured until
-    --others measures it anew.
+    --others measures it anew; another descriptor asks for that.
 
     Example: pic-index --catalog products --model describe.onnx --others photos
     --output catalog.index
@@ -96,7 +96,7 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
             raise InputError(f"{folder} does not exist or is no folder.")
     if not os.path.isdir(output.absolute().parent):
         raise InputError(f"cannot write {output}: its folder does not exist.")
-    made = open_or_empty(output, catalog, descriptor)
+    made = open_or_empty(output, catalog, descriptor, bool(others))
     with workers() as pool:
         with _progress("items") as show:
             done = update(made, descriptor, pool, show)
@@ -110,10 +110,13 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     _report(made, done, measured)
 
 
-def open_or_empty(output: Path, catalog: Path, descriptor: Descriptor) -> CatalogIndex:
+def open_or_empty(
+    output: Path, catalog: Path, descriptor: Descriptor, to_measure: bool = False
+) -> CatalogIndex:
     """The index to be brought up to date, or an empty one where there is none of these.
 
-    Raises InputError where the file is there and bad.
+    Raises InputError where the file is there and bad, and where its measured threshold
+    would be lost, as that of another descriptor, with none `to_measure` for it.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     default = Promise(DEFAULT_THRESHOLD, "default: no decoys were given", now, 0)
@@ -128,6 +131,11 @@ def open_or_empty(output: Path, catalog: Path, descriptor: Descriptor) -> Catalo
         return CatalogIndex.empty(output, about)
     earlier = load_index(output)
     if earlier.about.descriptor != descriptor.sha256:
+        if earlier.about.promise.rate and not to_measure:
+            raise InputError(
+                f"{output} was made with another descriptor, to which its threshold "
+                "belongs: give --others, to measure one for this, or remove the file."
+            )
         click.echo(f"{output} was made with another descriptor: every item is made anew")
         return CatalogIndex.empty(output, about)
     earlier.about = replace(about, promise=earlier.about.promise)

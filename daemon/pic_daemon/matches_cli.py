@@ -76,8 +76,8 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
     help="A span back from now (30m, 2h, 7d) or an ISO 8601 time, UTC.",
 )
 @click.option("--until", callback=_moment, metavar="TIME", help="Before then, likewise.")
-@click.option("--min-score", type=FiniteRange(0, 1))
-@click.option("--max-score", type=FiniteRange(0, 1))
+@click.option("--min-score", type=FiniteRange(0, 1), help="Of the classifier.")
+@click.option("--max-score", type=FiniteRange(0, 1), help="The same.")
 @click.option("--folder", type=_PATH, metavar="DIR", help="In it or anywhere below it.")
 @click.option("--product", metavar="NAME", help="Matched to this catalog item.")
 @click.option(

@@ -274,6 +274,26 @@ def test_an_exchanged_catalog_is_told_though_it_is_as_large(
     assert "4 items, now 4, not all of them the same" in make().stdout
 
 
+def test_a_measured_threshold_is_not_lost_to_another_descriptor(
+    make: Tool, run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "others", range(100, 112))
+    write_products(tmp_path / "catalog", range(4))
+    measured = "--others", tmp_path / "others", "--target-fpr", 0.2
+    make(*measured)
+    kept = (tmp_path / "catalog.index").read_bytes()
+    other = write_descriptor(tmp_path / "other.onnx", -1.0)
+    anew = (
+        "pic-index", "--catalog", tmp_path / "catalog", "--model", other,
+        "--output", tmp_path / "catalog.index",
+    )  # fmt: skip
+    result = run_tool(*anew)
+    assert result.returncode == 2
+    assert "to which its threshold belongs: give --others" in result.stderr
+    assert (tmp_path / "catalog.index").read_bytes() == kept
+    assert "every item is made anew" in run_tool(*anew, *measured).stdout
+
+
 def test_the_threshold_shuts_out_the_decoys_and_stays_when_items_are_added(
     make: Tool, tmp_path: Path
 ) -> None:

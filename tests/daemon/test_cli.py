@@ -57,6 +57,12 @@ def test_check_tells_what_the_service_would_run_on(
     assert f"folder {tmp_path / 'drop'}: file system " in result.stdout
     assert "inotify: 2 watches needed, " in result.stdout
     assert not (tmp_path / "l.db").exists()
+    (tmp_path / "pic.toml").write_text(
+        f'model = "{model_file}"\ndatabase = "l.db"\n'
+        '[[watch]]\npath = "drop"\nmode = "poll"\n'
+    )
+    polled = run_tool("pic-daemon", "check", "--config", tmp_path / "pic.toml")
+    assert "inotify: 0 watches needed, " in polled.stdout
 
 
 def test_wrong_input_ends_with_a_sentence_and_exit_code_2(

@@ -116,6 +116,7 @@ def test_the_example_config_is_valid(tmp_path: Path) -> None:
     (tmp_path / "short.toml").write_text(text)
     default = load_config(tmp_path / "short.toml", {"watch": ()})
     assert given.batch_size == default.batch_size
+    assert given.folders[0].include == default.folders[0].include
     assert given.max_pixels == default.max_pixels
     assert given.hook_hours == default.hook_hours
     assert given.hooks == ("webhook", "command") and default.hooks == ()
