@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize
 from torchvision.models.resnet import BasicBlock
 
 from pic_daemon.errors import InputError
@@ -177,8 +177,9 @@ class Naming(nn.Module):
         """
         own = labels - 1
         if isinstance(self.network, Recogniser):
-            harder = one_hot(own.clamp(min=0), names.shape[1])
-            names = names - SCALE * MARGIN * harder
+            where = own.clamp(min=0)[:, None]  # what decoys lose is not asked for
+            margins = names.new_full(where.shape, -SCALE * MARGIN)
+            names = names.scatter_add(1, where, margins)
         return cross_entropy(names.float(), own, ignore_index=-1, reduction="sum")
 
 
