@@ -278,6 +278,16 @@ def test_without_the_train_extra_it_says_what_to_install(
     assert "training needs torch" in result.stderr
 
 
+@pytest.mark.parametrize(("samples", "said"), [(192, True), (2000, False)])
+def test_a_run_that_shows_the_catalog_too_rarely_says_so(
+    run_tool: Run, folders: Path, tmp_path: Path, samples: int, said: bool
+) -> None:
+    changes = {"train-images": samples, "target-fpr": 1e-6}  # ends before training
+    result = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    assert "can promise a false positive rate" in result.stderr
+    assert ("shows each catalog image only some 32 times" in result.stderr) == said
+
+
 def test_an_unreadable_image_is_named_and_counted(
     run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,8 @@ from pic_training.run_folder import (
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
 
+_FEW = 100  # between the 50 and the 460 whose runs are in bench/results/first-run.md
+
 
 def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -> Sources:
     """Claim the folder, read the pictures, and refuse what cannot come to an end.
@@ -39,6 +41,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -
             _note_corrections(Path(config.corrections), folder)
         sources = pictures_of(config, folder, working_file)
         _say_left_out(sources)
+        _say_how_often(config, sources)
         _check_halves(config, sources)
         _check_shares(config)
         config.architecture.trunk(config.weights)  # what cannot be had ends it here
@@ -152,3 +155,14 @@ def _say_left_out(sources: Sources) -> None:
         (len(sources.left_out), "files left out"),
     ]
     click.echo(", ".join(f"{count} {name}" for count, name in counts))
+
+
+def _say_how_often(config: RunConfig, sources: Sources) -> None:
+    catalog = len(sources.of("catalog", "train"))
+    shown = config.train_images * config.epochs / 2 / catalog  # the other half are decoys
+    if config.task == "classify" and shown < _FEW:
+        click.echo(
+            f"note: the run shows each catalog image only some {shown:.3g} times: give it "
+            f"{_FEW} or more with --train-images or --epochs",
+            err=True,
+        )
