@@ -32,6 +32,7 @@ FORMAT_VERSION = 2  # 1 had no views without colour or margins
 
 _ABOUT, _ITEMS = "about.json", "items.json"
 _VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
+_AGAIN = "remove it and make it again, with --others where its threshold was measured"
 _VIEW_BITS = 3  # a vector's key is its item's number and, in these bits, its view's
 
 
@@ -265,7 +266,7 @@ def check_belongs(index: CatalogIndex, descriptor: Descriptor) -> None:
         raise InputError(
             f"index {index.path} was made with another descriptor (sha256 "
             f"{index.about.descriptor[:12]}) than {descriptor.path} "
-            f"({descriptor.sha256[:12]}): make it again with pic-index."
+            f"({descriptor.sha256[:12]}): run pic-index again."
         )
 
 
@@ -297,9 +298,7 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
         Landmarks.from_bytes(index.landmarks(next(iter(items))))
     except ValueError as error:
         problem = "its landmarks are those of another version"
-        raise InputError(
-            f"index {path}: {problem}; remove it and make it again."
-        ) from error
+        raise InputError(f"index {path}: {problem}; {_AGAIN}.") from error
     return index
 
 
@@ -311,7 +310,7 @@ def _about(path: Path, data: bytes) -> About:
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
-            "Upgrade product-image-classifier, or remove the file and make it again."
+            f"Upgrade product-image-classifier, or {_AGAIN}."
         )
     promise = values.pop("promise")
     rate = promise.pop("rate")
@@ -324,9 +323,7 @@ def _check_vectors(
     path: Path, about: About, items: Collection[int], vectors: Neighbours
 ) -> None:
     if not items:
-        raise InputError(
-            f"index {path} is of an empty catalog: remove it and make it again."
-        )
+        raise InputError(f"index {path} is of an empty catalog: {_AGAIN}.")
     if vectors.dimensions != about.dimensions:
         raise InputError(_damaged(path, "its vectors have another length than it says"))
     numbers: set[int] = set()
@@ -354,6 +351,4 @@ def _same_content(path: Path, item: Item | None) -> bool:
 
 
 def _damaged(path: Path, problem: object) -> str:
-    return (
-        f"index {path} is damaged ({problem}): remove it and make it again with pic-index."
-    )
+    return f"index {path} is damaged ({problem}): {_AGAIN}."

@@ -347,9 +347,7 @@ def test_damage_anywhere_in_the_file_is_noticed(ready: Path, tmp_path: Path) -> 
         changed = bytearray(data)
         changed[place] ^= 0xFF
         damaged.write_bytes(changed)
-        with pytest.raises(
-            InputError, match=r"is damaged \(.*make it again with pic-index"
-        ):
+        with pytest.raises(InputError, match=r"is damaged \(.*remove it and make it again"):
             load_index(damaged)
     damaged.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match="is no catalog index"):

@@ -94,7 +94,7 @@ def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
     whole, rest = (learner(folders, 1, arch) for _ in range(2))
     for batch in batches[:4]:
         whole.step(batch, 32, 0)
-    rest.restore(deepcopy(whole.state()))
+    rest.restore(deepcopy(whole.state()), Path("last.pt"))
     for learns in (whole, rest):
         for batch in batches[4:8]:
             learns.step(batch, 32, 0)

@@ -285,7 +285,8 @@ def test_a_run_that_shows_the_catalog_too_rarely_says_so(
     changes = {"train-images": samples, "target-fpr": 1e-6}  # ends before training
     result = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
     assert "can promise a false positive rate" in result.stderr
-    assert ("shows each catalog image only some 32 times" in result.stderr) == said
+    assert ("shows each catalog image only some" in result.stderr) == said
+    assert not said or "some 32 times" in result.stderr
 
 
 def test_an_unreadable_image_is_named_and_counted(

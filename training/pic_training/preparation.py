@@ -23,7 +23,7 @@ from pic_training.run_folder import (
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather, write_manifest
 
-_FEW = 100  # between the 50 and the 460 whose runs are in bench/results/first-run.md
+_FEW = 100  # between the 50 and the 460 that bench/results/first-run.md compares
 
 
 def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -> Sources:
@@ -160,9 +160,10 @@ def _say_left_out(sources: Sources) -> None:
 def _say_how_often(config: RunConfig, sources: Sources) -> None:
     catalog = len(sources.of("catalog", "train"))
     shown = config.train_images * config.epochs / 2 / catalog  # the other half are decoys
-    if config.task == "classify" and shown < _FEW:
+    from_nothing = config.task == "classify" and config.weights == "none"
+    if from_nothing and shown < _FEW:
         click.echo(
-            f"note: the run shows each catalog image only some {shown:.3g} times: give it "
-            f"{_FEW} or more with --train-images or --epochs",
+            f"note: the run shows each catalog image only some {shown:.3g} times: raise "
+            f"--train-images or --epochs until it is {_FEW} or more",
             err=True,
         )
