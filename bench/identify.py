@@ -96,6 +96,7 @@ def main(model: Path, catalog: Path, others: Path, describe: Path, index: Path,
     items = sorted(item.name for item in load_index(index).items.values())
     pictures = sorted(others.iterdir())
     strangers = [p for p in pictures if p.name.startswith(general)]
+    general = tuple(g for g in general if any(p.name.startswith(g) for p in strangers))
     alike = [p for p in pictures if not p.name.startswith(general)]
     if "figures" in parts:
         plan = {"target_fpr": RATE, "per_edit": per_edit, "per_decoy": per_decoy,
