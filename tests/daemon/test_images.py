@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pic_daemon.images import DecodedImage, ImageError, decode
+from pic_daemon.images import DecodedImage, ImageError, decode, is_blank
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -26,6 +26,15 @@ def test_every_format_gives_rgb_pixels_of_the_asked_size(kind: str) -> None:
     assert decoded.pixels.dtype == np.uint8
     assert (decoded.width, decoded.height, decoded.format) == (120, 80, kind)
     assert mean_color(decoded) == pytest.approx((200, 100, 50), abs=3)
+
+
+@pytest.mark.parametrize("channel", range(3))
+def test_a_picture_with_something_in_one_channel_is_not_blank(channel: int) -> None:
+    pixels = np.full((64, 64, 3), 128, np.uint8)
+    pixels[::2, :, channel] += 2  # deviates by one level
+    assert is_blank(pixels)
+    pixels[::2, :, channel] += 8  # by five
+    assert not is_blank(pixels)
 
 
 def test_exif_orientation_is_applied() -> None:
