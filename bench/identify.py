@@ -20,6 +20,7 @@ margins. Pictures one at a time, one thread each; the gate is left out. Writes c
 Prints Markdown. Times are worth something on a machine that does nothing else.
 """
 
+import math
 import multiprocessing
 import os
 import sqlite3
@@ -249,7 +250,7 @@ def gate_scores(model: Model, paths: Sequence[Path], edit: int) -> Scores:
     size = model.info.input_size
     files = [edited(path, edit, number) for number, path in enumerate(paths)]
     pixels = np.stack([decode(file, size).pixels for file in files])
-    return model.gate_score(pixels, 1.0).astype(float)  # all have the second look
+    return model.second_score(pixels, math.inf).astype(float)  # all have the second look
 
 
 # Cost

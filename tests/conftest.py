@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 from PIL import Image
 from sqlite_utils import Database
@@ -89,6 +91,25 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / name), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def run_here() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `run_tool`, in this process: for commands that end before there is work to do.
+
+    A process of its own would import PyTorch for each, which takes longer than all of them.
+    """
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        (script,) = entry_points(group="console_scripts", name=name)
+        result = CliRunner().invoke(script.load(), [*map(str, arguments)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception  # a traceback, to a user
+        return subprocess.CompletedProcess(
+            name, result.exit_code, result.stdout, result.stderr
+        )
 
     return run
 

@@ -113,12 +113,12 @@ def _classify_batch(
             "error": verdict.reason if verdict else reading.error or gone,
         }
         if identifier and verdict:
-            row |= _second_look(model, identifier, reading, verdict)
+            row |= _second_stage(model, identifier, reading, verdict)
         rows.append(row)
     return rows
 
 
-def _second_look(
+def _second_stage(
     model: Model, identifier: Identifier, reading: Reading, verdict: Verdict
 ) -> dict[str, Any]:
     """What descriptor and index change of a row."""

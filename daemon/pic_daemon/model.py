@@ -15,11 +15,9 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from PIL import Image
 
 from pic_daemon.errors import InputError
-from pic_daemon.images import DecodedImage, Pixels, to_pixels
-from pic_daemon.margins import within_margins
+from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.onnx_session import (
     Format,
     Provider,
@@ -27,6 +25,7 @@ from pic_daemon.onnx_session import (
     open_session,
     to_metadata,
 )
+from pic_daemon.second_look import second_looks
 
 FORMAT = Format("product-image-classifier", 1)
 
@@ -41,7 +40,8 @@ class ModelInfo:
     at it. Inside the graph the logits are divided by `temperature` and `bias` is added,
     so that a score is a probability: of a copy, where one image in two is one.
     `gate_threshold`: where another stage decides, a score at or above it goes on to it;
-    0, all of them, in files that do not say.
+    0, all of them, in files that do not say. `looks_twice`: the threshold counts what is
+    within a picture's even margins; not in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
     `precision` is what the network computes in.
     """
@@ -64,6 +64,7 @@ class ModelInfo:
     versions: str
     bias: float = 0.0
     gate_threshold: float = 0.0
+    looks_twice: bool = False
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
 
     def to_metadata(self) -> dict[str, str]:
@@ -105,22 +106,23 @@ class Model:
         (scores,) = self.session.run(["score"], {"images": images})
         return np.asarray(scores, dtype=np.float32)
 
-    def gate_score(self, images: Pixels, gate: float) -> NDArray[np.float32]:
-        """As `score`, for another stage that decides about scores from `gate` on.
+    def second_score(self, images: Pixels, sure: float) -> NDArray[np.float32]:
+        """As `score`, with a second look at each image that scores below `sure`.
 
-        What is below it is scored again within its even margins, where it has any, and
-        counts by the greater score: a border is all that many networks see of a picture.
+        It is scored again within its even margins, where it has any, and counts by the
+        greater score: a border is all that many networks see of a picture.
         """
         scores = self.score(images)
-        framed = {
-            n: to_pixels(within, images.shape[1])
-            for n in np.flatnonzero(scores < gate)
-            if (within := within_margins(Image.fromarray(images[n])))
-        }
-        if framed:
-            again = self.score(np.stack(list(framed.values())))
-            scores[list(framed)] = np.maximum(scores[list(framed)], again)
+        unsure = np.flatnonzero(scores < sure)
+        found = second_looks(images[unsure])
+        if found:
+            framed, within = unsure[list(found)], np.stack(list(found.values()))
+            scores[framed] = np.maximum(scores[framed], self.score(within))
         return scores
+
+    def full_score(self, images: Pixels) -> NDArray[np.float32]:
+        """The scores that the threshold was chosen among."""
+        return self.second_score(images, math.inf if self.info.looks_twice else 0.0)
 
     def judge(
         self, images: Sequence[DecodedImage], gate: float | None = None
@@ -128,13 +130,14 @@ class Model:
         """Score decoded images in one batch and say what each score means.
 
         A nearly uniform picture never matches, whatever the network says of it, nor does
-        one of which it says no number. With a `gate` the scores are those of `gate_score`.
+        one of which it says no number. One that scores below the threshold, where the model
+        looks twice, or below `gate`, where there is one, has a second look.
         """
         if not images:
             return []
         pixels = np.stack([image.pixels for image in images])
-        found = self.score(pixels) if gate is None else self.gate_score(pixels, gate)
-        scores = found.tolist()
+        own = self.info.threshold if self.info.looks_twice else 0.0
+        scores = self.second_score(pixels, own if gate is None else gate).tolist()
         return [
             self._verdict(image, score) for image, score in zip(images, scores, strict=True)
         ]

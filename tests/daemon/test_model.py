@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from conftest import INFO, SIZE, write_model
 from onnx import TensorProto, helper
 
 from pic_daemon.errors import InputError
-from pic_daemon.images import DecodedImage
+from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import ModelInfo, load_model
 
 
@@ -53,22 +54,42 @@ def test_a_picture_of_which_the_model_says_no_number_never_matches(
     assert verdict.reason == "the model's score of it is no number"
 
 
-def test_before_a_gate_a_framed_picture_counts_by_what_is_within_the_frame(
+def framed_dark_and_bright() -> Pixels:
+    """Three pictures, the first a bright one in a wide black frame."""
+    bright = np.random.default_rng(0).integers(200, 256, (SIZE, SIZE, 3), np.uint8)
+    framed = np.zeros_like(bright)
+    framed[4:-4, 4:-4] = bright[4:-4, 4:-4]
+    return np.stack([framed, bright // 4, bright])
+
+
+def test_a_second_look_at_a_framed_picture_sees_what_is_within_the_frame(
     model_file: Path,
 ) -> None:
-    model = load_model(model_file)
-    bright = np.random.default_rng(0).integers(200, 256, (SIZE, SIZE, 3), np.uint8)
-    framed, dark = bright // 8, bright // 4
-    framed[4:-4, 4:-4] = bright[4:-4, 4:-4]
-    framed[:4], framed[-4:], framed[:, :4], framed[:, -4:] = 0, 0, 0, 0
-    images = np.stack([framed, dark, bright])
-    plain, gated = model.score(images), model.gate_score(images, gate=0.5)
+    model, images = load_model(model_file), framed_dark_and_bright()
+    plain, second = model.score(images), model.second_score(images, sure=0.5)
     assert plain[0] < 0.3
-    assert gated[0] > 0.8
-    assert gated[1:] == pytest.approx(plain[1:])
-    assert model.gate_score(images, gate=0.1) == pytest.approx(plain)
-    verdicts = model.judge([DecodedImage(p, 40, 40, "PNG") for p in images], gate=0.5)
-    assert [verdict.score for verdict in verdicts] == pytest.approx(gated)
+    assert second[0] > 0.8
+    assert second[1:] == pytest.approx(plain[1:])
+    assert model.second_score(images, sure=0.1) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("looks_twice", [False, True])
+def test_only_a_model_whose_threshold_counts_it_or_a_gate_has_the_second_look(
+    tmp_path: Path, looks_twice: bool
+) -> None:
+    info = replace(INFO, looks_twice=looks_twice)
+    model = load_model(write_model(tmp_path / "model.onnx", info.to_metadata()))
+    images = framed_dark_and_bright()
+    plain, second = model.score(images), model.second_score(images, sure=0.5)
+
+    def judged(gate: float | None = None) -> list[float]:
+        seen = [DecodedImage(pixels, 40, 40, "PNG") for pixels in images]
+        return [verdict.score for verdict in model.judge(seen, gate)]
+
+    assert judged() == pytest.approx(second if looks_twice else plain)
+    assert model.full_score(images) == pytest.approx(judged())
+    assert judged(gate=0.5) == pytest.approx(second)
+    assert judged(gate=0.1) == pytest.approx(plain)
 
 
 def test_the_provider_in_use_and_its_reason_are_known(model_file: Path) -> None:

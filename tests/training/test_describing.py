@@ -172,12 +172,12 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_descriptor(
     ],
 )
 def test_wrong_settings_leave_no_run_folder(
-    run_tool: Run, folders: Path, tmp_path: Path, changes: dict[str, object], sentence: str
+    run_here: Run, folders: Path, tmp_path: Path, changes: dict[str, object], sentence: str
 ) -> None:
     import re
 
     out = tmp_path / "run"
-    result = run_tool("pic-train", *options(folders, out, **changes))
+    result = run_here("pic-train", *options(folders, out, **changes))
     assert result.returncode == 2
     assert re.search(sentence, result.stderr), result.stderr
     assert "Traceback" not in result.stderr
@@ -185,22 +185,22 @@ def test_wrong_settings_leave_no_run_folder(
 
 
 def test_another_precision_than_fp32_is_refused(
-    run_tool: Run, finished: Path, tmp_path: Path
+    run_here: Run, finished: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "describe.onnx"
-    result = run_tool("pic-export", finished, "--output", output, "--precision", "int8")
+    result = run_here("pic-export", finished, "--output", output, "--precision", "int8")
     assert result.returncode == 2
     assert "fp32 only" in result.stderr
     assert not output.exists()
 
 
 def test_a_classifier_run_is_not_resumed_as_a_descriptor(
-    run_tool: Run, finished: Path, folders: Path, tmp_path: Path
+    run_here: Run, finished: Path, folders: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     command = options(folders, out, task="classify")
     del command[command.index("--dimensions") : command.index("--dimensions") + 2]
-    result = run_tool("pic-train", *command, "--resume")
+    result = run_here("pic-train", *command, "--resume")
     assert result.returncode == 2
     assert "begun with" in result.stderr

@@ -155,14 +155,14 @@ class Scorer:
         features = self._features(samples)
         while chunk := list(islice(features, _CHUNK)):
             pixels = np.stack([one.pixels for one in chunk])
-            ours += self._model.score(pixels).tolist()
+            ours += self._model.full_score(pixels).tolist()
             blank += [one.blank for one in chunk]
             hashes += [one.hashes for one in chunk]
             if self._identifier:
                 closeups = [one.closeup for one in chunk if one.closeup]
                 rows += self._identified(self._identifier, closeups)
                 least = self._model.info.gate_threshold
-                passed += (self._model.gate_score(pixels, least) >= least).tolist()
+                passed += (self._model.second_score(pixels, least) >= least).tolist()
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
         named: dict[str, NDArray[np.bool_]] = {}

@@ -131,8 +131,9 @@ def _classifier(
         fpr_low=report["false_positive_rate"]["low"],
         fpr_high=report["false_positive_rate"]["high"],
         temperature=report["temperature"],
-        bias=report.get("bias", 0.0),  # reports of earlier versions have neither
+        bias=report.get("bias", 0.0),  # reports of earlier versions have none
         gate_threshold=report.get("gate_threshold", 0.0),
+        looks_twice=report.get("looks_twice", False),
         **_common(folder, config, report),
     )
     return _Export(

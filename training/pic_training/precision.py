@@ -114,7 +114,10 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
         after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
     stored = load_validation(folder, len(after))
     calibrate = Calibration(model.info.temperature, model.info.bias)
-    before = sigmoid(calibrate(stored["scores"].astype(np.float64)))
+    logits = stored["scores"].astype(np.float64)
+    if model.info.looks_twice:
+        logits = np.maximum(logits, stored["within"])
+    before = sigmoid(calibrate(logits))
     labels = stored["labels"] > 0.5
     test, drawn = samples.is_test(), samples.sources_drawn()
     threshold = threshold_for(after[~test], labels[~test], config.target_fpr)
@@ -135,7 +138,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
 
 
 def _score(model: Model, images: Pixels) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return model.score(images).astype(np.float64)
+    return model.full_score(images).astype(np.float64)
 
 
 class _Samples(CalibrationDataReader):  # type: ignore[misc]

@@ -27,6 +27,8 @@ from pic_training.networks import (
     Recogniser,
 )
 
+_VALIDATION = "validation.npz"
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -234,18 +236,27 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 def load_validation(folder: Path, count: int) -> dict[str, NDArray[Any]]:
     """What the best epoch made of the run's `count` validation samples.
 
-    `scores`, `right` and `labels` of shape (count,), as `Judged` has them. Raises
-    InputError where the file is damaged.
+    `scores`, `right` and `labels` of shape (count,), as `Judged` has them, and `within`,
+    as `scores`: of the samples within their margins. It is `scores` where a run describes,
+    has not come to its end, or is of a version without. Raises InputError where the file
+    is damaged.
     """
-    path = folder / "validation.npz"
+    path = folder / _VALIDATION
     try:
         with np.load(path) as stored:
             found = {name: stored[name] for name in ("scores", "right", "labels")}
+            found["within"] = stored["within"] if "within" in stored else found["scores"]
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise InputError(f"{path} is missing or damaged: {error}.") from error
     if any(values.shape != (count,) for values in found.values()):
         raise InputError(f"{path} is damaged: it is not of {count} samples.")
     return found
+
+
+def save_validation(folder: Path, **values: NDArray[Any]) -> None:
+    """Write what `load_validation` reads."""
+    with replacing(folder / _VALIDATION) as path, path.open("wb") as file:
+        np.savez(file, **values)  # type: ignore[arg-type]
 
 
 def new_network(config: RunConfig, weights: str, items: int) -> Normalised:

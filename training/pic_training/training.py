@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
+from pic_daemon.second_look import second_looks
 from pic_training.device_samples import DeviceSamples, render_pool, versions_for
 from pic_training.distributed import Processes, join
 from pic_training.feature_samples import FeatureSamples, unaltered
@@ -30,8 +31,10 @@ from pic_training.run_folder import (
     RunConfig,
     best_of,
     load_checkpoint,
+    load_network,
     load_validation,
     replacing,
+    save_validation,
     write_metrics,
 )
 from pic_training.samples import Batch, labels_of
@@ -75,12 +78,12 @@ class _Progress:
 class RunResult:
     """What a finished run leaves for its report.
 
-    `val_scores` are the best epoch's logits (describing: greatest cosines to the
-    catalog), float32, shape (N,), and `val_right` says which samples were taken for
-    what they are; `val_labels` are 1 for catalog and 0 for others; `val_sources`
-    numbers the picture behind each sample by its position in `sources.pictures`, and
-    `val_is_test` says whether the sample tests or calibrates. `prepared_seconds` went
-    before the first epoch.
+    `val_scores` are the best epoch's logits, the greater of those with and without even
+    margins (describing: greatest cosines to the catalog), float32, shape (N,), and
+    `val_right` says which samples were taken for what they are; `val_labels` are 1 for
+    catalog and 0 for others; `val_sources` numbers the picture behind each sample by its
+    position in `sources.pictures`, and `val_is_test` says whether the sample tests or
+    calibrates. `other_seconds` went before the first epoch and after the last.
     """
 
     history: list[EpochMetrics]
@@ -90,7 +93,7 @@ class RunResult:
     val_sources: NDArray[np.int64]
     val_is_test: NDArray[np.bool_]
     sources: Sources
-    prepared_seconds: float
+    other_seconds: float
 
 
 class Interrupted(Exception):
@@ -165,19 +168,39 @@ class _Run:
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch()
                 self._validate_epoch()
-        if not self.processes.is_first:
-            return None
+            if not self.processes.is_first:
+                return None
+            trained = time.monotonic()
+            if self.config.task == "classify":
+                self._look_again()
+            other = prepared + time.monotonic() - trained
         best = load_validation(self.folder, self.val_set.count)
         return RunResult(
             self.progress.history,
-            best["scores"],
+            np.maximum(best["scores"], best["within"]),
             best["right"],
             best["labels"],
             self.val_set.sources_drawn(),
             self.val_set.is_test(),
             self.sources,
-            prepared,
+            other,
         )
+
+    @torch.no_grad()
+    def _look_again(self) -> None:
+        """Note what the best network makes of the samples within their margins."""
+        _, network = load_network(self.folder)
+        network = network.to(self.learner.device).to(memory_format=torch.channels_last)
+        best = load_validation(self.folder, self.val_set.count)
+        within, done = best["scores"].copy(), 0
+        with self._bar("second look", len(within), 0) as show:
+            for images, some in self._until_interrupted(self._val_batches(), show):
+                if looks := second_looks(images.cpu().numpy()):
+                    seen = torch.from_numpy(np.stack(list(looks.values())))
+                    made = network(seen.to(self.learner.device)).float().cpu().numpy()
+                    within[[done + number for number in looks]] = made
+                done += len(some)
+        save_validation(self.folder, **{**best, "within": within})
 
     def _start_head(self) -> None:
         samples = replace(self.train_set, count=self.config.head_start)
@@ -320,11 +343,9 @@ class _Run:
         progress.history.append(metrics)
         progress.next_epoch()
         if best_of(progress.history) is metrics:
-            with (
-                replacing(self.folder / "validation.npz") as path,
-                path.open("wb") as file,
-            ):
-                np.savez(file, scores=judged.scores, right=judged.right, labels=labels)
+            save_validation(
+                self.folder, scores=judged.scores, right=judged.right, labels=labels
+            )
             self._save("best.pt")
         # Before the checkpoint: a run that goes on from it does not write these again.
         write_metrics(progress.history, self.folder)
@@ -433,7 +454,8 @@ class _Run:
     def _bar(
         self, name: str, count: int, done: int
     ) -> AbstractContextManager[Callable[[int], None]]:
-        label = f"epoch {self.progress.epoch + 1}/{self.config.epochs} {name}"
+        epoch, epochs = self.progress.epoch + 1, self.config.epochs
+        label = f"epoch {epoch}/{epochs} {name}" if epoch <= epochs else name
         return progress_bar(label, count, done, silent=not self.processes.is_first)
 
     def _say(self, text: str) -> None:

@@ -1,0 +1,86 @@
+"""What lies within the even margins of a network's inputs, found for a batch at once.
+
+`margins` looks closely at one larger picture. Here thousands come in a second, and in 64
+pixels hardly more may be left of a bar than its title. A margin is made of lines, from an
+edge inwards, in which the green channel, most of the luminance, hardly deviates; a few that
+do, a title or where a bar ends, do not end it. Constants: bench/results/evaluation.md.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pic_daemon.images import Pixels
+
+_EVEN = 5.0  # levels, the standard deviation up to which a line is even
+_TITLE = 0.08  # share of a side that lines which are not even may take up
+_LEAST = 0.15  # share of a side that must be left; less is no picture in a margin
+_WORTH = 0.04  # share of the area below which a margin changes nothing
+_ROUNDS = 2  # the sides are even once the bars are gone, and then perhaps more bars
+
+_AT_ONCE = 32  # images, of which a core's cache holds the sums
+
+_Ints = NDArray[np.int64]
+
+
+def second_looks(images: Pixels) -> dict[int, Pixels]:
+    """What is within the margins of those images that have some, by their number.
+
+    `images` uint8 (N, S, S, 3), RGB; what is found is stretched to the same size.
+    """
+    size, found = images.shape[1], {}
+    for number, (top, bottom, left, right) in enumerate(_boxes(images[..., 1])):
+        height, width = bottom - top, right - left
+        worth = height * width <= (1 - _WORTH) * size**2
+        if worth and min(height, width) >= _LEAST * size:
+            within = images[number, top:bottom, left:right]
+            # Enlarged, where Pillow's filter does the same and takes ten times as long.
+            found[number] = np.asarray(cv2.resize(within, (size, size)), np.uint8)
+    return found
+
+
+def _boxes(green: Pixels) -> list[list[int]]:
+    """Top, bottom, left and right of what is within margins, in each of (N, S, S)."""
+    parts = range(0, len(green), _AT_ONCE)
+    return [box for n in parts for box in _inner(green[n : n + _AT_ONCE]).tolist()]
+
+
+def _inner(green: Pixels) -> _Ints:
+    """The same, shape (N, 4)."""
+    count, size = green.shape[:2]
+    lines = np.stack([green, green.swapaxes(1, 2)]).astype(np.int32)  # rows and columns
+    # Sums over any part of a line, of levels and of their squares, by two look-ups.
+    sums = np.zeros((2, 2, count, size, size + 1), np.int32)
+    np.cumsum(lines, axis=-1, out=sums[0, ..., 1:])
+    np.cumsum(lines * lines, axis=-1, out=sums[1, ..., 1:])
+    spans = np.tile([0, size], (2, count, 1))
+    for turn in range(2 * _ROUNDS):
+        along, across = turn % 2, 1 - turn % 2
+        even = _even(sums[:, along], *spans[across].T)
+        # The far margin is the near one of the lines in their other order.
+        from_both = np.concatenate([spans[along], size - spans[along][:, ::-1]])
+        near, far = _margin(np.concatenate([even, even[:, ::-1]]), from_both).reshape(2, -1)
+        spans[along] += np.stack([near, -far], axis=1)
+    return np.concatenate(spans, axis=1)
+
+
+def _even(sums: NDArray[np.int32], begin: _Ints, end: _Ints) -> NDArray[np.bool_]:
+    """Which lines of each image are even between two places, shape (N, S)."""
+    images, length = np.arange(len(begin)), np.maximum(1, end - begin)[:, None]
+    mean, square = (
+        (part[images, :, end] - part[images, :, begin]) / length for part in sums
+    )
+    return np.asarray(square - mean * mean <= _EVEN**2)
+
+
+def _margin(even: NDArray[np.bool_], spans: _Ints) -> _Ints:
+    """How many lines from the first of a span on are margin, (N,); `spans` (N, 2)."""
+    lines, first, last = np.arange(even.shape[1]), spans[:, :1], spans[:, 1:]
+    before = first - 1
+    latest = np.where(even & (lines < last), lines, before)
+    latest = np.maximum(np.maximum.accumulate(latest, axis=1), before)
+    passed_over = np.where(latest > before, _TITLE * (last - first), 0)
+    ends = lines - latest > passed_over
+    ends[:, -1] = True
+    end = np.take_along_axis(latest, ends.argmax(axis=1)[:, None], axis=1)
+    return np.asarray((end - before)[:, 0])

@@ -1,0 +1,94 @@
+"""What is found within the margins of a network's inputs."""
+
+import numpy as np
+import pytest
+from pictures import SIDE, product
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pic_daemon.images import Pixels, to_pixels
+from pic_daemon.second_look import second_looks
+
+Colour = str | tuple[int, int, int]
+
+
+def busy() -> Image.Image:
+    """A picture without margins: a product on a coarse pattern that reaches every edge."""
+    cells = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
+    picture = Image.fromarray(cells).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    picture.paste(product(4).resize((SIDE // 2, SIDE // 2)), (SIDE // 4, SIDE // 4))
+    return picture
+
+
+def looks(*pictures: Image.Image, size: int = 64) -> dict[int, Pixels]:
+    return second_looks(np.stack([to_pixels(picture, size) for picture in pictures]))
+
+
+def likeness(found: Pixels, original: Image.Image) -> float:
+    """Correlation of the two, laid over each other at 16 x 16 pixels."""
+    one, other = (
+        np.asarray(picture.convert("L").resize((16, 16)), float).ravel()
+        for picture in (Image.fromarray(found), original)
+    )
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3])
+def test_a_border_of_any_colour_is_left_away(share: float, size: int) -> None:
+    colours: list[Colour] = ["white", "black", (200, 30, 90)]
+    framed = [ImageOps.expand(busy(), round(share * SIDE), colour) for colour in colours]
+    found = looks(*framed, size=size)
+    assert list(found) == [0, 1, 2]
+    for picture, pixels in zip(framed, found.values(), strict=True):
+        assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
+        whole = likeness(to_pixels(picture, size), busy())
+        # At 64 pixels a blended line on each side may be left.
+        assert likeness(pixels, busy()) > max(0.85, whole + 0.1)
+
+
+def test_so_are_borders_within_borders_and_uneven_sides() -> None:
+    framed = ImageOps.expand(ImageOps.expand(busy(), 9, "black"), (50, 5, 12, 30), "white")
+    assert likeness(looks(framed)[0], busy()) > 0.8
+    assert likeness(looks(framed, size=224)[0], busy()) > 0.95
+
+
+def test_so_is_a_bar_of_which_nothing_is_left_but_its_title() -> None:
+    screen = Image.new("RGB", (SIDE + 20, SIDE + 60), (250, 250, 250))
+    pen = ImageDraw.Draw(screen)
+    pen.rectangle((0, 0, SIDE + 20, 20), fill=(30, 60, 120))
+    pen.text((8, 2), "12:30", "white", ImageFont.load_default(17))
+    screen.paste(busy(), (10, 36))
+    assert likeness(looks(screen)[0], busy()) > 0.95
+
+
+def test_each_picture_is_seen_as_if_it_were_alone() -> None:
+    pictures = [ImageOps.expand(product(n), 5 * n, "white") for n in range(8)] + [busy()]
+    together = looks(*pictures)
+    assert 8 not in together
+    for number, picture in enumerate(pictures):
+        alone = looks(picture)
+        assert (0 in alone) == (number in together)
+        if alone:
+            assert np.array_equal(alone[0], together[number])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        busy(),
+        ImageOps.expand(busy(), 2, fill="white"),
+        Image.new("RGB", (300, 200), "white"),
+        Image.effect_noise((64, 64), 80).convert("RGB"),
+    ],
+    ids=["busy", "hardly any margin", "uniform", "noise"],
+)
+def test_where_nothing_is_gained_or_left_there_is_no_second_look(
+    picture: Image.Image,
+) -> None:
+    assert looks(picture) == {}
+
+
+def test_a_small_picture_in_a_large_void_stays_as_it_is() -> None:
+    void = Image.new("RGB", (1000, 1000), "white")
+    void.paste(busy().resize((120, 120)), (440, 440))
+    assert looks(void) == {}
