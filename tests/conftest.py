@@ -96,11 +96,15 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def run_here() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `run_tool`, in this process: for commands that end before there is work to do.
 
     A process of its own would import PyTorch for each, which takes longer than all of them.
     """
+    # It sets how this process takes memory, for good.
+    monkeypatch.setattr("pic_training.cli.prepare_for_training", lambda: None)
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (script,) = entry_points(group="console_scripts", name=name)

@@ -15,9 +15,9 @@ from pic_daemon.landmarks import shrunk
 _SIDE = 128  # longest side, in pixels, of the copy that is looked at
 _EVEN = 12  # levels by which a line's pixels may differ from its median: JPEG's noise
 _SHARE = 0.95  # of a line's pixels that must be even
-_TITLE = 0.08  # share of a side that lines which are not even may take up
-_LEAST = 0.15  # share of a side that must be left; less is no picture in a margin
-_WORTH = 0.04  # share of the area below which a margin changes nothing
+TITLE = 0.08  # share of a side that lines which are not even may take up
+LEAST = 0.15  # share of a side that must be left; less is no picture in a margin
+WORTH = 0.04  # share of the area below which a margin changes nothing
 
 
 def within_margins(picture: Image.Image) -> Image.Image | None:
@@ -29,7 +29,7 @@ def within_margins(picture: Image.Image) -> Image.Image | None:
     if box is None:
         return None
     left, top, right, bottom = box
-    if (right - left) * (bottom - top) > 1 - _WORTH:
+    if (right - left) * (bottom - top) > 1 - WORTH:
         return None
     width, height = picture.size
     return picture.crop(
@@ -47,11 +47,11 @@ def _inner(pixels: Pixels) -> tuple[float, float, float, float] | None:
         before = left, top, right, bottom
         rows = pixels[top:bottom, left:right]
         top, bottom = top + _margin(rows), bottom - _margin(rows[::-1])
-        if bottom - top < _LEAST * height:
+        if bottom - top < LEAST * height:
             return None
         columns = pixels[top:bottom, left:right].swapaxes(0, 1)
         left, right = left + _margin(columns), right - _margin(columns[::-1])
-        if right - left < _LEAST * width:
+        if right - left < LEAST * width:
             return None
     return left / width, top / height, right / width, bottom / height
 
@@ -61,7 +61,7 @@ def _margin(lines: Pixels) -> int:
     count, colour = 0, None
     for number, line in enumerate(lines):
         skipped = number - count
-        if skipped > (0 if colour is None else _TITLE * len(lines)):
+        if skipped > (0 if colour is None else TITLE * len(lines)):
             break
         levels = np.sort(line.astype(np.int16), axis=0)
         # The median; numpy's own takes as long as all the rest.

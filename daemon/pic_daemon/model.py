@@ -130,8 +130,8 @@ class Model:
         """Score decoded images in one batch and say what each score means.
 
         A nearly uniform picture never matches, whatever the network says of it, nor does
-        one of which it says no number. One that scores below the threshold, where the model
-        looks twice, or below `gate`, where there is one, has a second look.
+        one of which it says no number. One that scores below `gate`, where there is one,
+        and else below the threshold, where the model looks twice, has a second look.
         """
         if not images:
             return []

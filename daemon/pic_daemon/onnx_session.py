@@ -11,7 +11,11 @@ import onnxruntime
 from pic_daemon.errors import InputError
 
 Provider = Literal["auto", "cpu", "cuda"]
-_PARSERS: dict[Any, Any] = {int: int, float: float, bool: "True".__eq__}
+_PARSERS: dict[Any, Any] = {
+    int: int,
+    float: float,
+    bool: {"True": True, "False": False}.__getitem__,
+}
 _CUDA = "CUDAExecutionProvider"
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 

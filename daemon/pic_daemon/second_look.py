@@ -2,8 +2,11 @@
 
 `margins` looks closely at one larger picture. Here thousands come in a second, and in 64
 pixels hardly more may be left of a bar than its title. A margin is made of lines, from an
-edge inwards, in which the green channel, most of the luminance, hardly deviates; a few that
-do, a title or where a bar ends, do not end it. Constants: bench/results/evaluation.md.
+edge inwards, in which the green channel, most of the luminance, hardly deviates. A few
+that do, a title or where a bar ends, do not end it. Another even colour right behind it
+does: the plain background of a product in a frame stays with it, and so does a frame
+within a frame.
+Figures: bench/results/evaluation.md.
 """
 
 import cv2
@@ -11,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pic_daemon.images import Pixels
+from pic_daemon.margins import LEAST, TITLE, WORTH
 
 _EVEN = 5.0  # levels, the standard deviation up to which a line is even
-_TITLE = 0.08  # share of a side that lines which are not even may take up
-_LEAST = 0.15  # share of a side that must be left; less is no picture in a margin
-_WORTH = 0.04  # share of the area below which a margin changes nothing
+_STEP = 4.0  # levels from one even line to the next, beyond which a margin ends
 _ROUNDS = 2  # the sides are even once the bars are gone, and then perhaps more bars
 
-_AT_ONCE = 32  # images, of which a core's cache holds the sums
+_AT_ONCE = 32  # images, of which a core's cache holds the sums at 64 pixels
 
 _Ints = NDArray[np.int64]
 
@@ -31,8 +33,8 @@ def second_looks(images: Pixels) -> dict[int, Pixels]:
     size, found = images.shape[1], {}
     for number, (top, bottom, left, right) in enumerate(_boxes(images[..., 1])):
         height, width = bottom - top, right - left
-        worth = height * width <= (1 - _WORTH) * size**2
-        if worth and min(height, width) >= _LEAST * size:
+        worth = height * width <= (1 - WORTH) * size**2
+        if worth and min(height, width) >= LEAST * size:
             within = images[number, top:bottom, left:right]
             # Enlarged, where Pillow's filter does the same and takes ten times as long.
             found[number] = np.asarray(cv2.resize(within, (size, size)), np.uint8)
@@ -56,31 +58,37 @@ def _inner(green: Pixels) -> _Ints:
     spans = np.tile([0, size], (2, count, 1))
     for turn in range(2 * _ROUNDS):
         along, across = turn % 2, 1 - turn % 2
-        even = _even(sums[:, along], *spans[across].T)
+        even, level = _even(sums[:, along], *spans[across].T)
         # The far margin is the near one of the lines in their other order.
-        from_both = np.concatenate([spans[along], size - spans[along][:, ::-1]])
-        near, far = _margin(np.concatenate([even, even[:, ::-1]]), from_both).reshape(2, -1)
+        near, far = (
+            _margin(even[:, ::way], level[:, ::way], span)
+            for way, span in ((1, spans[along]), (-1, size - spans[along][:, ::-1]))
+        )
         spans[along] += np.stack([near, -far], axis=1)
     return np.concatenate(spans, axis=1)
 
 
-def _even(sums: NDArray[np.int32], begin: _Ints, end: _Ints) -> NDArray[np.bool_]:
-    """Which lines of each image are even between two places, shape (N, S)."""
+def _even(
+    sums: NDArray[np.int32], begin: _Ints, end: _Ints
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Which lines of each image are even between two places, and their level, (N, S)."""
     images, length = np.arange(len(begin)), np.maximum(1, end - begin)[:, None]
     mean, square = (
         (part[images, :, end] - part[images, :, begin]) / length for part in sums
     )
-    return np.asarray(square - mean * mean <= _EVEN**2)
+    return np.asarray(square - mean * mean <= _EVEN**2), mean
 
 
-def _margin(even: NDArray[np.bool_], spans: _Ints) -> _Ints:
+def _margin(even: NDArray[np.bool_], level: NDArray[np.float64], spans: _Ints) -> _Ints:
     """How many lines from the first of a span on are margin, (N,); `spans` (N, 2)."""
     lines, first, last = np.arange(even.shape[1]), spans[:, :1], spans[:, 1:]
     before = first - 1
     latest = np.where(even & (lines < last), lines, before)
     latest = np.maximum(np.maximum.accumulate(latest, axis=1), before)
-    passed_over = np.where(latest > before, _TITLE * (last - first), 0)
+    passed_over = np.where(latest > before, TITLE * (last - first), 0)
     ends = lines - latest > passed_over
+    steps = np.abs(np.diff(level, axis=1)) > _STEP
+    ends[:, 1:] |= even[:, 1:] & even[:, :-1] & steps & (lines[1:] > first)
     ends[:, -1] = True
-    end = np.take_along_axis(latest, ends.argmax(axis=1)[:, None], axis=1)
-    return np.asarray((end - before)[:, 0])
+    end = np.maximum(0, ends.argmax(axis=1) - 1)[:, None]
+    return np.asarray((np.take_along_axis(latest, end, axis=1) - before)[:, 0])

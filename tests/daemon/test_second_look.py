@@ -46,10 +46,20 @@ def test_a_border_of_any_colour_is_left_away(share: float, size: int) -> None:
         assert likeness(pixels, busy()) > max(0.85, whole + 0.1)
 
 
-def test_so_are_borders_within_borders_and_uneven_sides() -> None:
-    framed = ImageOps.expand(ImageOps.expand(busy(), 9, "black"), (50, 5, 12, 30), "white")
-    assert likeness(looks(framed)[0], busy()) > 0.8
+def test_so_are_uneven_sides() -> None:
+    framed = ImageOps.expand(busy(), (50, 5, 12, 30), "white")
+    assert likeness(looks(framed)[0], busy()) > 0.9
     assert likeness(looks(framed, size=224)[0], busy()) > 0.95
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_behind_a_border_a_product_keeps_its_own_plain_background(size: int) -> None:
+    framed = [ImageOps.expand(product(n), 40, (200, 30, 90)) for n in range(6)]
+    found = looks(*framed, size=size)
+    assert list(found) == [*range(6)]
+    for number, pixels in found.items():
+        assert likeness(pixels, product(number)) > 0.85
+        assert likeness(looks(product(number), size=size)[0], product(number)) < 0.85
 
 
 def test_so_is_a_bar_of_which_nothing_is_left_but_its_title() -> None:
@@ -76,16 +86,30 @@ def test_each_picture_is_seen_as_if_it_were_alone() -> None:
     "picture",
     [
         busy(),
-        ImageOps.expand(busy(), 2, fill="white"),
         Image.new("RGB", (300, 200), "white"),
         Image.effect_noise((64, 64), 80).convert("RGB"),
     ],
-    ids=["busy", "hardly any margin", "uniform", "noise"],
+    ids=["busy", "uniform", "noise"],
 )
 def test_where_nothing_is_gained_or_left_there_is_no_second_look(
     picture: Image.Image,
 ) -> None:
     assert looks(picture) == {}
+
+
+def test_a_margin_too_small_to_change_anything_is_left() -> None:
+    for lines, worth in ((2, False), (3, True)):  # 4% of the area is 2.6 lines of 64
+        pixels = to_pixels(busy(), 64).copy()
+        pixels[:lines] = 255
+        assert (second_looks(pixels[None]) != {}) == worth
+
+
+def test_lines_that_deviate_are_no_margin() -> None:
+    for deviation, even in ((4, True), (7, False)):
+        pixels = to_pixels(busy(), 64).copy()
+        noise = np.random.default_rng(0).normal(128, deviation, (12, 64, 1))
+        pixels[:12] = noise.round().astype(np.uint8)
+        assert (second_looks(pixels[None]) != {}) == even
 
 
 def test_a_small_picture_in_a_large_void_stays_as_it_is() -> None:
