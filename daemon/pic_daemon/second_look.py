@@ -83,7 +83,7 @@ def _margin(even: NDArray[np.bool_], level: NDArray[np.float64], spans: _Ints) -
     """How many lines from the first of a span on are margin, (N,); `spans` (N, 2)."""
     lines, first, last = np.arange(even.shape[1]), spans[:, :1], spans[:, 1:]
     before = first - 1
-    latest = np.where(even & (lines < last), lines, before)
+    latest = np.where(even, lines, before)
     latest = np.maximum(np.maximum.accumulate(latest, axis=1), before)
     passed_over = np.where(latest > before, TITLE * (last - first), 0)
     ends = lines - latest > passed_over
