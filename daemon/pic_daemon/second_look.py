@@ -60,11 +60,12 @@ def _inner(green: Pixels) -> _Ints:
         along, across = turn % 2, 1 - turn % 2
         even, level = _even(sums[:, along], *spans[across].T)
         # The far margin is the near one of the lines in their other order.
-        near, far = (
-            _margin(even[:, ::way], level[:, ::way], span)
-            for way, span in ((1, spans[along]), (-1, size - spans[along][:, ::-1]))
+        margins = _margin(
+            np.concatenate([even, even[:, ::-1]]),
+            np.concatenate([level, level[:, ::-1]]),
+            np.concatenate([spans[along], size - spans[along][:, ::-1]]),
         )
-        spans[along] += np.stack([near, -far], axis=1)
+        spans[along] += np.stack([margins[:count], -margins[count:]], axis=1)
     return np.concatenate(spans, axis=1)
 
 
