@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE = 256
@@ -58,6 +59,24 @@ def write_products(folder: Path, seeds: Iterable[int]) -> list[Path]:
         product(seed).save(path, quality=90)
         paths.append(path)
     return paths
+
+
+def busy(width: int = SIDE, height: int = SIDE) -> Image.Image:
+    """A picture without margins: a product on a coarse pattern that reaches every edge."""
+    cells = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
+    picture = Image.fromarray(cells).resize((width, height), Image.Resampling.BILINEAR)
+    picture.paste(product(4).resize((width // 2, height // 2)), (width // 4, height // 4))
+    return picture
+
+
+def likeness(found: Image.Image | None, original: Image.Image) -> float:
+    """Correlation of the two, laid over each other at 16 x 16 pixels."""
+    assert found is not None
+    one, other = (
+        np.asarray(p.convert("L").resize((16, 16)), float).ravel()
+        for p in (found, original)
+    )
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def _colour(draw_from: random.Random) -> tuple[int, int, int]:

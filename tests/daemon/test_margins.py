@@ -2,36 +2,17 @@
 
 import io
 
-import numpy as np
 import pytest
-from pictures import SIDE, product
+from pictures import SIDE, busy, likeness, product
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pic_daemon.margins import within_margins
-
-
-def busy(width: int = SIDE, height: int = SIDE) -> Image.Image:
-    """A picture without margins: a product on a coarse pattern that reaches every edge."""
-    cells = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
-    picture = Image.fromarray(cells).resize((width, height), Image.Resampling.BILINEAR)
-    picture.paste(product(4).resize((width // 2, height // 2)), (width // 4, height // 4))
-    return picture
 
 
 def compressed(picture: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
-
-
-def likeness(found: Image.Image | None, original: Image.Image) -> float:
-    """Correlation of the two, laid over each other at 16 x 16 pixels."""
-    assert found is not None
-    one, other = (
-        np.asarray(p.convert("L").resize((16, 16)), float).ravel()
-        for p in (found, original)
-    )
-    return float(np.corrcoef(one, other)[0, 1])
 
 
 @pytest.mark.parametrize("quality", [90, 70])
