@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from pic_daemon.errors import InputError
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import ModelInfo, load_model
+from pic_daemon.second_look import second_looks
 
 
 def test_metadata_survives_the_file(model_file: Path) -> None:
@@ -71,6 +72,17 @@ def test_a_second_look_at_a_framed_picture_sees_what_is_within_the_frame(
     assert second[0] > 0.8
     assert second[1:] == pytest.approx(plain[1:])
     assert model.second_score(images, sure=0.1) == pytest.approx(plain)
+
+
+def test_of_the_two_looks_the_greater_score_counts(model_file: Path) -> None:
+    model = load_model(model_file)
+    # A dark picture in a white line, which makes it brighter.
+    framed = np.random.default_rng(0).integers(0, 100, (1, SIZE, SIZE, 3), np.uint8)
+    framed[:, [0, -1]] = framed[:, :, [0, -1]] = 255
+    (within,) = second_looks(framed).values()
+    plain = model.score(framed)
+    assert model.score(within[None])[0] < plain[0] - 0.1
+    assert model.second_score(framed, sure=0.5) == pytest.approx(plain)
 
 
 @pytest.mark.parametrize("looks_twice", [False, True])
