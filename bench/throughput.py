@@ -63,6 +63,7 @@ CPU = ("workers CPU", "main CPU")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*SETS]), help="These sets alone.")
 @click.option("--daemon-only", is_flag=True, help="Leave the peers out.")
+@click.option("--provider", default="auto", help="The service's.", show_default=True)
 @click.option("--count", type=int, help="Files in each folder [as many as suit its kind].")
 def main(
     images: Path,
@@ -71,6 +72,7 @@ def main(
     rounds: int,
     only: tuple[str, ...],
     daemon_only: bool,
+    provider: str,
     count: int | None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ def main(
             results[name] = []
             for number in range(rounds):
                 rates = {"limit": rate(pool, scaled_decode, files)}
-                rates |= service(files[0].parent, len(files), model, work)
+                rates |= service(files[0].parent, len(files), model, work, provider)
                 if not daemon_only:
                     rates["pHash"] = rate(pool, phash, files)
                     rates["PDQ"] = rate(pool, pdq, files)
@@ -151,12 +153,15 @@ def pdq(path: Path) -> None:
         pdqhash.compute(np.asarray(image.convert("RGB")))
 
 
-def service(folder: Path, count: int, model: Path, work: Path) -> dict[str, float]:
+def service(
+    folder: Path, count: int, model: Path, work: Path, provider: str
+) -> dict[str, float]:
     database = work / "throughput.db"
     for file in work.glob("throughput.db*"):
         file.unlink()
     command = [BIN / "pic-daemon", "run", "--watch", folder, "--model", model]
     command += ["--database", database, "--metrics", f"127.0.0.1:{PORT}"]
+    command += ["--provider", provider]
     log = work / "daemon.log"
     begun = time.time()
     with log.open("w") as stream:

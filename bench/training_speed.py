@@ -2,14 +2,15 @@
 
     python bench/training_speed.py --catalog DIR --others DIR [--device cuda]
 
-Alternates between bare steps on one batch that lies on the device already (the limit)
-and steps on samples as pic-train would draw them, and prints both as images/s with
-their ratio, one line a round.
+Alternates between PyTorch's own loop of forward, backward and update on one batch that
+lies on the device already, the same by pic-train's step (the limit), and steps on samples
+as pic-train draws them, and prints all as images/s, one line a round.
 """
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ import torch  # noqa: E402
 from pic_training.cli import _config  # noqa: E402
 from pic_training.device_samples import (  # noqa: E402
     DeviceSamples,
-    render_pool,
+    Pool,
     versions_for,
 )
 from pic_training.distributed import ALONE  # noqa: E402
 from pic_training.learner import Learner  # noqa: E402
 from pic_training.networks import ARCHITECTURES  # noqa: E402
-from pic_training.samples import SampleSet  # noqa: E402
+from pic_training.samples import Batch, SampleSet  # noqa: E402
 from pic_training.sources import gather  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, exists=True)
@@ -50,7 +51,7 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
         corrections=None, val_images=30_000, lr=None, target_fpr=0.001, head_start=0,
         stages=None, seed=0, precision="auto", task="classify", dimensions=None,
-        naming=0.0, **options,
+        naming=None, **options,
     )  # fmt: skip
     size, side = config.architecture.size, 256
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,34 +62,41 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         workers = os.cpu_count() or 1
         if config.device == "cuda":
             started = time.monotonic()
-            pool = render_pool(
-                samples, versions_for(samples, side, 8 << 30), side, workers, learner.device
-            )
+            versions = versions_for(samples, side, 8 << 30)
+            pool = Pool(samples, versions, side, workers, learner.device)
+            pool.renew(0)
             print(f"pictures rendered in {time.monotonic() - started:.1f} s")
             drawn = DeviceSamples(samples, pool).load(0, config.batch_size)
         else:
             drawn = samples.load(0, config.batch_size, workers)
         images, labels = next(drawn)
         fixed = images.to(learner.device), labels.to(learner.device)
+
+        def step(batch: Batch) -> None:
+            learner.step(batch, config.batch_size, 0.0)
+
         started = time.monotonic()
-        learner.step(fixed, config.batch_size, 0.0)
+        for _ in range(5):  # the GPU's is recorded after three
+            step(fixed)
         wait(learner)
-        print(f"first step, with compiling: {time.monotonic() - started:.1f} s")
+        print(f"first steps, with compiling: {time.monotonic() - started:.1f} s")
         for _ in range(rounds):
-            limit = rate(learner, steps, config.batch_size, lambda: fixed)
-            real = rate(learner, steps, config.batch_size, lambda: next(drawn))
+            loop = rate(learner, steps, config.batch_size, lambda: learner.learn(*fixed))
+            limit = rate(learner, steps, config.batch_size, lambda: step(fixed))
+            real = rate(learner, steps, config.batch_size, lambda: step(next(drawn)))
             print(
-                f"bare steps {limit:.0f} images/s, training {real:.0f}: {real / limit:.0%}"
+                f"plain loop {loop:.0f} images/s, bare steps {limit:.0f}, training "
+                f"{real:.0f}: {real / limit:.0%} of bare steps, {real / loop:.2f} loops"
             )
     print(f"{config.arch}, batch {config.batch_size}, {config.precision}, torch "
           f"{torch.__version__}, {name_of(config.device)}")  # fmt: skip
 
 
-def rate(learner: Learner, steps: int, batch_size: int, take: Any) -> float:
+def rate(learner: Learner, steps: int, batch_size: int, once: Callable[[], None]) -> float:
     wait(learner)
     started = time.monotonic()
     for _ in range(steps):
-        learner.step(take(), batch_size, 0.0)
+        once()
     wait(learner)
     return steps * batch_size / (time.monotonic() - started)
 

@@ -17,6 +17,9 @@ _PARSERS: dict[Any, Any] = {
     bool: {"True": True, "False": False}.__getitem__,
 }
 _CUDA = "CUDAExecutionProvider"
+# Batches come in every size, and trying out all of cuDNN's algorithms takes up to 0.2 s the
+# first time that one comes, for little or nothing later (bench/results/gpu.md).
+_CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 
 
@@ -128,7 +131,7 @@ def _session(
     cpu = "CPUExecutionProvider"
     try:
         return onnxruntime.InferenceSession(
-            data, options, providers=[_CUDA, cpu] if use_cuda else [cpu]
+            data, options, providers=[(_CUDA, _CUDA_OPTIONS), cpu] if use_cuda else [cpu]
         )
     except Exception as error:  # onnxruntime's errors share no public base class
         detail = str(error).splitlines()[0]

@@ -1,4 +1,6 @@
-"""What a GPU would be fed, made on the CPU device."""
+"""What a GPU is fed, made on it where there is one, and on the CPU device."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +9,15 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_training.augmentation import Augmentation
-from pic_training.device_samples import DeviceSamples, render_pool, resample, versions_for
+from pic_training.device_samples import (
+    SAMPLES_A_VERSION,
+    DeviceSamples,
+    Pool,
+    resample,
+    versions_for,
+)
 from pic_training.samples import SampleSet
 from pic_training.sources import gather
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +30,18 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
 
 
-@pytest.fixture(scope="module")
-def on_device(samples: SampleSet) -> DeviceSamples:
-    return DeviceSamples(samples, render_pool(samples, 8, 256, 2, CPU))
+GPU = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="PyTorch sees no GPU here"
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU])
+def on_device(samples: SampleSet, request: pytest.FixtureRequest) -> DeviceSamples:
+    device = torch.device(request.param)
+    return DeviceSamples(samples, Pool(samples, 8, 256, 2, device))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 200, 150), (13, 7, 120, 140), (3, 2, 40, 30)])
@@ -63,7 +78,7 @@ def test_samples_are_distributed_as_those_of_the_cpu(
     samples: SampleSet, on_device: DeviceSamples
 ) -> None:
     expected = torch.cat([images for images, _ in samples.load(0, 50, 2)])
-    drawn = torch.cat([images for images, _ in on_device.load(0, 50)])
+    drawn = torch.cat([images.cpu() for images, _ in on_device.load(0, 50)])
     assert drawn.shape == expected.shape
     assert drawn.dtype == torch.uint8
     ours, theirs = statistics(drawn), statistics(expected)
@@ -89,6 +104,21 @@ def test_no_piece_is_smaller_than_the_cpu_makes_it(on_device: DeviceSamples) -> 
     assert 47 <= longer.min() < 60
 
 
+def test_some_versions_are_new_in_every_epoch_and_the_same_after_a_resume(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    fewer = replace(samples, count=SAMPLES_A_VERSION * 121 * 5)  # of 121 pictures
+    whole, resumed = (Pool(fewer, 8, 256, 2, on_device.pool.pixels.device) for _ in "ab")
+    whole.renew(0)
+    before = whole.pixels.clone()
+    whole.renew(1)
+    new = [not torch.equal(before[:, n], whole.pixels[:, n]) for n in range(8)]
+    assert new == [True] * 5 + [False] * 3
+    resumed.renew(1)
+    drawn = [next(DeviceSamples(fewer, pool).load(1, 64))[0] for pool in (whole, resumed)]
+    assert torch.equal(*drawn)
+
+
 def test_a_distribution_that_differs_would_be_noticed(
     samples: SampleSet, on_device: DeviceSamples
 ) -> None:
@@ -103,7 +133,7 @@ def test_a_label_names_the_same_picture_as_on_the_cpu(
     samples: SampleSet, on_device: DeviceSamples
 ) -> None:
     drawn, expected = (
-        torch.cat([labels for _, labels in batches])
+        torch.cat([labels.cpu() for _, labels in batches])
         for batches in (on_device.load(1, 64), samples.load(1, 64, 2))
     )
     assert torch.equal(drawn, expected)

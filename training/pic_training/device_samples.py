@@ -4,12 +4,14 @@ Every picture is rendered on the CPU in several versions, resized and compressed
 the real codec, because nothing else leaves a real codec's traces. The versions lie on
 the device as uint8, each with the crop that it was rendered for. There each sample takes
 one of them, cuts that crop anywhere, and resamples it with Pillow's own filter, in batches.
+Before each epoch the oldest versions give way to new ones.
 """
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import islice, permutations
 
 import numpy as np
 import torch
@@ -32,6 +34,14 @@ from pic_training.sources import Source
 
 MAX_VERSIONS = 16
 
+SAMPLES_A_VERSION = 3
+"""Samples for each version that an epoch renders anew. Those of the first epoch alone, seen
+again and again, cost 0.17 points of accuracy after five (bench/results/gpu.md)."""
+
+RENDERED_BYTES = 512 * 2**20
+"""Pixels cut from at once, as float32: several small batches, which one by one would wait
+for launches rather than for the GPU."""
+
 
 def versions_for(samples: SampleSet, side: int, room: int) -> int:
     """How many versions of each picture fit into `room` bytes; 0: not even one."""
@@ -39,9 +49,8 @@ def versions_for(samples: SampleSet, side: int, room: int) -> int:
     return min(MAX_VERSIONS, room // (pictures * side * side * 3))
 
 
-@dataclass(frozen=True)
 class Pool:
-    """Versions of the pictures to draw from, on the device.
+    """Versions of the pictures to train on, `versions` of each at a time, on the device.
 
     `pixels`: uint8, shape (P, V, side, side, 3), each in the upper left corner;
     `sizes`: int64, shape (P, V, 2), height and width; `crops`, the same, of the piece
@@ -49,62 +58,92 @@ class Pool:
     of `Sources.of`.
     """
 
-    pixels: torch.Tensor
-    sizes: torch.Tensor
-    crops: torch.Tensor
-
-
-def render_pool(
-    samples: SampleSet, versions: int, side: int, workers: int, device: torch.device
-) -> Pool:
-    """Render `versions` of each picture to train on, at most `side` pixels long."""
-    sources = [*samples.sources.of("catalog", "train"),
-               *samples.sources.of("other", "train")]  # fmt: skip
-    shape = (len(sources), versions, side, side, 3)
-    pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
-    sizes = torch.zeros((*shape[:2], 2), dtype=torch.int64)
-    crops = torch.zeros_like(sizes)
-    loader: DataLoader[list[_Version]] = DataLoader(
-        _Versions(samples, sources, versions),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=start_worker,
-    )
-    for number, rendered in enumerate(loader):
-        padded = np.zeros(shape[1:], np.uint8)
-        for version, (image, crop) in enumerate(rendered):
-            height, width = image.shape[:2]
-            padded[version, :height, :width] = image
-            sizes[number, version] = torch.tensor([height, width])
-            crops[number, version] = torch.tensor(crop)
-        pixels[number] = torch.from_numpy(padded)
-    return Pool(pixels, sizes.to(device), crops.to(device))
-
-
-_Version = tuple[NDArray[np.uint8], tuple[int, int]]
-
-
-class _Versions(Dataset[list[_Version]]):
-    def __init__(self, samples: SampleSet, sources: list[Source], versions: int) -> None:
+    def __init__(
+        self,
+        samples: SampleSet,
+        versions: int,
+        side: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        sources = samples.sources
+        self.pictures = [*sources.of("catalog", "train"), *sources.of("other", "train")]
+        shape = (len(self.pictures), versions, side, side, 3)
+        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.sizes = torch.zeros((*shape[:2], 2), dtype=torch.int64, device=device)
+        self.crops = torch.zeros_like(self.sizes)
+        fresh = samples.count // (SAMPLES_A_VERSION * len(self.pictures))
+        self._fresh = min(versions, max(1, fresh))
         self._samples = samples
-        self._sources = sources
-        self._versions = versions
+        self._workers = workers
+        self._held = range(0)
+
+    def renew(self, epoch: int) -> None:
+        """Hold the versions of this epoch: of an endless row a window, which moves on."""
+        begin = epoch * self._fresh
+        wanted = range(begin, begin + self.pixels.shape[1])
+        if missing := [number for number in wanted if number not in self._held]:
+            self._render(missing)
+        self._held = wanted
+
+    def _render(self, numbers: Sequence[int]) -> None:
+        versions = self.pixels.shape[1]
+        slots = torch.tensor([number % versions for number in numbers])
+        loader: DataLoader[_Rendered] = DataLoader(
+            _Versions(self._samples, self.pictures, numbers),
+            batch_size=None,
+            num_workers=self._workers,
+            worker_init_fn=start_worker,
+        )
+        sizes, crops = self.sizes.cpu(), self.crops.cpu()
+        for picture, (flat, extents) in enumerate(loader):
+            sizes[picture, slots], crops[picture, slots] = torch.tensor(extents).unbind(1)
+            lengths = [math.prod(size) * 3 for size, _ in extents]
+            parts = flat.to(self.pixels.device).split(lengths)
+            for slot, part, (size, _) in zip(slots, parts, extents, strict=True):
+                target = self.pixels[picture, slot, : size[0], : size[1]]
+                target.copy_(part.view_as(target))
+        self.sizes.copy_(sizes)
+        self.crops.copy_(crops)
+
+
+_Extent = tuple[int, int]
+"""Height and width in pixels."""
+
+_Rendered = tuple[torch.Tensor, list[tuple[_Extent, _Extent]]]
+"""Versions of a picture: their pixels one after the other, uint8, shape (bytes,), which is
+what goes from process to process; and of each its size and its crop's."""
+
+
+class _Versions(Dataset[_Rendered]):
+    def __init__(
+        self, samples: SampleSet, pictures: list[Source], numbers: Sequence[int]
+    ) -> None:
+        self._samples = samples
+        self._pictures = pictures
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._pictures)
 
-    def __getitem__(self, number: int) -> list[_Version]:
-        image = self._samples.sources.image(self._sources[number])
-        ranges = self._samples.augmentation
-        return [
-            _version(image, np.random.default_rng([self._samples.seed, number, v]), ranges)
-            for v in range(self._versions)
+    def __getitem__(self, place: int) -> _Rendered:
+        picture = self._samples.sources.image(self._pictures[place])
+        drawn = [
+            _version(
+                picture,
+                np.random.default_rng([self._samples.seed, place, number]),
+                self._samples.augmentation,
+            )
+            for number in self._numbers
         ]
+        flat = np.concatenate([image.ravel() for image, _ in drawn])
+        extents = [((image.shape[0], image.shape[1]), crop) for image, crop in drawn]
+        return torch.from_numpy(flat), extents
 
 
 def _version(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation
-) -> _Version:
+) -> tuple[NDArray[np.uint8], _Extent]:
     """The whole picture resized and compressed as a piece cut from it would be.
 
     With it that piece's height and width in its pixels.
@@ -139,6 +178,7 @@ class DeviceSamples:
         Images are uint8 (N, size, size, 3), labels as there, int64 (N,). A sample
         depends on seed, epoch and its number alone.
         """
+        self.pool.renew(epoch)
         device = self.pool.pixels.device
         draw = torch.Generator(device).manual_seed(self.samples.seed * 100_003 + epoch)
         count = self.samples.count
@@ -161,29 +201,48 @@ class DeviceSamples:
         bent = varied & (uniform() < BENT)
         bend = torch.stack([uniform(-BEND, BEND) for _ in range(3)], dim=1)
         exponents = (bend * bent[:, None]).exp()
-        for number in range(first, self.samples.batches(batch_size)):
-            mine = self.samples.share(number, batch_size, processes)
-            part = slice(mine.start, mine.stop)
+
+        def render(part: torch.Tensor) -> torch.Tensor:
             pixels = self.pool.pixels[picture[part], version[part]]
             images = resample(pixels, start[part], length[part], self.samples.size)
             images = images.gather(3, channels[part][:, None, None].expand_as(images))
             images = (images / 255) ** exponents[part][:, None, None] * 255
             flipped = mirrored[part][:, None, None, None]
             images = torch.where(flipped, images.flip(2), images)
-            yield images.round().to(torch.uint8), label[part]
+            return images.round().to(torch.uint8)
+
+        def batches(shares: list[range]) -> list[Batch]:
+            numbers = [torch.arange(share.start, share.stop) for share in shares]
+            part = torch.cat(numbers).to(device)
+            lengths = [len(share) for share in shares]
+            drawn = (torch.split(whole, lengths) for whole in (render(part), label[part]))
+            return list(zip(*drawn, strict=True))
+
+        parts = self._parts(first, batch_size, processes)
+        yield from _ahead(batches, parts, device)
+
+    def _parts(
+        self, first: int, batch_size: int, processes: Processes
+    ) -> Iterator[list[range]]:
+        """This process's shares of the batches from number `first` on, as many at a time
+        as are rendered at once."""
+        shares = (
+            self.samples.share(number, batch_size, processes)
+            for number in range(first, self.samples.batches(batch_size))
+        )
+        one = math.prod(self.pool.pixels.shape[2:]) * 4  # bytes of a version as float32
+        at_once = max(1, RENDERED_BYTES // (one * batch_size))
+        while some := list(islice(shares, at_once)):
+            yield some
 
     def _labels(self) -> torch.Tensor:
         """The label of each picture by its place in the pool."""
         labels = labels_of(self.samples)
-        return torch.tensor([labels[source.path] for source in self._pooled()])
-
-    def _pooled(self) -> list[Source]:
-        sources = self.samples.sources
-        return [*sources.of("catalog", "train"), *sources.of("other", "train")]
+        return torch.tensor([labels[picture.path] for picture in self.pool.pictures])
 
     def _pictures(self, epoch: int) -> torch.Tensor:
         """The picture behind each sample, by its place in the pool, shape (N,)."""
-        position = {source.path: n for n, source in enumerate(self._pooled())}
+        position = {source.path: n for n, source in enumerate(self.pool.pictures)}
         orders = [
             torch.tensor([position[s.path] for s in self.samples.order(kind, epoch)])
             for kind in ("other", "catalog")
@@ -191,6 +250,29 @@ class DeviceSamples:
         number = torch.arange(self.samples.count)
         rounds = [order[number // 2 % len(order)] for order in orders]
         return torch.where(number % 2 == 1, rounds[1], rounds[0])
+
+
+def _ahead(
+    make: Callable[[list[range]], list[Batch]],
+    parts: Iterable[list[range]],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The batches of each part, which a GPU makes while it learns from the part before."""
+    if device.type != "cuda":
+        for part in parts:
+            yield from make(part)
+        return
+    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    made: list[Batch] = []
+    for part in parts:
+        # Memory that it takes may be that of a batch just learned from.
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            following = make(part)
+        yield from made
+        torch.cuda.current_stream().wait_stream(beside)
+        made = following
+    yield from made
 
 
 def resample(

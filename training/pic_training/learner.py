@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pic_training.distributed import Processes
 from pic_training.networks import Naming
+from pic_training.recorded_steps import RecordedSteps
 from pic_training.run_folder import RunConfig, fill, new_network
 from pic_training.samples import Batch
 from pic_training.tasks import task_of
@@ -37,14 +38,20 @@ class Learner:
         learning = self.naming or self.network
         trained = [p for p in learning.parameters() if p.requires_grad]
         self.optimizer = self.task.optimizer(config, trained)
+        # On the device, where a recorded step reads it.
+        self._rate = torch.tensor(config.lr, device=self.device)
         self.processes = processes
         self._forward: nn.Module = learning
         if processes.count > 1:
             self._forward = DistributedDataParallel(learning)
+        self._compiled = self._forward
+        self._recorded: RecordedSteps | None = None
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.suppress_errors = True  # slower, but it trains
-            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+            self._compiled = torch.compile(self._forward)  # type: ignore[assignment]
+            if processes.count == 1 and config.task == "classify":
+                self._recorded = RecordedSteps(self.learn)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -55,12 +62,25 @@ class Learner:
         from `lr` to zero along a half cosine (Loshchilov and Hutter 2017).
         """
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+        self._rate.fill_(self.config.lr * (1 + math.cos(math.pi * share)) / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = self._rate
+        if self._recorded:
+            self._recorded(images, labels)
+        else:
+            self.learn(images, labels, of)
+
+    def learn(
+        self, images: torch.Tensor, labels: torch.Tensor, of: int | None = None
+    ) -> None:
+        """The step itself; without `of`, of a batch that no other process shares."""
+        of = of or len(labels)
+        # An epoch's last batch is not worth the time that compiling for its size takes.
+        forward = self._compiled if of == self.config.batch_size else self._forward
         self.optimizer.zero_grad()
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            made = self._forward(images)
+            made = forward(images)
         outputs = made[0] if self.naming else made
         loss, correct = self.task.loss(outputs.float(), labels)
         self.loss_sum += loss.detach()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
 from pic_daemon.second_look import second_looks
-from pic_training.device_samples import DeviceSamples, render_pool, versions_for
+from pic_training.device_samples import DeviceSamples, Pool, versions_for
 from pic_training.distributed import Processes, join
 from pic_training.feature_samples import FeatureSamples, unaltered
 from pic_training.fine_tuning import features_of
@@ -251,9 +251,7 @@ class _Run:
         if not versions:
             self._say("too many pictures for the device: the CPU renders the samples")
             return
-        pool = render_pool(
-            self.train_set, versions, side, self.workers, self.learner.device
-        )
+        pool = Pool(self.train_set, versions, side, self.workers, self.learner.device)
         self.on_device = DeviceSamples(self.train_set, pool)
 
     def _train_epoch(self) -> None:
@@ -262,13 +260,17 @@ class _Run:
         self.learner.network.train()
         of, batches = self.train_set.count, self.train_set.batches(size)
         # Asking a GPU for news makes it wait.
-        news_every = 1 if self.config.device == "cpu" else 16
+        news_every = 1 if self.config.device == "cpu" else 64
+        waits = True
         with self._bar("train", of, progress.batch * size) as show:
             loader = self._train_batches()
             while True:
                 asked = time.monotonic()
                 batch = next(loader, None)
-                waited += time.monotonic() - asked
+                if waits:
+                    waited += time.monotonic() - asked
+                # A GPU makes its own without a wait, once its pictures are rendered.
+                waits = self.on_device is None
                 if batch is None:
                     break
                 whole = min(size, of - progress.batch * size)
