@@ -1,6 +1,6 @@
-"""How fast a model file scores, by batch size: from host memory as the service does; the
-same with IO binding, images copied into memory held on the device; and with images and
-scores that stay there, which is the limit.
+"""How fast a model file scores, by batch size: from host memory, as the service does, which
+on a GPU keeps to one size; the same with IO binding, images copied into memory held on the
+device; and with images and scores that stay there, which is the limit.
 
     python bench/inference.py MODEL.onnx... --provider cuda --output inference.json
 

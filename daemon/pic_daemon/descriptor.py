@@ -17,8 +17,10 @@ from pic_daemon.images import Pixels
 from pic_daemon.onnx_session import (
     Format,
     Provider,
+    batch_for,
     from_metadata,
     open_session,
+    run,
     to_metadata,
 )
 
@@ -74,8 +76,7 @@ class Descriptor:
 
     def describe(self, images: Pixels) -> NDArray[np.float32]:
         """Embeddings, shape (N, D), each of length one, for uint8 images (N, H, W, 3)."""
-        (embedding,) = self.session.run(["embedding"], {"images": images})
-        return np.asarray(embedding, dtype=np.float32)
+        return run(self.session, "embedding", images, batch_for(self.provider))
 
 
 def load_descriptor(

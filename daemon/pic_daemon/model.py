@@ -21,8 +21,10 @@ from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.onnx_session import (
     Format,
     Provider,
+    batch_for,
     from_metadata,
     open_session,
+    run,
     to_metadata,
 )
 from pic_daemon.second_look import second_looks
@@ -103,8 +105,7 @@ class Model:
 
     def score(self, images: Pixels) -> NDArray[np.float32]:
         """Probability in [0, 1], shape (N,), for uint8 images of shape (N, H, W, 3)."""
-        (scores,) = self.session.run(["score"], {"images": images})
-        return np.asarray(scores, dtype=np.float32)
+        return run(self.session, "score", images, batch_for(self.provider))
 
     def second_score(self, images: Pixels, sure: float) -> NDArray[np.float32]:
         """As `score`, with a second look at each image that scores below `sure`.

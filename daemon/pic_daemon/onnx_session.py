@@ -1,4 +1,4 @@
-"""Opening one of our ONNX files: its bytes, its metadata, and a session on a provider."""
+"""One of our ONNX files: its bytes, its metadata, and a session on a provider."""
 
 import ctypes
 import hashlib
@@ -6,9 +6,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
+from pic_daemon.images import Pixels
 
 Provider = Literal["auto", "cpu", "cuda"]
 _PARSERS: dict[Any, Any] = {
@@ -17,9 +20,14 @@ _PARSERS: dict[Any, Any] = {
     bool: {"True": True, "False": False}.__getitem__,
 }
 _CUDA = "CUDAExecutionProvider"
-# Batches come in every size, and trying out all of cuDNN's algorithms takes up to 0.2 s the
-# first time that one comes, for little or nothing later (bench/results/gpu.md).
+# Trying out all of cuDNN's algorithms takes up to 0.2 s, for little or nothing later
+# (bench/results/gpu.md).
 _CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+
+GPU_BATCH = 32
+"""Images of each run on a GPU, where a run of another size than the one before has every
+convolution prepared anew, in 0.1 to 0.2 s (github.com/microsoft/onnxruntime/issues/23006;
+bench/results/gpu.md)."""
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 
 
@@ -82,6 +90,36 @@ def open_session(path: Path, provider: Provider = "auto", threads: int = 0) -> O
         reason = f"CUDA does not load: {cuda_problem}" if cuda_problem else "CUDA loads"
     metadata = session.get_modelmeta().custom_metadata_map
     return Opened(hashlib.sha256(data).hexdigest(), metadata, session, active, reason)
+
+
+def batch_for(provider: str) -> int | None:
+    """How many images a run on this execution provider takes; None: any number."""
+    return GPU_BATCH if provider == _CUDA else None
+
+
+def run(
+    session: onnxruntime.InferenceSession, output: str, images: Pixels, batch: int | None
+) -> NDArray[np.float32]:
+    """The `output` of uint8 images (N, H, W, 3), float32, shape (N, ...).
+
+    With a `batch` all runs have that size, the last one filled up with black images.
+    """
+    if batch is None or not len(images):
+        return _run(session, output, images)
+    made = []
+    for begin in range(0, len(images), batch):
+        part = images[begin : begin + batch]
+        full = np.zeros((batch, *images.shape[1:]), np.uint8)
+        full[: len(part)] = part
+        made.append(_run(session, output, full)[: len(part)])
+    return np.concatenate(made)
+
+
+def _run(
+    session: onnxruntime.InferenceSession, output: str, images: Pixels
+) -> NDArray[np.float32]:
+    (made,) = session.run([output], {"images": images})
+    return np.asarray(made, dtype=np.float32)
 
 
 def to_metadata(info: _Info, kind: Format) -> dict[str, str]:

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from pic_daemon.errors import InputError
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import ModelInfo, load_model
+from pic_daemon.onnx_session import open_session, run
 from pic_daemon.second_look import second_looks
 
 
@@ -22,6 +23,20 @@ def test_scores_are_one_probability_per_image(model_file: Path) -> None:
     scores = load_model(model_file).score(images)
     assert scores.dtype == np.float32
     assert scores == pytest.approx([0.0, 0.2, 1.0])
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 11])
+def test_where_runs_have_one_size_the_scores_are_the_same(
+    model_file: Path, tmp_path: Path, count: int
+) -> None:
+    proto = onnx.load(model_file)
+    for end in (proto.graph.input[0], proto.graph.output[0]):
+        end.type.tensor_type.shape.dim[0].dim_value = 4  # and no other
+    onnx.save(proto, tmp_path / "fixed.onnx")
+    session = open_session(tmp_path / "fixed.onnx", "cpu").session
+    images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    expected = load_model(model_file, "cpu").score(images)
+    assert np.array_equal(run(session, "score", images, 4), expected)
 
 
 def test_the_verdict_takes_the_threshold_itself_as_a_match(model_file: Path) -> None:
