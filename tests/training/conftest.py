@@ -1,9 +1,14 @@
 """What tests of several modules train on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pictures import write_products
+
+from pic_training.cli import _config
+from pic_training.run_folder import RunConfig
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_products(home / "catalog", range(6))
     write_products(home / "others", range(100, 130))
     return home
+
+
+@pytest.fixture(scope="session")
+def config_of(folders: Path) -> Callable[..., RunConfig]:
+    """The settings of a small run on the drawn pictures, some of them changed."""
+
+    def make(**changes: Any) -> RunConfig:
+        given: dict[str, Any] = {
+            "catalog": folders / "catalog", "others": folders / "others", "arch": None,
+            "others_val": None, "corrections": None, "task": "classify", "epochs": 1,
+            "train_images": 640, "val_images": 256, "batch_size": 32, "lr": None,
+            "head_start": 0, "stages": None, "seed": 0, "device": "cpu", "weights": None,
+            "precision": "fp32", "target_fpr": 0.05, "dimensions": None, "naming": None,
+        }  # fmt: skip
+        return _config(**given | changes)
+
+    return make

@@ -1,7 +1,12 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 
 from pic_training.fine_tuning import features_of, fit_head
 from pic_training.networks import ARCHITECTURES, Normalised
+from pic_training.run_folder import RunConfig
 
 
 def test_the_fitted_head_scores_as_its_loss_says_and_the_trunk_is_untouched() -> None:
@@ -24,3 +29,18 @@ def test_the_fitted_head_scores_as_its_loss_says_and_the_trunk_is_untouched() ->
     assert abs(float(served) - loss) < 1e-4
     assert bool(((logits > 0) == (labels > 0.5)).all())
     assert all(torch.equal(trunk[k], v) for k, v in network.trunk.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes, rate",
+    [
+        ({"weights": "none"}, 0.01),
+        ({"weights": "imagenet"}, 0.001),
+        ({"weights": "imagenet", "head_start": 100}, 0.0001),
+        ({"weights": "imagenet", "lr": 0.5}, 0.5),
+    ],
+)
+def test_a_trunk_that_has_learned_before_is_taught_more_slowly(
+    config_of: Callable[..., RunConfig], changes: dict[str, Any], rate: float
+) -> None:
+    assert config_of(arch="resnet50", **changes).lr == rate

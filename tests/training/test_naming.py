@@ -13,7 +13,6 @@ import torch
 from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
 from pic_training.augmentation import Augmentation
-from pic_training.cli import _config
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
 from pic_training.networks import MARGIN, SCALE, Naming, Recogniser
@@ -22,15 +21,7 @@ from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def config(folders: Path, naming: float, arch: str) -> RunConfig:
-    return _config(
-        catalog=folders / "catalog", others=folders / "others", others_val=None, epochs=1,
-        corrections=None, train_images=640, val_images=256, batch_size=32, lr=None,
-        head_start=0, stages=None, seed=0, precision="fp32", target_fpr=0.05, arch=arch,
-        device="cpu", task="classify", dimensions=None, weights=None, naming=naming,
-    )  # fmt: skip
+Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +33,20 @@ def batches(folders: Path) -> list[Batch]:
     return list(samples.load(0, 32, 1))
 
 
-def learner(folders: Path, naming: float, arch: str = "cnn") -> Learner:
-    torch.manual_seed(0)
-    return Learner(config(folders, naming, arch), ALONE, items=6)
+@pytest.fixture
+def learner(config_of: Config) -> Callable[..., Learner]:
+    def make(naming: float, arch: str = "cnn") -> Learner:
+        torch.manual_seed(0)
+        return Learner(config_of(naming=naming, arch=arch), ALONE, items=6)
+
+    return make
 
 
 @pytest.mark.parametrize("arch", ["cnn", "resnet8"])
 def test_it_is_learned_which_picture_a_sample_is_of(
-    folders: Path, batches: list[Batch], arch: str
+    learner: Callable[..., Learner], batches: list[Batch], arch: str
 ) -> None:
-    taught, untaught = (learner(folders, naming, arch) for naming in (1, 0))
+    taught, untaught = (learner(naming, arch) for naming in (1, 0))
     assert taught.naming and not untaught.naming
     for _ in range(3):
         for batch in batches:
@@ -66,9 +61,9 @@ def test_it_is_learned_which_picture_a_sample_is_of(
 
 
 def test_the_network_starts_and_ends_as_one_that_learns_no_names(
-    folders: Path, batches: list[Batch]
+    learner: Callable[..., Learner], batches: list[Batch]
 ) -> None:
-    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    taught, untaught = (learner(naming) for naming in (1, 0))
     before = untaught.network.state_dict()
     assert all(
         torch.equal(before[key], value)
@@ -79,9 +74,9 @@ def test_the_network_starts_and_ends_as_one_that_learns_no_names(
 
 
 def test_what_names_are_worth_is_not_in_the_loss_that_is_told(
-    folders: Path, batches: list[Batch]
+    learner: Callable[..., Learner], batches: list[Batch]
 ) -> None:
-    taught, untaught = (learner(folders, naming) for naming in (1, 0))
+    taught, untaught = (learner(naming) for naming in (1, 0))
     for learns in (taught, untaught):
         learns.step(batches[0], 32, 0)
     assert taught.take_totals() == untaught.take_totals()
@@ -89,9 +84,9 @@ def test_what_names_are_worth_is_not_in_the_loss_that_is_told(
 
 @pytest.mark.parametrize("arch", ["cnn", "resnet8"])
 def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
-    folders: Path, batches: list[Batch], arch: str
+    learner: Callable[..., Learner], batches: list[Batch], arch: str
 ) -> None:
-    whole, rest = (learner(folders, 1, arch) for _ in range(2))
+    whole, rest = (learner(1, arch) for _ in range(2))
     for batch in batches[:4]:
         whole.step(batch, 32, 0)
     rest.restore(deepcopy(whole.state()), Path("last.pt"))
@@ -104,8 +99,8 @@ def test_a_learner_goes_on_from_its_state_to_the_very_same_result(
 
 
 @torch.no_grad()
-def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(folders: Path) -> None:
-    network = new_network(config(folders, 1, "resnet8"), "none", 6).eval()
+def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(config_of: Config) -> None:
+    network = new_network(config_of(naming=1, arch="resnet8"), "none", 6).eval()
     assert isinstance(network, Recogniser)
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
     logits, names = network.name(network.features(images))
@@ -116,16 +111,18 @@ def test_a_recogniser_decides_by_the_odds_of_any_picture_to_none(folders: Path) 
     assert torch.allclose(network(images), logits - 3, atol=1e-4)
 
 
-def test_a_copy_is_to_be_nearer_to_its_own_picture_by_a_margin(folders: Path) -> None:
-    network = new_network(config(folders, 1, "resnet8"), "none", 3)
+def test_a_copy_is_to_be_nearer_to_its_own_picture_by_a_margin(config_of: Config) -> None:
+    network = new_network(config_of(naming=1, arch="resnet8"), "none", 3)
     cosines = torch.tensor([[0.5 + MARGIN, 0.5, 0.5], [0.9, 0.9, 0.9]])
     labels = torch.tensor([1, 0])  # the second is a decoy
     loss = Naming(network, 3).loss(SCALE * cosines, labels)
     assert loss.item() == pytest.approx(math.log(3), abs=1e-4)
 
 
-def test_the_level_of_none_starts_even_and_does_not_decay(folders: Path) -> None:
-    taught = learner(folders, 1, "resnet8")
+def test_the_level_of_none_starts_even_and_does_not_decay(
+    learner: Callable[..., Learner],
+) -> None:
+    taught = learner(1, "resnet8")
     network = taught.network
     assert isinstance(network, Recogniser)
     assert network.none.item() == pytest.approx(math.log(6))
@@ -137,14 +134,16 @@ def test_the_level_of_none_starts_even_and_does_not_decay(folders: Path) -> None
     assert decays[id(network.none)] == 0 < decays[id(network.head.weight)]
 
 
-def test_weights_of_another_network_are_refused(folders: Path) -> None:
-    plain, taught = (new_network(config(folders, n, "resnet8"), "none", 6) for n in (0, 1))
+def test_weights_of_another_network_are_refused(config_of: Config) -> None:
+    plain, taught = (
+        new_network(config_of(naming=n, arch="resnet8"), "none", 6) for n in (0, 1)
+    )
     with pytest.raises(InputError, match=r"run/last.pt is of a version whose network was"):
         fill(taught, plain.state_dict(), Path("run/last.pt"))
 
 
-def test_a_resnet8_that_names_nothing_ends_in_one_number(folders: Path) -> None:
-    network = new_network(config(folders, 0, "resnet8"), "none", 6)
+def test_a_resnet8_that_names_nothing_ends_in_one_number(config_of: Config) -> None:
+    network = new_network(config_of(naming=0, arch="resnet8"), "none", 6)
     assert not isinstance(network, Recogniser) and network.head.out_features == 1
 
 

@@ -1,14 +1,15 @@
 """Steps recorded on a GPU against the same steps one kernel at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from pic_training.augmentation import Augmentation
-from pic_training.cli import _config
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
+from pic_training.run_folder import RunConfig
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
@@ -27,22 +28,20 @@ def batches(folders: Path) -> list[Batch]:
     return list(samples.load(0, 32, 2))
 
 
-def learner(folders: Path, arch: str, naming: float) -> Learner:
-    torch.manual_seed(0)
-    config = _config(
-        arch=arch, naming=naming, device="cuda", precision="fp32", batch_size=32, epochs=1,
-        catalog=folders / "catalog", others=folders / "others", others_val=None, seed=0,
-        corrections=None, task="classify", dimensions=None, stages=None, weights=None,
-        lr=None, head_start=0, train_images=1000, val_images=256, target_fpr=0.05,
-    )  # fmt: skip
-    return Learner(config, ALONE, items=6)
+@pytest.fixture
+def learner(config_of: Callable[..., RunConfig]) -> Callable[..., Learner]:
+    def make(arch: str, naming: float) -> Learner:
+        torch.manual_seed(0)
+        return Learner(config_of(arch=arch, naming=naming, device="cuda"), ALONE, items=6)
+
+    return make
 
 
 @pytest.mark.parametrize("arch, naming", [("cnn", 0.0), ("resnet8", 1.0)])
 def test_recorded_steps_learn_what_the_steps_themselves_do(
-    folders: Path, batches: list[Batch], arch: str, naming: float
+    learner: Callable[..., Learner], batches: list[Batch], arch: str, naming: float
 ) -> None:
-    recorded, plain = (learner(folders, arch, naming) for _ in range(2))
+    recorded, plain = (learner(arch, naming) for _ in range(2))
     for images, labels in batches:
         recorded.step((images, labels), len(labels), 0.0)
         plain.learn(images.cuda(), labels.cuda())
@@ -55,9 +54,9 @@ def test_recorded_steps_learn_what_the_steps_themselves_do(
 
 
 def test_a_recorded_step_takes_the_rate_of_its_time(
-    folders: Path, batches: list[Batch]
+    learner: Callable[..., Learner], batches: list[Batch]
 ) -> None:
-    learns = learner(folders, "cnn", 0.0)
+    learns = learner("cnn", 0.0)
 
     def weights_after(batch: Batch, share: float) -> torch.Tensor:
         learns.step(batch, 32, share)

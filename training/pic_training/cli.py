@@ -86,7 +86,8 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
     "--lr",
     type=FiniteRange(0, min_open=True),
     help="At the start; falls to zero along a half cosine [classify: cnn and resnet8 0.05, "
-    "resnet50 0.01, after a head start 0.0001; describe: cnn 0.001, resnet50 0.0001].",
+    "resnet50 0.001, from no weights 0.01, after a head start 0.0001; describe: cnn 0.001, "
+    "resnet50 0.0001].",
 )
 @click.option(
     "--target-fpr",
@@ -234,6 +235,7 @@ def _config(**options: Any) -> "RunConfig":
     batch = 1024 if describes and architecture.stages and not stages else None
     if not describes and options["dimensions"]:
         raise InputError("--dimensions goes with --task describe.")
+    learned_lr = architecture.learned_lr if weights != "none" else None
     fitted_lr = architecture.fitted_lr if options["head_start"] else None
     naming = options["naming"]
     config = RunConfig(
@@ -244,7 +246,7 @@ def _config(**options: Any) -> "RunConfig":
         train_images=options["train_images"],
         val_images=options["val_images"],
         batch_size=options["batch_size"] or batch or architecture.batch_size,
-        lr=options["lr"] or fitted_lr or architecture.lr,
+        lr=options["lr"] or fitted_lr or learned_lr or architecture.lr,
         momentum=architecture.momentum,
         head_start=options["head_start"],
         stages=stages,

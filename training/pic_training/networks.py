@@ -31,8 +31,9 @@ class Architecture:
     `trunk` builds what turns normalised images into `features` numbers each;
     `stages` names the parts of it that fine-tuning may freeze, first to last. `mean`
     and `std` normalise RGB in [0, 1]; `lr`, `momentum`, `batch_size` and `weight_decay`
-    are the defaults for the optimizer, `fitted_lr` that of the rate where the head was
-    fitted first, which a higher one undoes (bench/results/published-protocol.md).
+    are the defaults for the optimizer. Of the rate there are others where the trunk has
+    learned before, and where the head was fitted to it as well: a higher one undoes what
+    they know (bench/results/published-protocol.md), `learned_lr` and `fitted_lr`.
     Where pictures of the catalog are named, with `prototypes` it is the head that does so.
     """
 
@@ -45,6 +46,7 @@ class Architecture:
     lr: float
     momentum: float
     batch_size: int
+    learned_lr: float | None = None
     fitted_lr: float | None = None
     weight_decay: float = 0.0
     prototypes: bool = False
@@ -318,6 +320,7 @@ ARCHITECTURES = {
         lr=0.01,
         momentum=0.9,
         batch_size=32,
+        learned_lr=0.001,
         fitted_lr=0.0001,
     ),
 }
@@ -333,6 +336,7 @@ DESCRIBERS = {
         lr=0.0001,
         momentum=0.9,
         batch_size=128,
+        learned_lr=None,
         fitted_lr=None,
     ),
 }
