@@ -1,11 +1,14 @@
 """What tests of several modules train on."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BIN
 from pictures import write_products
+from small_run import options
 
 from pic_training.cli import _config
 from pic_training.run_folder import RunConfig
@@ -35,3 +38,22 @@ def config_of(folders: Path) -> Callable[..., RunConfig]:
         return _config(**given | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(folders: Path) -> Path:
+    """A run folder that no test alters."""
+    out = folders / "run"
+    command = [str(BIN / "pic-train"), *options(folders, out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(finished: Path) -> Path:
+    """Its model, alone in a folder."""
+    output = finished.with_name("exported") / "model.onnx"
+    command = [BIN / "pic-export", finished, "--output", output]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "256 real samples score as in PyTorch" in result.stdout
+    return output

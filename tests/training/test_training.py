@@ -1,4 +1,4 @@
-"""pic-train and pic-export as a user runs them, on a small scale."""
+"""pic-train as a user runs it, on a small scale."""
 
 import csv
 import json
@@ -10,44 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import BIN
 from pictures import write_products
+from small_run import options
 
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import Model, Verdict, load_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def options(folders: Path, out: Path, **changes: object) -> list[str]:
-    given: dict[str, object] = {
-        "catalog": folders / "catalog", "others": folders / "others", "out": out,
-        "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
-        "workers": 1, "target-fpr": 0.05, **changes,
-    }  # fmt: skip
-    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-
-
-@pytest.fixture(scope="module")
-def finished(folders: Path) -> Path:
-    """A run folder that no test alters."""
-    out = folders / "run"
-    command = [str(BIN / "pic-train"), *options(folders, out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return out
-
-
-@pytest.fixture(scope="module")
-def exported(finished: Path) -> Path:
-    """Its model, alone in a folder."""
-    output = finished.with_name("exported") / "model.onnx"
-    command = [BIN / "pic-export", finished, "--output", output]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "256 real samples score as in PyTorch" in result.stdout
-    return output
 
 
 def test_a_run_folder_holds_everything_about_the_run(finished: Path) -> None:
@@ -416,135 +388,3 @@ def test_a_validation_loss_that_is_no_number_keeps_no_checkpoint(
     assert result.returncode == 2
     assert "start again with a smaller --lr" in result.stderr
     assert not list((tmp_path / "run").glob("*.pt"))
-
-
-def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
-    finished: Path, exported: Path
-) -> None:
-    assert [path.name for path in exported.parent.iterdir()] == ["model.onnx"]  # one file
-    model = load_model(exported, "cpu")
-    report = json.loads((finished / "report.json").read_text())
-    assert model.info.threshold == report["threshold"]
-    assert model.info.catalog_digest == report["catalog_digest"]
-    assert (model.info.catalog_size, model.info.input_size) == (6, 64)
-    with np.load(finished / "validation.npz") as stored:
-        logits, labels = stored["scores"], stored["labels"]
-    scores = model.score(np.load(finished / "parity.npy"))
-    calibrated = logits[:256] / report["temperature"] + report["bias"]
-    assert np.abs(scores - 1 / (1 + np.exp(-calibrated))).max() < 1e-4
-    assert (model.info.temperature, model.info.bias) == (
-        report["temperature"], report["bias"],
-    )  # fmt: skip
-    assert len(labels) == 256
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_another_precision_is_smaller_and_says_what_it_costs(
-    run_tool: Run, finished: Path, exported: Path, tmp_path: Path, precision: str
-) -> None:
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
-    output = tmp_path / "model.onnx"
-    options = ["--output", output, "--precision", precision, "--max-loss", 0.5]
-    result = run_tool("pic-export", run, *options)
-    assert result.returncode == 0, result.stderr
-    assert output.stat().st_size < 0.6 * exported.stat().st_size
-    assert (
-        f"{precision} against fp32, on the run's test pictures: accuracy" in result.stdout
-    )
-    if precision == "int8":  # a ReLU that is left computes in fp32
-        assert "Relu" not in {node.op_type for node in onnx.load(output).graph.node}
-        assert what_decides_is_exact(output)
-
-    images = np.load(run / "parity.npy")
-    plain, other = (load_model(path, "cpu") for path in (exported, output))
-    assert other.info.precision == precision
-    assert np.abs(plain.score(images) - other.score(images)).max() < 0.1
-    cost = json.loads((run / f"export-{precision}.json").read_text())
-    assert other.info.threshold == cost["threshold"]
-    assert other.info.fpr == cost["after"]["false_positive_rate"]["value"]
-    assert cost["before"]["recall"]["value"] == pytest.approx(
-        json.loads((run / "report.json").read_text())["recall"]["value"]
-    )
-
-
-def test_a_precision_that_costs_too_much_is_refused(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pic_daemon.errors import InputError
-    from pic_training import precision
-    from pic_training.export import export_run
-
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
-    output = tmp_path / "model.onnx"
-    # A range learnt from nothing but grey cuts off what real pictures stir up.
-    blind = precision._Samples
-    monkeypatch.setattr(
-        precision, "_Samples", lambda images: blind(np.full_like(images, 128))
-    )
-    with pytest.raises(InputError, match=r"falls by .* more than the 2.00% allowed"):
-        export_run(run, output, "int8")
-    assert not output.exists()
-
-
-def test_a_resnet50_is_trained_and_exported_alike(
-    run_tool: Run, folders: Path, tmp_path: Path
-) -> None:
-    changes = {"arch": "resnet50", "weights": "none", "epochs": 1, "train-images": 8,
-               "batch-size": 8, "head-start": 16, "stages": 1}  # fmt: skip
-    trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
-    assert trained.returncode == 0, trained.stderr
-    assert "head fitted on 16 samples" in trained.stdout
-    output = tmp_path / "model.onnx"
-    exported = run_tool("pic-export", tmp_path / "run", "--output", output)
-    assert exported.returncode == 0, exported.stderr
-    info = load_model(output, "cpu").info
-    assert (info.architecture, info.input_size) == ("resnet50", 224)
-
-
-def test_the_cnn_is_trained_and_exported_in_int8_alike(
-    run_tool: Run, folders: Path, tmp_path: Path
-) -> None:
-    changes = {"arch": "cnn", "epochs": 1}
-    trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
-    assert trained.returncode == 0, trained.stderr
-    output = tmp_path / "model.onnx"
-    exported = run_tool("pic-export", tmp_path / "run", "--output", output,
-                        "--precision", "int8", "--max-loss", 1)  # fmt: skip
-    assert exported.returncode == 0, exported.stderr
-    info = load_model(output, "cpu").info
-    assert (info.architecture, info.input_size) == ("cnn", 64)
-    assert what_decides_is_exact(output)
-
-
-def what_decides_is_exact(model: Path) -> bool:
-    """Whether the last layer's inputs come from nothing that int8 rounded."""
-    nodes = onnx.load(model).graph.node
-    made_by = {name: node.op_type for node in nodes for name in node.output}
-    decides = [node for node in nodes if node.op_type in ("Gemm", "MatMul")][-1]
-    return "DequantizeLinear" not in {made_by.get(name) for name in decides.input}
-
-
-def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pic_daemon.errors import InputError
-    from pic_training import export
-
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)  # no two runtimes agree to the last bit
-    with pytest.raises(
-        InputError, match=r"disagrees with PyTorch: its scores differ by up to"
-    ):
-        export.export_run(finished, tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_export_refuses_what_is_no_finished_run(run_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    cases = {"none": "does not exist", "empty": "holds no finished epoch"}
-    for name, sentence in cases.items():
-        result = run_here(
-            "pic-export", tmp_path / name, "--output", tmp_path / "model.onnx"
-        )
-        assert result.returncode == 2
-        assert sentence in result.stderr
-    assert not (tmp_path / "model.onnx").exists()

@@ -1,0 +1,13 @@
+"""A training run as small as one can be."""
+
+from pathlib import Path
+
+
+def options(folders: Path, out: Path, **changes: object) -> list[str]:
+    """What pic-train is told, some of it changed."""
+    given: dict[str, object] = {
+        "catalog": folders / "catalog", "others": folders / "others", "out": out,
+        "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
+        "workers": 1, "target-fpr": 0.05, **changes,
+    }  # fmt: skip
+    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
