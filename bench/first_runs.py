@@ -2,7 +2,7 @@
 
     python bench/first_runs.py MODEL.onnx...
 
-The service's batches come in every size up to its own. Prints for each model and way of
+The service keeps to one size for this. Prints for each model and way of
 choosing the milliseconds of all first runs, of the longest after the first size's, and of
 later runs, the least of five.
 """

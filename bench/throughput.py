@@ -168,21 +168,23 @@ def service(
         process = subprocess.Popen(
             [*map(str, command)], stderr=stream, start_new_session=True
         )
-    while "ready" not in log.read_text():
-        time.sleep(0.01)
-    ready = time.time()
-    _, main_before, workers_before = usage(process.pid)
-    rss = 0
-    done: tuple[int, str | None] = (0, None)
-    while done[0] < count:
-        time.sleep(0.25)
-        assert process.poll() is None, "the service ended"
-        done = ask(database)
-        resident, main_s, workers_s = usage(process.pid)
-        rss = max(rss, resident)
-    stages = scrape()
-    process.terminate()
-    process.wait()
+    try:
+        while "ready" not in log.read_text():
+            time.sleep(0.01)
+        ready = time.time()
+        _, main_before, workers_before = usage(process.pid)
+        rss = 0
+        done: tuple[int, str | None] = (0, None)
+        while done[0] < count:
+            time.sleep(0.25)
+            assert process.poll() is None, "the service ended"
+            done = ask(database)
+            resident, main_s, workers_s = usage(process.pid)
+            rss = max(rss, resident)
+        stages = scrape()
+    finally:
+        process.terminate()
+        process.wait()
     assert done[1]
     took = datetime.fromisoformat(done[1]).timestamp() - ready
     return {

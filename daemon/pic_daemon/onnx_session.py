@@ -20,9 +20,6 @@ _PARSERS: dict[Any, Any] = {
     bool: {"True": True, "False": False}.__getitem__,
 }
 _CUDA = "CUDAExecutionProvider"
-# Trying out all of cuDNN's algorithms takes up to 0.2 s, for little or nothing later
-# (bench/results/gpu.md).
-_CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
 GPU_BATCH = 32
 """Images of each run on a GPU, where a run of another size than the one before has every
@@ -169,7 +166,7 @@ def _session(
     cpu = "CPUExecutionProvider"
     try:
         return onnxruntime.InferenceSession(
-            data, options, providers=[(_CUDA, _CUDA_OPTIONS), cpu] if use_cuda else [cpu]
+            data, options, providers=[_CUDA, cpu] if use_cuda else [cpu]
         )
     except Exception as error:  # onnxruntime's errors share no public base class
         detail = str(error).splitlines()[0]

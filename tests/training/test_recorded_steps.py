@@ -45,6 +45,7 @@ def test_recorded_steps_learn_what_the_steps_themselves_do(
     for images, labels in batches:
         recorded.step((images, labels), len(labels), 0.0)
         plain.learn(images.cuda(), labels.cuda())
+    assert recorded.recorded and recorded.recorded.graph
     losses = [learns.take_totals()[0] for learns in (recorded, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     ours, theirs = (learns.network.state_dict() for learns in (recorded, plain))
@@ -64,5 +65,6 @@ def test_a_recorded_step_takes_the_rate_of_its_time(
 
     for batch in batches[:8]:
         before = weights_after(batch, 0.0)
+    assert learns.recorded and learns.recorded.graph
     assert torch.equal(before, weights_after(batches[8], 1.0))  # the rate falls to zero
     assert not torch.equal(before, weights_after(batches[9], 0.0))

@@ -18,6 +18,7 @@ from small_run import options
 
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import Model, Verdict, load_model
+from pic_training.learner import Learner
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -296,7 +297,7 @@ def test_a_run_begun_before_there_was_an_option_goes_on(
 ) -> None:
     older = tmp_path / "older"
     given = options(folders, older, epochs=1)
-    begun = {"arch": "cnn", "naming": 0}  # by default, then
+    begun = {"arch": "cnn", "naming": 0, "lr": 0.02}  # by default, then
     options_then = options(folders, older, epochs=1, **begun)
     assert run_tool("pic-train", *options_then).returncode == 0
     config = json.loads((older / "config.json").read_text())
@@ -377,6 +378,18 @@ def test_a_learning_rate_that_explodes_ends_with_a_sentence(
     assert result.returncode == 2
     assert "start again with a smaller --lr" in result.stderr
     assert not (tmp_path / "run" / "sources.rgb").exists()
+
+
+def test_a_step_that_does_not_fit_on_the_gpu_ends_with_a_sentence(
+    run_here: Run, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Learner, "step", too_large)
+    result = run_here("pic-train", *options(folders, tmp_path / "run"))
+    assert result.returncode == 2
+    assert "does not hold a step of 64 images" in result.stderr
 
 
 def test_a_validation_loss_that_is_no_number_keeps_no_checkpoint(

@@ -184,7 +184,8 @@ def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     if not (out / "config.json").exists():
         return {}
     stored = {"naming": 0.0} | read_json(out / "config.json")
-    return {name: stored.get(name) for name in ("arch", "naming") if options[name] is None}
+    defaults = ("arch", "naming", "lr")
+    return {name: stored.get(name) for name in defaults if options[name] is None}
 
 
 def _check_place(out: Path, config: "RunConfig") -> None:

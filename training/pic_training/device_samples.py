@@ -36,7 +36,7 @@ MAX_VERSIONS = 16
 
 SAMPLES_A_VERSION = 3
 """Samples for each version that an epoch renders anew. Those of the first epoch alone, seen
-again and again, cost 0.17 points of accuracy after five (bench/results/gpu.md)."""
+again and again, left twice the loss after five (bench/results/gpu.md)."""
 
 RENDERED_BYTES = 512 * 2**20
 """Pixels cut from at once, as float32: several small batches, which one by one would wait
@@ -72,6 +72,12 @@ class Pool:
         self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.sizes = torch.zeros((*shape[:2], 2), dtype=torch.int64, device=device)
         self.crops = torch.zeros_like(self.sizes)
+        # One for all epochs: memory goes back to the stream that it was taken for.
+        self.beside = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if device.type == "cuda"
+            else None
+        )
         fresh = samples.count // (SAMPLES_A_VERSION * len(self.pictures))
         self._fresh = min(versions, max(1, fresh))
         self._samples = samples
@@ -219,7 +225,7 @@ class DeviceSamples:
             return list(zip(*drawn, strict=True))
 
         parts = self._parts(first, batch_size, processes)
-        yield from _ahead(batches, parts, device)
+        yield from _ahead(batches, parts, self.pool.beside)
 
     def _parts(
         self, first: int, batch_size: int, processes: Processes
@@ -255,24 +261,27 @@ class DeviceSamples:
 def _ahead(
     make: Callable[[list[range]], list[Batch]],
     parts: Iterable[list[range]],
-    device: torch.device,
+    beside: torch.cuda.Stream | None,
 ) -> Iterator[Batch]:
     """The batches of each part, which a GPU makes while it learns from the part before."""
-    if device.type != "cuda":
+    if not beside:
         for part in parts:
             yield from make(part)
         return
-    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream()
     made: list[Batch] = []
-    for part in parts:
-        # Memory that it takes may be that of a batch just learned from.
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            following = make(part)
+    try:
+        for part in parts:
+            # Memory that it takes may be that of a batch just learned from.
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                following = make(part)
+            yield from made
+            current.wait_stream(beside)
+            made = following
         yield from made
-        torch.cuda.current_stream().wait_stream(beside)
-        made = following
-    yield from made
+    finally:  # what it still reads is given back when this ends
+        current.wait_stream(beside)
 
 
 def resample(

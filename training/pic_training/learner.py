@@ -45,13 +45,13 @@ class Learner:
         if processes.count > 1:
             self._forward = DistributedDataParallel(learning)
         self._compiled = self._forward
-        self._recorded: RecordedSteps | None = None
+        self.recorded: RecordedSteps | None = None
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.suppress_errors = True  # slower, but it trains
             self._compiled = torch.compile(self._forward)  # type: ignore[assignment]
             if processes.count == 1 and config.task == "classify":
-                self._recorded = RecordedSteps(self.learn)
+                self.recorded = RecordedSteps(self.learn, config.batch_size)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -65,8 +65,8 @@ class Learner:
         self._rate.fill_(self.config.lr * (1 + math.cos(math.pi * share)) / 2)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
-        if self._recorded:
-            self._recorded(images, labels)
+        if self.recorded:
+            self.recorded(images, labels)
         else:
             self.learn(images, labels, of)
 

@@ -13,19 +13,22 @@ _PLAIN_FIRST = 3
 
 
 class RecordedSteps:
-    """Runs `learn` on batches, by its recording where they are of the first one's shape.
+    """Runs `learn` on batches, by its recording where they have `size` images.
 
     `learn` takes images and labels on the GPU, must not wait for the GPU, and leaves
     what it makes in tensors that stay where they are. Every step is a real one.
     """
 
-    def __init__(self, learn: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    def __init__(
+        self, learn: Callable[[torch.Tensor, torch.Tensor], None], size: int
+    ) -> None:
         self._learn = learn
+        self._size = size
         # Autograd remembers the stream of a parameter's first step, and a recording must
         # not wait for another than its own.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._batch: tuple[torch.Tensor, ...] = ()
         self._plain = 0
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -37,16 +40,17 @@ class RecordedSteps:
         current.wait_stream(self._stream)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        if self._batch is None:
-            self._batch = images.clone(), labels.clone()
-        if images.shape != self._batch[0].shape or self._plain < _PLAIN_FIRST:
-            self._plain += 1
+        whole = len(images) == self._size
+        if not whole or self._plain < _PLAIN_FIRST:
+            self._plain += whole
             self._learn(images, labels)
             return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+        if self.graph is None:
+            self._batch = images.clone(), labels.clone()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
                 self._learn(*self._batch)
+            self.graph = graph
         for held, given in zip(self._batch, (images, labels), strict=True):
             held.copy_(given)
-        self._graph.replay()
+        self.graph.replay()

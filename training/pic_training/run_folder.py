@@ -90,7 +90,7 @@ class EpochMetrics:
     least; describing, it is `val_loss`.
 
     `network_share` of the training seconds went by in the network, the rest waiting
-    for samples.
+    for samples; on a GPU that makes its own, for the pictures that it makes them from.
     """
 
     epoch: int

@@ -124,6 +124,11 @@ def run_training(
                 raise Interrupted from stop
     except OSError as error:
         raise InputError(f"{folder}: {error}.") from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU's memory does not hold a step of {config.batch_size} images: start "
+            "again with a smaller --batch-size."
+        ) from error
 
 
 class _Run:
@@ -260,7 +265,9 @@ class _Run:
         self.learner.network.train()
         of, batches = self.train_set.count, self.train_set.batches(size)
         # Asking a GPU for news makes it wait.
-        news_every = 1 if self.config.device == "cpu" else 64
+        news_every = 64 if self.learner.recorded else 16
+        if self.config.device == "cpu":
+            news_every = 1
         waits = True
         with self._bar("train", of, progress.batch * size) as show:
             loader = self._train_batches()
@@ -269,8 +276,8 @@ class _Run:
                 batch = next(loader, None)
                 if waits:
                     waited += time.monotonic() - asked
-                # A GPU makes its own without a wait, once its pictures are rendered.
-                waits = self.on_device is None
+                # A GPU makes its own between the steps, once its pictures are rendered.
+                waits = not isinstance(self.on_device, DeviceSamples)
                 if batch is None:
                     break
                 whole = min(size, of - progress.batch * size)
