@@ -3,8 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -65,11 +67,18 @@ class _Prepared:
 
 @contextmanager
 def workers() -> Iterator[ProcessPoolExecutor]:
-    """Processes for what the descriptor does not do; one a core."""
-    # Not forked: this process holds onnxruntime's threads.
+    """Processes for what no network does; one a core. Raises InputError where one dies."""
+    # Not forked: this process holds onnxruntime's threads. Ctrl-C is its own to handle.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        yield pool
+    heedless = (signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, heedless) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that decodes pictures was ended, as the kernel does where memory "
+            "runs out: give it more, or fewer pictures."
+        ) from error
 
 
 def update(

@@ -95,10 +95,8 @@ def interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
     if pictures == 1:  # it resamples to itself, and says nothing of another
         return Interval(good / of, 0.0, 1.0, of)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    # A share of exactly 0 or 1 resamples to itself: the rule of three, over pictures
-    # rather than their samples, keeps it honest.
-    if good == 0:
-        high = max(high, supported_rate(pictures))
-    if good == of:
-        low = min(low, 1 - supported_rate(pictures))
+    # A share of 0 or 1 resamples to itself, and one of a single picture to next to it. The
+    # rule of three, over pictures rather than their samples, keeps both honest.
+    high = max(high, supported_rate(pictures))
+    low = min(low, 1 - supported_rate(pictures))
     return Interval(good / of, max(0.0, float(low)), min(1.0, float(high)), of)

@@ -54,6 +54,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return index.path
 
 
+def test_a_process_that_is_killed_ends_the_work_with_a_sentence() -> None:
+    with pytest.raises(InputError, match="where memory runs out"), workers() as pool:
+        pool.submit(os._exit, 1).result()
+
+
 def names(index: Path) -> list[str]:
     return sorted(item.name for item in load_index(index).items.values())
 

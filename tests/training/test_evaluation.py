@@ -21,7 +21,6 @@ from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import update, workers
 from pic_training.edits import EDITS
-from pic_training.evaluation_scores import _item_of
 from pic_training.peers import nearest, peers
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -163,6 +162,7 @@ def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
     others.mkdir()
     for path in (home / "others").iterdir():  # other bytes of the same pictures
         Image.open(path).convert("RGB").save(others / path.with_suffix(".jpg").name)
+    (others / "broken.jpg").write_text("not a picture")
 
     def decoys(*options: object) -> int:
         result = run_tool(
@@ -171,17 +171,12 @@ def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
             "--target-fpr", 0.06, "--output", tmp_path / "report", *options,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
+        assert f"left out {others / 'broken.jpg'}: not an image" in result.stderr
         counts = json.loads((tmp_path / "report" / "evaluation.json").read_text())["counts"]
+        assert counts["files left out"] == 1
         return sum(int(n) for name, n in counts.items() if "look-alike pictures" in name)
 
     assert (decoys(), decoys("--run", run)) == (25, 13)
-
-
-def test_an_item_is_told_by_its_whole_name() -> None:
-    known = {"17.jpg", "shoes/17.jpg"}
-    assert _item_of("/cat/shoes/17.jpg", known) == "shoes/17.jpg"
-    assert _item_of("/cat/17.jpg", known) == "17.jpg"
-    assert _item_of("/cat/18.jpg", known) is None
 
 
 def test_a_name_that_is_not_utf8_can_be_among_the_mistakes(

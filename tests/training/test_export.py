@@ -136,6 +136,21 @@ def test_a_run_that_does_not_agree_with_its_export_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_file_is_left_where_its_cost_cannot_be_written_down(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pic_daemon.errors import InputError
+    from pic_training import export
+
+    def refused(path: Path, _: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(export, "write_json", refused)
+    with pytest.raises(InputError, match=r"export-fp16.json: Permission denied"):
+        export.export_run(finished, tmp_path / "model.onnx", "fp16", 1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_refuses_what_is_no_finished_run(run_here: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases = {"none": "does not exist", "empty": "holds no finished epoch"}

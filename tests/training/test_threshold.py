@@ -152,6 +152,15 @@ def test_the_gate_of_a_sharp_network_lets_a_twentieth_of_the_decoys_through() ->
     assert (scores[labels] >= gate).all()
 
 
+def test_a_mistake_that_is_seen_narrows_no_interval() -> None:
+    pictures = np.arange(6000) // 15
+    hits = np.zeros(6000, bool)
+    none = rate(hits, pictures)
+    hits[0] = True
+    one = rate(hits, pictures)
+    assert one.high >= none.high == pytest.approx(3 / 400)
+
+
 def test_a_rate_of_few_pictures_in_many_samples_has_a_wide_interval() -> None:
     hits = np.arange(3000) % 100 == 0
     alone = rate(hits, np.arange(3000))

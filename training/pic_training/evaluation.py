@@ -8,9 +8,6 @@ each method is chosen on one half of them, and every figure comes from the other
 is the share of copies whose catalog item a method puts first, whatever its score.
 """
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pic_daemon.cascade import Identifier
+from pic_daemon.indexing import workers
 from pic_daemon.model import Model
 from pic_daemon.promise import threshold_for
 from pic_training.edits import EDITS
@@ -32,8 +30,6 @@ from pic_training.evaluation_scores import (
 )
 from pic_training.sources import Source, Sources, test_half
 from pic_training.threshold import Confusion, confusion
-
-_NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,15 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Hard:
-    """The hard protocol: scores of the copies and of both halves of the look-alikes."""
+    """The hard protocol: scores of the copies and of both halves of the look-alikes.
+
+    `groups` numbers the group of near-duplicates that each of all pictures belongs to.
+    """
 
     positives: Scored
     calibrating: Scored
     decoys: Scored
+    groups: NDArray[np.int64]
 
     def at_rate(self, name: str, target: float) -> MethodResult:
         """A method at the lowest threshold that lets `target` of one half in."""
@@ -77,13 +77,13 @@ class Hard:
         ]
 
         def only(chosen: NDArray[np.bool_]) -> Confusion:
-            return _compare(name, self.positives.only(chosen), self.decoys, threshold)
+            return self._compare(name, self.positives.only(chosen), threshold)
 
         named = self.positives.named.get(name)
         return MethodResult(
             threshold=threshold,
             calibration_rate=float((self.calibrating.scores[name] >= threshold).mean()),
-            overall=_compare(name, self.positives, self.decoys, threshold),
+            overall=self._compare(name, self.positives, threshold),
             trained=only(trained),
             held_out=only(~trained),
             per_edit=[only(chosen) for chosen in by_edit],
@@ -97,6 +97,12 @@ class Hard:
             if named is None
             else [float(named[chosen].mean()) for chosen in by_edit],
         )
+
+    def _compare(self, name: str, positives: Scored, threshold: float) -> Confusion:
+        scores = np.concatenate([positives.scores[name], self.decoys.scores[name]])
+        labels = np.arange(len(scores)) < len(positives.samples)
+        drawn = np.array([s.picture for s in (*positives.samples, *self.decoys.samples)])
+        return confusion(scores, labels, self.groups[drawn], threshold)
 
 
 @dataclass(frozen=True)
@@ -168,22 +174,23 @@ def evaluate(
         _mixed(test, plan.per_decoy, draw),
         augmented,
     ]
-    # Not forked: this process holds onnxruntime's threads.
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(os.cpu_count(), signal.signal, _NO_INTERRUPT) as pool:
+    with workers() as pool:
         scorer = Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
-        *scored, published = map(scorer.score, parts)
+        copies, calibrating, decoys, published = map(scorer.score, parts)
     drawn_from = np.array([s.picture for s in published.samples])
     is_ours = np.isin(drawn_from, catalog)
     ours = published.scores[OURS]
-    hard = Hard(*scored)
+    groups = sources.groups()
+    hard = Hard(copies, calibrating, decoys, groups)
     thresholds = {OURS: model.info.threshold}
     if identifier:
         thresholds[UNGATED] = thresholds[CASCADE] = identifier.threshold
     return Evaluation(
         target_fpr=plan.target_fpr,
-        published=confusion(ours, is_ours, drawn_from, 0.5),
-        published_at_threshold=confusion(ours, is_ours, drawn_from, thresholds[OURS]),
+        published=confusion(ours, is_ours, groups[drawn_from], 0.5),
+        published_at_threshold=confusion(
+            ours, is_ours, groups[drawn_from], thresholds[OURS]
+        ),
         methods={
             name: hard.at_rate(name, plan.target_fpr) for name in hard.positives.scores
         },
@@ -198,6 +205,7 @@ def evaluate(
             "test catalog samples": len(hard.positives.samples),
             "general pictures": len(general),
             "published-protocol samples": len(published.samples),
+            "files left out": len(sources.left_out),
         },
         sources=sources,
     )
@@ -227,10 +235,3 @@ def _mixed(pictures: list[int], count: int, draw: np.random.Generator) -> list[S
         for picture in pictures
         for edit in draw.choice(len(EDITS), count, replace=False)
     ]
-
-
-def _compare(name: str, positives: Scored, decoys: Scored, threshold: float) -> Confusion:
-    scores = np.concatenate([positives.scores[name], decoys.scores[name]])
-    labels = np.arange(len(scores)) < len(positives.samples)
-    pictures = np.array([s.picture for s in (*positives.samples, *decoys.samples)])
-    return confusion(scores, labels, pictures, threshold)

@@ -156,7 +156,7 @@ def _edits_table(evaluation: Evaluation) -> str:
 
 
 def _shortcuts(evaluation: Evaluation) -> str:
-    pristine = evaluation.methods[OURS].per_edit[0].recall
+    pristine = evaluation.own[OURS].per_edit[0].recall  # at the model's own threshold
     strangers = evaluation.published_at_threshold.false_positive_rate
     return _table(
         ["check", "result"],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from pic_daemon.cascade import load_identifier
 from pic_daemon.errors import InputError
@@ -20,6 +21,7 @@ from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation, Plan, evaluate, halves
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.near_duplicates import first_copies, look_of
+from pic_training.preparation import note_support, say_left_out
 from pic_training.run_folder import replacing
 from pic_training.sources import Source, Sources, gather, looks_at
 
@@ -49,6 +51,7 @@ def run_evaluation(
     with tempfile.TemporaryDirectory() as scratch:
         side = max(256, 2 * model.info.input_size)
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        say_left_out(sources)
         _check_prefixes(general, sources)
         if run:
             sources = _unseen(sources, run, side)
@@ -67,6 +70,8 @@ def run_evaluation(
             )
         decoys = len(calibrating) * min(plan.per_decoy, len(EDITS))
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
+        different = len(np.unique(sources.groups()[calibrating]))
+        note_support(different, decoys, plan.target_fpr)
         with _writing(output):  # before all that takes long
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()

@@ -1,9 +1,9 @@
 """Edited pictures, and what every method of the evaluation makes of each."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ class Scorer:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: ProcessPoolExecutor,
         model: Model,
         identifier: Identifier | None,
         sources: Sources,
@@ -173,9 +173,10 @@ class Scorer:
             named[name] = (places >= 0) & (self._catalog[places] == pictures)
         found = None
         if self._identifier:
-            items = {item.name for item in self._identifier.index.items.values()}
-            paths = [self._sources.pictures[n].path for n in pictures]
-            found = _proposed(rows, [_item_of(path, items) for path in paths])
+            # By content: a file may have been renamed, or be there under two names.
+            items = {i.sha256: i.name for i in self._identifier.index.items.values()}
+            drawn = [self._sources.pictures[n].sha256 for n in pictures]
+            found = _proposed(rows, [items.get(sha256) for sha256 in drawn])
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
             scores[UNGATED] = found.joint[found.best]
             scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
@@ -209,7 +210,8 @@ class Scorer:
         # In slices: all that is handed to the pool at once waits there in memory, and
         # keeps the comparisons of `_identified` waiting.
         for start in range(0, len(jobs), _SLICE):
-            yield from self._pool.imap(_features, jobs[start : start + _SLICE], _CHUNK)
+            part = jobs[start : start + _SLICE]
+            yield from self._pool.map(_features, part, chunksize=_CHUNK)
 
 
 def _features(job: _Job) -> _Features:
@@ -220,13 +222,6 @@ def _features(job: _Job) -> _Features:
     closeup = look_at(data, closer) if closer else None
     hashes = [peer.hash(image) for peer in peers()]
     return _Features(decoded.pixels, decoded.blank, hashes, closeup)
-
-
-def _item_of(path: str, known: Collection[str]) -> str | None:
-    """The item that is this file: the longest end of its path that is one's name."""
-    steps = path.split("/")
-    ends = ("/".join(steps[n:]) for n in range(len(steps)))
-    return next((end for end in ends if end in known), None)
 
 
 def _proposed(rows: Sequence[_Row], items_drawn: Sequence[str | None]) -> Proposed:

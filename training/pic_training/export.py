@@ -108,9 +108,9 @@ def export_run(
             assert isinstance(export.info, ModelInfo)
             info = replace(export.info, precision=precision)
             cost = _convert(temporary, info, images, folder, config, max_loss)
-        temporary.replace(output)
         if cost:
             write_json(folder / f"export-{precision}.json", cost.to_json())
+        temporary.replace(output)
     except OSError as error:
         where = error.filename or output
         raise InputError(f"cannot write {where}: {error.strerror or error}.") from error

@@ -119,10 +119,10 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
         logits = np.maximum(logits, stored["within"])
     before = sigmoid(calibrate(logits))
     labels = stored["labels"] > 0.5
-    test, drawn = samples.is_test(), samples.sources_drawn()
+    test, groups = samples.is_test(), sources.groups()[samples.sources_drawn()]
     threshold = threshold_for(after[~test], labels[~test], config.target_fpr)
     was, now = (
-        confusion(scores[test], labels[test], drawn[test], limit)
+        confusion(scores[test], labels[test], groups[test], limit)
         for scores, limit in ((before, model.info.threshold), (after, threshold))
     )
     rate = now.false_positive_rate

@@ -40,7 +40,8 @@ def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -
         if is_new and config.corrections:
             _note_corrections(Path(config.corrections), folder)
         sources = pictures_of(config, folder, working_file)
-        _say_left_out(sources)
+        say_left_out(sources)
+        _say_counts(sources)
         _say_how_often(config, sources)
         _check_halves(config, sources)
         _check_shares(config)
@@ -126,10 +127,16 @@ def _check_halves(config: RunConfig, sources: Sources) -> None:
         )
     calibrating = int((is_decoy & ~is_test).sum())
     check_support(calibrating, config.target_fpr, "raise --val-images or --target-fpr")
-    pictures = len(np.unique(samples.sources_drawn()[is_decoy & ~is_test]))
-    if (of_pictures := supported_rate(pictures)) > config.target_fpr:
+    drawn = samples.sources_drawn()[is_decoy & ~is_test]
+    different = len(np.unique(sources.groups()[drawn]))
+    note_support(different, calibrating, config.target_fpr)
+
+
+def note_support(decoys: int, samples: int, target: float) -> None:
+    """Say where so many different decoys support less than their samples do."""
+    if (of_pictures := supported_rate(decoys)) > target:
         click.echo(
-            f"note: the threshold is chosen on {pictures} decoys, {calibrating} samples of "
+            f"note: the threshold is chosen on {decoys} decoys, {samples} samples of "
             f"them: of other pictures up to {of_pictures:.2g} may match (3 / n)",
             err=True,
         )
@@ -145,9 +152,13 @@ def _check_shares(config: RunConfig) -> None:
         )
 
 
-def _say_left_out(sources: Sources) -> None:
+def say_left_out(sources: Sources) -> None:
+    """Name every file that takes no part, and why."""
     for item in sources.left_out:
         click.echo(text_of(f"left out {item.path}: {item.reason}"), err=True)
+
+
+def _say_counts(sources: Sources) -> None:
     counts = [
         (len(sources.of("catalog", "train")), "catalog images"),
         (len(sources.of("other", "train")), "others to train on"),

@@ -45,12 +45,13 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     scores = result.val_scores.astype(np.float64)
     labels = result.val_labels > 0.5
     test, target_fpr = result.val_is_test, config.target_fpr
+    groups = result.sources.groups()[result.val_sources]
     calibrating = ~labels & ~test
     specific: dict[str, Any] = {}
     if describes:
         specific["top_1"] = asdict(_top_1(result))
     else:
-        specific, scores = _calibrated(scores, labels, test, result.val_sources)
+        specific, scores = _calibrated(scores, labels, test, groups)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
     best = best_of(result.history)
     seconds = sum(m.seconds for m in result.history)
@@ -63,9 +64,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         ),
         "target_fpr": target_fpr,
         **specific,
-        **asdict(
-            confusion(scores[test], labels[test], result.val_sources[test], threshold)
-        ),
+        **asdict(confusion(scores[test], labels[test], groups[test], threshold)),
         "best_epoch": best.epoch,
         "loss": best.val_loss,
         "test_pictures": len(np.unique(result.val_sources[test])),

@@ -92,6 +92,11 @@ class Sources:
         test = test_half(self.of("other", "val"))
         return np.array([p.split == "val" and p.group in test for p in self.pictures])
 
+    def groups(self) -> NDArray[np.int64]:
+        """The number of each picture's group, by which intervals are bootstrapped."""
+        names = [f"{p.kind} {p.group}" for p in self.pictures]
+        return np.unique(names, return_inverse=True)[1]
+
     @property
     def catalog_digest(self) -> str:
         """SHA-256 over the sorted hashes of the catalog: names it, whatever its paths."""
