@@ -23,7 +23,7 @@ _CUDA = "CUDAExecutionProvider"
 
 GPU_BATCH = 32
 """Images of each run on a GPU, where a run of another size than the one before has every
-convolution prepared anew, in 0.1 to 0.2 s (github.com/microsoft/onnxruntime/issues/23006;
+convolution prepared anew, in 0.03 to 0.3 s (github.com/microsoft/onnxruntime/issues/23006;
 bench/results/gpu.md)."""
 _FATAL = 4  # onnxruntime's log severity: its own error lines give way to our sentence
 
