@@ -11,7 +11,8 @@ import json
 import os
 import weakref
 import zipfile
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ FORMAT_VERSION = 2  # 1 had no views without colour or margins
 _ABOUT, _ITEMS = "about.json", "items.json"
 _VECTORS, _LANDMARKS = "vectors.faiss", "landmarks.bin"
 _AGAIN = "remove it and make it again, with --others where its threshold was measured"
+_DAMAGED = (  # RuntimeError: said to be encrypted, or written by a later zip
+    zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, RuntimeError,
+)  # fmt: skip
 _VIEW_BITS = 3  # a vector's key is its item's number and, in these bits, its view's
 
 
@@ -188,7 +192,8 @@ class CatalogIndex:
         folder = Path(self.about.catalog)
         if not os.path.isdir(folder):
             return None
-        there = dict(files_in(folder))
+        shut: dict[str, str] = {}
+        there = dict(files_in(folder, shut))
         known = {
             file.name: (file.bytes, file.mtime_ns)
             for files in (self.items.values(), self.refused)
@@ -204,7 +209,7 @@ class CatalogIndex:
         return Changes(
             sorted(there.keys() - known.keys()),
             changed,
-            sorted(known.keys() - there.keys()),
+            sorted(name for name in known.keys() - there.keys() if not within(name, shut)),
         )
 
     def save(self) -> None:
@@ -243,10 +248,24 @@ class CatalogIndex:
             archive.writestr(_ABOUT, json.dumps({**about, **asdict(self.about)}))
 
 
-def files_in(folder: Path) -> Iterator[tuple[str, FileStamp]]:
-    """Every picture of a catalog folder by its path within, links passed over."""
-    for path, stamp in Folder(folder.resolve()).scan():
-        yield os.path.relpath(path, folder.resolve()), stamp
+def files_in(folder: Path, shut: dict[str, str]) -> Iterator[tuple[str, FileStamp]]:
+    """Every picture of a catalog folder by its path within, links passed over.
+
+    `shut` gets the folders that could not be read, the same way, and why.
+    """
+    home = folder.resolve()
+
+    def refuse(below: str, error: OSError) -> None:
+        shut[os.path.relpath(below, home)] = f"cannot be read: {error.strerror}"
+
+    for found in Folder(home).walk(str(home), refuse):
+        if found:
+            yield os.path.relpath(found[0], home), found[1]
+
+
+def within(name: str, folders: Iterable[str]) -> bool:
+    """Whether a file lies in one of these folders, all by their paths within a catalog."""
+    return any(folder == "." or name.startswith(f"{folder}/") for folder in folders)
 
 
 def load_index(path: Path) -> CatalogIndex:
@@ -256,7 +275,7 @@ def load_index(path: Path) -> CatalogIndex:
             return _load(path, file)
     except OSError as error:
         raise InputError(f"index {path}: {error.strerror or error}.") from error
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         raise InputError(_damaged(path, error)) from error
 
 

@@ -1,6 +1,7 @@
 """pic-classify: images asked about once, one by one or a whole archive."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
 def _classify_archive(
     folder: Path, database: Path, model: Model, identifier: Identifier | None
 ) -> None:
-    if not folder.is_dir():  # before a database is made for it
+    if not os.path.isdir(folder):  # before a database is made for it; never raises
         raise InputError(f"{folder} is not a folder.")
     log = opened(database)
     try:
@@ -92,13 +93,15 @@ def _classify_archive(
     finally:
         log.close()
     told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    click.echo(f"{told or 'nothing new'}; pic-matches --database {database}")
+    shown = text_of(str(database))
+    click.echo(f"{told or 'nothing new'}; pic-matches --database {shown}")
 
 
 def _classify_batch(
     model: Model, identifier: Identifier | None, paths: Sequence[Path]
 ) -> list[dict[str, Any]]:
-    readings = [read_image(str(path.resolve()), model.info.input_size) for path in paths]
+    size = model.info.input_size
+    readings = [read_image(os.path.realpath(path), size) for path in paths]
     gate = model.info.gate_threshold if identifier else None
     verdicts = iter(model.judge([r.image for r in readings if r.image], gate))
     rows = []

@@ -246,12 +246,15 @@ def retry(database: Path, deliveries: bool) -> None:
 def reclassify(database: Path) -> None:
     """Have the service score again what an earlier model scored, as far as it is there.
 
-    Takes effect at the next scan or on SIGHUP.
+    Earlier than the model, or the index, that the service serves: after a change of the
+    file wait for its "now serving". Takes effect at the next scan or on SIGHUP.
 
     Example: pic-daemon reclassify --database log.db && systemctl reload pic-daemon
     """
     with _open_log(database) as log:
-        click.echo(f"{log.mark_outdated()} images will be scored again")
+        found, served = log.mark_outdated(), log.served()
+        by = f" (present model: {served[0][:12]}, at {served[1]})" if served else ""
+        click.echo(f"{found} images will be scored again{by}")
 
 
 @contextmanager

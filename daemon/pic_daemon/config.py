@@ -182,6 +182,7 @@ def _web_address(where: str, value: Any) -> str:
     try:
         parts = urlsplit(value if isinstance(value, str) else "")
         parts.port  # noqa: B018  raises where it is no number
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise InputError(f"{where}: webhook: {error}.") from error
     plain = value and str(value).isascii() and str(value).isprintable() and " " not in value

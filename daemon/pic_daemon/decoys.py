@@ -21,6 +21,7 @@ from pic_daemon.cascade import Identifier
 from pic_daemon.catalog_index import CatalogIndex, Promise, files_in
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.descriptor import Descriptor
+from pic_daemon.folders import text_of
 from pic_daemon.identification import (
     Candidate,
     Closeup,
@@ -30,11 +31,13 @@ from pic_daemon.identification import (
     side_for,
 )
 from pic_daemon.images import ImageError, open_rgb
-from pic_daemon.indexing import slices
+from pic_daemon.indexing import looked_at, slices
 from pic_daemon.promise import Floats, check_support, rate, threshold_for
 
 VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"
 _COUNT = 3
+_RUN = 32  # pictures at most, by name, that fall into one half together,
+_RUNS = 20  # and so many such runs at least
 _JPEG_SIDE = 65_500  # the longest that libjpeg writes
 
 
@@ -71,19 +74,17 @@ def measure(
     Raises InputError where they cannot support that rate.
     """
     identifier = Identifier(descriptor, index)
-    paths = [str(folder / name) for name, _ in sorted(files_in(folder))]
-    _check(len(paths), target, folder)
+    paths, left_out = decoys_in(folder, target)
     seen_before = {
         item.sha256: f"the catalog's {item.name}" for item in index.items.values()
     }
-    left_out: dict[str, str] = {}
     scores: list[float] = []
     pictures: list[str] = []
     as_they_are: list[Decoy] = []
     for part in slices(paths):
-        sizes = [descriptor.info.input_size] * len(part)
         seen: list[tuple[str, Closeup]] = []
-        for path, looked in zip(part, pool.map(_versions, part, sizes), strict=True):
+        versions = looked_at(pool, _versions, part, descriptor.info.input_size)
+        for path, looked in zip(part, versions, strict=True):
             if isinstance(looked, str):
                 left_out[path] = looked
             elif known := seen_before.get(looked[0]):
@@ -99,16 +100,31 @@ def measure(
                 Decoy(path, *best[n]) for n, (path, _) in enumerate(seen) if not n % _COUNT
             ]
         show(len(part))
-    _check(len(scores) // _COUNT, target, folder)
+    _check(len(scores) // _COUNT, target, folder, left_out)
     promise = _promise(np.array(scores), pictures, target, index)
     nearest = sorted(as_they_are, key=lambda d: d.score, reverse=True)
-    return Measured(promise, (len(as_they_are) + 1) // 2, left_out, nearest[:3])
+    chosen = len(as_they_are) - promise.rate.of // _COUNT if promise.rate else 0
+    return Measured(promise, chosen, left_out, nearest[:3])
 
 
-def _check(pictures: int, target: float, folder: Path) -> None:
+def decoys_in(folder: Path, target: float) -> tuple[list[str], dict[str, str]]:
+    """The paths of the pictures of `folder`, and what cannot be read with its reason.
+
+    Raises InputError where there are too few for the rate `target`.
+    """
+    shut: dict[str, str] = {}
+    paths = [str(folder / name) for name, _ in sorted(files_in(folder, shut))]
+    left_out = {str(folder / name): reason for name, reason in shut.items()}
+    _check(len(paths), target, folder, left_out)
+    return paths, left_out
+
+
+def _check(pictures: int, target: float, folder: Path, left_out: dict[str, str]) -> None:
+    first = next((f", as {text_of(p)}: {why}" for p, why in left_out.items()), "")
     remedy = (
-        f"{folder} holds {pictures} usable pictures, of which half choose the threshold, "
-        f"each in {_COUNT} versions; give more of them or a higher --target-fpr"
+        f"{folder} holds {pictures} usable pictures ({len(left_out)} left out{first}). "
+        f"Half choose the threshold, in {_COUNT} versions; give more of them or a "
+        "higher --target-fpr"
     )
     check_support(pictures // 2 * _COUNT, target, remedy)
 
@@ -120,7 +136,9 @@ def _promise(
     index: CatalogIndex,
 ) -> Promise:
     _, number = np.unique(pictures, return_inverse=True)
-    tested = number % 2 == 1
+    # Names in a row are often shots of one scene, which belong on one side.
+    run = max(1, min(_RUN, len(pictures) // _COUNT // _RUNS))
+    tested = number // run % 2 == 1
     nothing = np.zeros(int((~tested).sum()), bool)
     # At a score of 0 everything would match.
     threshold = max(1e-6, threshold_for(scores[~tested], nothing, target))

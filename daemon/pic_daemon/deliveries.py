@@ -170,6 +170,15 @@ def counts(db: sqlite3.Connection, hook: Hook) -> tuple[int, int]:
     )
 
 
+def give_up_others(db: sqlite3.Connection, hooks: Sequence[Hook]) -> None:
+    """Give up what waits for hooks that are not among these. Belongs into a transaction."""
+    db.execute(
+        "UPDATE deliveries SET due_at = NULL, error = 'the hook was taken out' "
+        f"WHERE due_at IS NOT NULL AND hook NOT IN ({', '.join('?' * len(hooks))})",
+        hooks,
+    )
+
+
 def try_again(db: sqlite3.Connection) -> int:
     """Queue anew what was given up; returns how many. Belongs into a transaction."""
     now = time.time()

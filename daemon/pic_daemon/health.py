@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import start_http_server
@@ -14,6 +15,7 @@ from prometheus_client.exposition import start_http_server
 from pic_daemon.errors import InputError
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
+from pic_daemon.schema import Status
 from pic_daemon.systemd import notify, watchdog_seconds
 
 Figures = dict[str, float | int | str | list[str]]
@@ -39,6 +41,8 @@ class Health:
         registry = self.registry
         images = Counter("pic_images", "Images recorded", ["status"], registry=registry)
         self._images = cache(images.labels)  # its own look-up takes 2 us, of every image
+        for status in get_args(Status):  # a rate is not told of what begins above zero
+            self._images(status)
         self._latency = Histogram(
             "pic_latency_seconds", "From first notice to recorded row",
             buckets=_LATENCIES_S, registry=registry,
@@ -97,10 +101,11 @@ class Health:
     def recorded(self, outcomes: list[Outcome]) -> None:
         """Count rows that are on the disk now."""
         self.moved()
+        now = time.time()
         for outcome in outcomes:
             self.outcomes[outcome.status] += 1
             self._images(outcome.status).inc()
-            self._latency.observe(max(0.0, outcome.classified_at - outcome.seen_at))
+            self._latency.observe(max(0.0, now - outcome.seen_at))
 
     def spent(self, stage: str, seconds: float) -> None:
         """Count time that went into a stage of the work."""
@@ -125,6 +130,8 @@ class Health:
 
     def delivering(self, hook: str, pending: int, given_up: int) -> None:
         """Note what a hook has still to be told; from its own thread."""
+        for result in ("taken", "failed"):
+            self._attempts.labels(hook, result)
         self._deliveries.labels(hook, "pending").set(pending)
         self._deliveries.labels(hook, "given-up").set(given_up)
 

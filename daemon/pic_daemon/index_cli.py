@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pic_daemon.catalog_index import About, CatalogIndex, Promise, load_index
-from pic_daemon.decoys import Measured, measure
+from pic_daemon.decoys import Measured, decoys_in, measure
 from pic_daemon.descriptor import Descriptor, load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
@@ -23,6 +24,7 @@ from pic_daemon.promise import supported_rate
 
 _PATH = click.Path(path_type=Path)
 _NAMED = 20  # files named of each kind; the others are counted
+_NEARLY_COPIES = 0.9  # joint score that a cropped copy seldom reaches
 
 
 @click.command()
@@ -33,7 +35,8 @@ _NAMED = 20  # files named of each kind; the others are counted
 @click.option(
     "--others",
     type=_PATH,
-    help="Folder of pictures that are no copies, to choose the threshold on.",
+    help="Folder of pictures that are no copies, and that the descriptor was not trained "
+    "on, to choose the threshold on.",
 )
 @click.option(
     "--target-fpr",
@@ -80,12 +83,15 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
         remove(found, [by_shown.get(name, name) for name in names])
         found.save()
         click.echo(
-            f"{output}: {len(names)} removed, {len(found.items)} items left. The next run "
-            f"adds what is still in {found.about.catalog} again."
+            f"{text_of(str(output))}: {len(names)} removed, {len(found.items)} items left. "
+            f"The next run adds what is still in {text_of(found.about.catalog)} again."
         )
         return
     if not catalog or not model:
         raise click.UsageError("give --catalog and --model, or --list or --remove.")
+    given = click.get_current_context().get_parameter_source("target_fpr")
+    if not others and given is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--target-fpr is of the pictures that --others names.")
     _build(output, catalog, load_descriptor(model, provider), others, target_fpr)
 
 
@@ -94,8 +100,14 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     for folder in (catalog, *([others] if others else [])):
         if not os.path.isdir(folder):
             raise InputError(f"{folder} does not exist or is no folder.")
-    if not os.path.isdir(output.absolute().parent):
+    # All that hours of describing would find out too late.
+    home = output.absolute().parent
+    if not os.path.isdir(home):
         raise InputError(f"cannot write {output}: its folder does not exist.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {output}: its folder is not writable.")
+    if others:
+        decoys_in(others, target_fpr)
     made = open_or_empty(output, catalog, descriptor, bool(others))
     with workers() as pool:
         with _progress("items") as show:
@@ -143,6 +155,10 @@ def open_or_empty(
 
 
 def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
+    for folder, reason in done.shut.items():
+        click.echo(f"left out {_shown(folder)}: {reason}")
+    for name in done.removed[:_NAMED]:
+        click.echo(f"removed {_shown(name)}")
     for refused in done.refused[:_NAMED]:
         click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
     for twins in done.twins[:_NAMED]:
@@ -158,6 +174,11 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
                 f"nearest decoy {text_of(decoy.path)}: {_shown(decoy.item)} "
                 f"(joint score {decoy.score:.3f})"
             )
+        if measured.promise.threshold > _NEARLY_COPIES:
+            click.echo(
+                "note: a threshold that high comes of pictures among the decoys that look "
+                "like copies, see the nearest: take such out and measure again"
+            )
         of_pictures = supported_rate(measured.choosing)
         if of_pictures > (measured.promise.target_fpr or 1):
             click.echo(
@@ -167,7 +188,7 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
             )
     left_out = len(measured.left_out) if measured else 0
     click.echo(
-        f"{made.path}: {len(made.items)} items; {len(done.added)} added, "
+        f"{text_of(str(made.path))}: {len(made.items)} items; {len(done.added)} added, "
         f"{len(done.removed)} removed, {len(done.renamed)} renamed, "
         f"{len(done.refused)} refused, {len(done.twins)} pairs of near-duplicates, "
         f"{left_out} decoys left out"

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,19 +12,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in
+from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in, within
 from pic_daemon.confirmation import Landmarks, agreement
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
-from pic_daemon.folders import FileStamp
+from pic_daemon.folders import FileStamp, text_of
 from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
 from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
+
+T = TypeVar("T")
 
 _SAME_BYTES = "same bytes as "
 _PASSING = ("cannot be read", "decoding needs more memory")  # how such reasons begin
@@ -45,7 +49,8 @@ class Twins:
 class Update:
     """What was done to an index, by item; `refused` are files seen for the first time.
 
-    `fresh` has a vector of each new item by its number, for `find_twins`.
+    `fresh` has a vector of each new item by its number, for `find_twins`; `shut` are the
+    folders that could not be read, and why.
     """
 
     added: list[str] = field(default_factory=list)
@@ -54,6 +59,7 @@ class Update:
     refused: list[Refused] = field(default_factory=list)
     fresh: dict[int, Vectors] = field(default_factory=dict)
     twins: list[Twins] = field(default_factory=list)
+    shut: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,46 @@ def workers() -> Iterator[ProcessPoolExecutor]:
     """Processes for what no network does; one a core. Raises InputError where one dies."""
     # Not forked: this process holds onnxruntime's threads. Ctrl-C is its own to handle.
     context = multiprocessing.get_context("forkserver")
-    heedless = (signal.SIGINT, signal.SIG_IGN)
     try:
-        with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, heedless) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), context, _start_worker) as pool:
             yield pool
     except BrokenProcessPool as error:
         raise InputError(
             "a process that decodes pictures was ended, as the kernel does where memory "
             "runs out: give it more, or fewer pictures."
+        ) from error
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed tells nobody: its workers would wait for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def looked_at(
+    pool: ProcessPoolExecutor,
+    look: Callable[[str, int], T],
+    paths: Sequence[str],
+    size: int,
+) -> list[T]:
+    """`look(path, size)` of each, in a process of the pool.
+
+    Raises InputError where one of these processes dies.
+    """
+    try:
+        return list(pool.map(look, paths, [size] * len(paths)))
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a process that decodes pictures was ended, at one of {len(paths)} from "
+            f"{text_of(paths[0])} to {text_of(paths[-1])}: by the kernel, where memory "
+            "runs out, or by a picture that its decoder does not survive; give it more, or "
+            "leave that picture out."
         ) from error
 
 
@@ -89,10 +127,22 @@ def update(
 ) -> Update:
     """Make `index` say what its catalog folder holds now; unchanged files are not read.
 
-    `show` is told how many files are done. Raises InputError where no picture is left.
+    `show` is told how many files are done. Raises InputError where no picture is left, or
+    where some cannot be looked for.
     """
     folder = Path(index.about.catalog)
-    there = dict(sorted(files_in(folder)))
+    done = Update()
+    there = dict(sorted(files_in(folder, done.shut)))
+    if hidden := [
+        item.name for item in index.items.values() if within(item.name, done.shut)
+    ]:
+        name, reason = next(
+            (f, why) for f, why in done.shut.items() if within(hidden[0], [f])
+        )
+        raise InputError(
+            f"{folder / name} {reason}. {len(hidden)} items of the index lie in such "
+            "folders and would be dropped: let this account read them, or move them away."
+        )
     before = {item.name: n for n, item in index.items.items()}
     kept = {
         before[name]
@@ -110,12 +160,11 @@ def update(
     }
     known = refused.keys() | names_kept
     todo = [name for name in there if name not in known]
-    done = Update()
     contents = {item.sha256: n for n, item in index.items.items()}
     size = descriptor.info.input_size
     for names in slices(todo):
         paths = [str(folder / name) for name in names]
-        prepared = list(pool.map(_prepare, paths, [size] * len(paths)))
+        prepared = looked_at(pool, _prepare, paths, size)
         vectors = _described(descriptor, names, prepared)
         for name, one in zip(names, prepared, strict=True):
             stamp = there[name]
@@ -139,7 +188,7 @@ def update(
                 number = index.add(item, own, one.landmarks)
                 contents[one.sha256] = number
                 kept.add(number)
-                done.fresh[number] = own[0]
+                done.fresh[number] = own[0].copy()  # not all of its views
                 done.added.append(name)
         show(len(names))
     for number in index.items.keys() - kept:
@@ -149,7 +198,9 @@ def update(
     if not index.items:
         raise InputError(
             f"no picture in {folder} can be indexed"
-            + (f"; the first is {_first(refused)}." if refused else ": it holds none.")
+            + (f"; the first is {_first(refused)}" if refused else ": it holds none")
+            + "".join(f"; {folder / name} {why}" for name, why in done.shut.items())
+            + "."
         )
     return done
 

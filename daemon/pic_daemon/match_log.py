@@ -24,6 +24,8 @@ from pic_daemon.schema import BUSY_TIMEOUT_S, Status, check, iso_time, migration
 
 _WRITE_TIMEOUT_S = 5.0  # per attempt; the service repeats it, and must be able to stop
 
+_WAL_BYTES = 64 << 20
+
 UNREAD = "cannot be read:"
 """How the error of a file begins that met an I/O error."""
 
@@ -111,6 +113,8 @@ class MatchLog:
             if migrations.pending(db):
                 migrations.apply(db)
             db.execute(f"PRAGMA busy_timeout = {_WRITE_TIMEOUT_S * 1000:.0f}")
+            # What a long transaction or a listing left open made of it is given back.
+            db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
         except sqlite3.OperationalError:
             raise
         except sqlite3.Error as error:
@@ -338,6 +342,11 @@ class MatchLog:
         """Have every failed image tried again by the next scan; returns how many."""
         return self._mark("status = 'failed'")
 
+    def deliver_only_to(self, hooks: Sequence[Hook]) -> None:
+        """Give up what waits for any other hook: nobody would be told of it."""
+        with self._transaction():
+            deliveries.give_up_others(self._db.conn, hooks)
+
     def deliver_again(self) -> int:
         """Queue anew the deliveries that were given up; returns how many."""
         with self._transaction():
@@ -354,11 +363,19 @@ class MatchLog:
             for name in ("model", "catalog_index", "gate_threshold")
         )
         last = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
-        asked = f"(catalog_index IS NOT NULL OR score >= {gate})"
+        # With an error it was not judged by its score, and no index was asked.
+        asked = f"(catalog_index IS NOT NULL OR (score >= {gate} AND error IS NULL))"
         return self._mark(
             f"(model <> coalesce({model}, ({last})) "
             f"OR (catalog_index IS NOT {index} AND {asked})) AND status <> 'failed'"
         )
+
+    def served(self) -> tuple[str, str] | None:
+        """SHA-256 of the model that the service last said it serves, and when it did."""
+        row = self._db.execute(
+            "SELECT json_extract(figures, '$.model'), at FROM heartbeat"
+        ).fetchone()
+        return (row[0], row[1]) if row and row[0] else None
 
     def no_matches_before(
         self, moment: float, after: tuple[str, int], limit: int

@@ -71,7 +71,11 @@ def follow_images(
     narrowed = " AND ".join(
         ["revision > ?", f"status IN ({', '.join('?' * len(statuses))})", *terms]
     )
-    news = f"SELECT * FROM images WHERE {narrowed} ORDER BY revision"
+    # SQLite would take the index by status, and look through all that was ever recorded.
+    news = (
+        f"SELECT * FROM images INDEXED BY images_by_revision WHERE {narrowed} "
+        "ORDER BY revision"
+    )
     with _reading(path) as db:
         seen = _one(db, "PRAGMA data_version")
         db.execute("BEGIN")  # one state of the log: nothing falls between the two

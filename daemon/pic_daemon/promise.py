@@ -40,7 +40,7 @@ def supported_rate(decoys: int) -> float:
 
 def check_support(decoys: int, target: float, remedy: str) -> None:
     """Raise InputError where `decoys` samples cannot promise `target`."""
-    best, needed = supported_rate(decoys), math.ceil(3 / target)
+    best, needed = min(1.0, supported_rate(decoys)), math.ceil(3 / target)
     if target < best:
         raise InputError(
             f"{decoys} decoy samples can promise a false positive rate of {best:.2g} at "

@@ -8,8 +8,9 @@ the present watch folders stay: whether their files are gone cannot be told.
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pic_daemon.folders import FileStamp
@@ -19,19 +20,27 @@ logger = logging.getLogger("pic_daemon")
 
 _BATCH = 100  # rows looked at between two looks into the service's inbox
 _PASS_EVERY_S = 3600.0
+_LOOK_S = 0.05  # between two questions whether a batch of files was looked at
+
+_Seen = tuple[OldRow, FileStamp | None]
+"""A row, and how the file under its name looks now; None: there is none."""
 
 
 @dataclass
 class Retention:
-    """Goes through old rows, a batch at each `step`; `keep_days` None keeps all.
+    """Goes through old rows, a batch at a time; `keep_days` None keeps all.
 
-    Times `now` are monotonic, in seconds.
+    Files are looked at in a thread, which a mount that hangs may keep for ever. Times
+    `now` are monotonic, in seconds.
     """
 
     keep_days: float | None
     next_due: float = 0.0
     _after: tuple[str, int] = ("", 0)
     _deleted: int = field(default=0, init=False)
+    _rows: list[OldRow] = field(default_factory=list, init=False)
+    _seen: list[_Seen] = field(default_factory=list, init=False)
+    _looking: threading.Thread | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.keep_days is None:
@@ -44,27 +53,36 @@ class Retention:
         there: Callable[[str], bool],
         now: float,
     ) -> None:
-        """Look at the next batch of old rows and delete those whose files are gone.
+        """Have the next old rows' files looked at, or delete the rows of those found gone.
 
         `online` says whether the folder that a path belongs to answered when it was last
-        looked at, `there` whether it is there at this moment.
+        looked at, `there` whether it is there at this moment; the thread asks both.
 
         Raises sqlite3.OperationalError where the database takes nothing; the next step
         does it again.
         """
         assert self.keep_days is not None
-        before = max(0.0, time.time() - self.keep_days * 86400)
-        rows = log.no_matches_before(before, self._after, _BATCH)
+        if not self._looking:
+            before = max(0.0, time.time() - self.keep_days * 86400)
+            self._rows = log.no_matches_before(before, self._after, _BATCH)
+            self._seen = []
+            look = [self._rows, online, there, self._seen]
+            self._looking = threading.Thread(target=_look, args=look, daemon=True)
+            self._looking.start()
+        self.next_due = now + _LOOK_S
+        if self._looking.is_alive():
+            return
         gone = [
             row.id
-            for row in rows
-            if online(row.path) and _is_gone(row, log.knows) and there(row.path)
+            for row, stamp in self._seen
+            if stamp is None or (stamp != row.stamp and log.knows(row.path, stamp))
         ]
         if gone:
             log.delete(gone)
+        self._looking = None
         self._deleted += len(gone)
-        if len(rows) == _BATCH:
-            self._after = rows[-1].classified_at, rows[-1].id
+        if len(self._rows) == _BATCH:
+            self._after = self._rows[-1].classified_at, self._rows[-1].id
             return
         if self._deleted:
             logger.info("deleted %d old rows of no match, files gone", self._deleted)
@@ -72,14 +90,22 @@ class Retention:
         self.next_due = now + _PASS_EVERY_S
 
 
-def _is_gone(row: OldRow, knows: Callable[[str, FileStamp], bool]) -> bool:
-    """As it looks: `there` is asked afterwards, as the folder may just have gone."""
-    if "\\x" in row.path:  # may stand for bytes that are no UTF-8: cannot be looked up
-        return False
-    try:
-        stamp = FileStamp.of(os.lstat(row.path))
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # no leave to look, or the disk is in trouble
-        return False
-    return stamp != row.stamp and knows(row.path, stamp)
+def _look(
+    rows: Sequence[OldRow],
+    online: Callable[[str], bool],
+    there: Callable[[str], bool],
+    seen: list[_Seen],
+) -> None:
+    for row in rows:
+        # May stand for bytes that are no UTF-8: cannot be looked up.
+        if "\\x" in row.path or not online(row.path):
+            continue
+        stamp = None
+        try:
+            stamp = FileStamp.of(os.lstat(row.path))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # no leave to look, or the disk is in trouble
+            continue
+        if there(row.path):  # asked afterwards, as the folder may just have gone
+            seen.append((row, stamp))

@@ -255,6 +255,18 @@ def add_mount_points(db: Database) -> None:
     db.execute("ALTER TABLE watched ADD COLUMN mount_point TEXT NOT NULL DEFAULT ''")
 
 
+@migrations()
+def add_indexes_for_the_service(db: Database) -> None:
+    """What failed under a name, and the row of a file by what the disk says of it.
+
+    By the status alone each recorded image looked through all that ever failed, by the
+    path alone each look at a name through all that it ever held
+    (bench/results/matches-page.md).
+    """
+    db.execute("CREATE INDEX failed_by_path ON images (path) WHERE status = 'failed'")
+    db.execute("CREATE INDEX images_by_stamp ON images (mtime_ns, inode)")
+
+
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 

@@ -128,6 +128,8 @@ class Service:
     def run(self) -> None:
         """Watch, classify and record until stopped."""
         self._recorder.write(lambda: self.log.use_model(self.model))
+        if not self.until_done:  # a single pass is not the service whose log it may be
+            self._recorder.write(lambda: self.log.deliver_only_to(self.config.hooks))
         self.health.serving(self.model)
         if self.config.metrics:
             self.health.serve(self.config.metrics)

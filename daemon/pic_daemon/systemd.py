@@ -4,16 +4,21 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 
 
 def notify(state: str) -> None:
-    """Send `state`, such as ``READY=1``, to the service manager if there is one."""
+    """Send `state`, such as ``READY=1``, to the service manager if there is one.
+
+    One that does not listen costs nothing but the news.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]  # an abstract socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sock:
         sock.connect(address)
         sock.sendall(state.encode())
 

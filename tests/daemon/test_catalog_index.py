@@ -2,18 +2,23 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
-from conftest import write_descriptor
+from conftest import BIN, write_descriptor
 from pictures import product, write_products
 from PIL import Image, ImageOps
 
 from pic_daemon.catalog_index import CatalogIndex, Refused, check_belongs, load_index
+from pic_daemon.decoys import _promise
 from pic_daemon.descriptor import load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
@@ -52,6 +57,23 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
         update(index, descriptor, pool, lambda _: None)
     index.save()
     return index.path
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    script = (
+        "import os, time; from pic_daemon.indexing import workers\n"
+        "if __name__ == '__main__':\n"
+        "  with workers() as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout
+    worker = Path("/proc", parent.stdout.readline().decode().strip())
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    while worker.exists() and "\nState:\tZ" not in (worker / "status").read_text():
+        time.sleep(0.01)
 
 
 def test_a_process_that_is_killed_ends_the_work_with_a_sentence() -> None:
@@ -216,10 +238,56 @@ def test_an_empty_catalog_is_refused(
     assert not (tmp_path / "catalog.index").exists()
 
 
-def test_a_rate_that_the_decoys_cannot_support_is_refused(
-    run_tool: Tool, make: Tool, tmp_path: Path, descriptor_file: Path
+def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(
+    make: Tool, tmp_path: Path, descriptor_file: Path
 ) -> None:
-    write_products(tmp_path / "catalog", range(3))
+    write_products(tmp_path / "catalog", range(2))
+    write_products(tmp_path / "catalog" / "brand", range(10, 12))
+    make()
+    kept = (tmp_path / "catalog.index").read_bytes()
+    (tmp_path / "catalog" / "brand").chmod(0)
+    # Root may read everything, but for these two rights.
+    bounds = "--bounding-set=-dac_override,-dac_read_search"
+    under = ["setpriv", bounds, "--inh-caps=-all"] if os.geteuid() == 0 else []
+    options = ["--model", descriptor_file, "--output", tmp_path / "catalog.index"]
+    command = [*under, BIN / "pic-index", "--catalog", tmp_path / "catalog", *options]
+    refused = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "brand cannot be read: Permission denied. 2 items of the index" in refused.stderr
+    assert (tmp_path / "catalog.index").read_bytes() == kept
+    (tmp_path / "catalog.index").unlink()
+    told = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "left out brand: cannot be read: Permission denied" in told.stdout
+    assert len(names(tmp_path / "catalog.index")) == 2
+    (tmp_path / "catalog" / "brand").chmod(0o700)
+    assert "4 items; 2 added" in make().stdout
+
+
+def test_a_rate_without_others_is_refused(
+    run_tool: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(2))
+    result = run_tool(
+        "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
+        "--output", tmp_path / "catalog.index", "--target-fpr", 0.1,
+    )  # fmt: skip
+    assert result.returncode == 2 and "that --others names" in result.stderr
+
+
+def test_decoys_alike_with_neighbouring_names_lie_in_one_half(ready: Path) -> None:
+    pictures = [f"{number:04d}.jpg" for number in range(800) for _ in range(3)]
+    scores = np.full(2400, 0.1)
+    scores[3 * 740 : 3 * 760] = 0.9  # twenty shots of one scene
+    promise = _promise(scores, pictures, 0.01, load_index(ready))
+    assert promise.threshold < 0.9
+    assert promise.rate and promise.rate.value == pytest.approx(20 / 384)
+
+
+def test_a_rate_that_the_decoys_cannot_support_is_refused_at_once(
+    run_tool: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    (tmp_path / "catalog").mkdir()  # nor is it looked into
     write_products(tmp_path / "others", range(100, 110))
     result = run_tool(
         "pic-index", "--catalog", tmp_path / "catalog", "--model", descriptor_file,
@@ -242,7 +310,8 @@ def test_copies_of_one_decoy_are_no_more_than_one(
         "--target-fpr", 0.1,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "holds 1 usable pictures" in result.stderr
+    assert "holds 1 usable pictures (40 left out, as " in result.stderr
+    assert ": same bytes as " in result.stderr
 
 
 def test_a_decoy_longer_than_any_jpeg_is_measured_all_the_same(
@@ -265,6 +334,21 @@ def test_names_that_are_not_utf8_are_printed(
     first.rename(first.with_name(odd))
     shutil.copy(first.with_name(odd), first.with_name("d-copy.jpg"))
     assert "refused d-copy.jpg: same bytes as caf\\xe9.jpg" in make().stdout
+
+
+def test_an_output_that_is_not_utf8_is_printed(
+    run_tool: Tool, tmp_path: Path, descriptor_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    home = tmp_path / os.fsdecode(b"caf\xe9")
+    write_products(home / "catalog", [1, 2])
+    options = "--output", home / "catalog.index"
+    made = run_tool("pic-index", *options, "--catalog", home / "catalog",
+                    "--model", descriptor_file)  # fmt: skip
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "caf\\xe9/catalog.index: 2 items" in made.stdout
+    removed = run_tool("pic-index", *options, "--remove", "product-00001.jpg")
+    assert removed.returncode == 0 and "still in" in removed.stdout
 
 
 def test_an_exchanged_catalog_is_told_though_it_is_as_large(
@@ -354,6 +438,15 @@ def test_damage_anywhere_in_the_file_is_noticed(ready: Path, tmp_path: Path) -> 
         damaged.write_bytes(changed)
         with pytest.raises(InputError, match=r"is damaged \(.*remove it and make it again"):
             load_index(damaged)
+    with zipfile.ZipFile(index) as archive:
+        directory = range(archive.start_dir, len(data))
+    for place in directory:  # some of it, such as times, does not matter
+        for bit in (1, 8, 64):
+            changed = bytearray(data)
+            changed[place] ^= bit
+            damaged.write_bytes(changed)
+            with suppress(InputError):
+                load_index(damaged)
     damaged.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match="is no catalog index"):
         load_index(damaged)

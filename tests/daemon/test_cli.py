@@ -156,21 +156,35 @@ def test_an_archive_is_classified_once_and_what_is_new_later(
     assert len(list(Database(tmp_path / "log.db").query("SELECT * FROM images"))) == 22
 
 
+def test_a_link_to_itself_is_no_file(
+    model_file: Path, run_tool: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    good = write_image(tmp_path / "good.png", 200)
+    result = run_tool("pic-classify", "--model", model_file, tmp_path / "loop.jpg", good)
+    assert result.returncode == 2
+    assert "failed" in result.stdout and "match" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
 def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -> None:
     for number in range(300):
         write_image(tmp_path / "archive" / f"{number}.png", 200, side=400)
+    log = MatchLog.open(tmp_path / "log.db")
+    log.close()
     command = [BIN / "pic-classify", "--model", model_file]
     command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
-    while not (tmp_path / "log.db-wal").exists():
+    rows = Database(tmp_path / "log.db")["images"]
+    while not rows.count:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"Aborted" in told
+    assert 0 < rows.count < 300
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
-    rows = list(Database(tmp_path / "log.db").query("SELECT path FROM images"))
-    assert len({row["path"] for row in rows}) == len(rows) == 300
+    assert len({row["path"] for row in rows.rows}) == rows.count == 300
 
 
 def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(

@@ -21,6 +21,8 @@ def test_prometheus_is_told_outcomes_latency_and_model(
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     daemon.start("--metrics", address)
+    for status in ("match", "no-match", "failed"):  # what is not there has no rate
+        assert f'pic_images_total{{status="{status}"}} 0.0' in metrics(address)
     write_image(daemon.drop / "a.png", 200)
     write_image(daemon.drop / "b.png", 20)
     (daemon.drop / "c.png").write_text("no picture")

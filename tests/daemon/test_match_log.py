@@ -92,6 +92,17 @@ def test_the_present_model_is_known_though_the_clock_was_set_back(
     assert log.knows("/drop/b.png", STAMP) and not log.knows("/drop/a.png", STAMP)
 
 
+def test_a_picture_that_no_index_was_asked_about_is_not_outdated_by_it(
+    log: MatchLog, model: Model
+) -> None:
+    blank = replace(match("/drop/a.png", score=0.0), status="no-match", error="uniform")
+    log.record([blank], model)
+    log.beat({"model": model.sha256, "catalog_index": "i" * 64, "gate_threshold": 0.0})
+    assert log.mark_outdated() == 0
+    log.record([match("/drop/b.png")], model)
+    assert log.mark_outdated() == 1
+
+
 def test_a_path_and_content_has_one_row_however_often_it_is_recorded(
     log: MatchLog, model: Model
 ) -> None:
@@ -159,6 +170,30 @@ def test_folders_are_noted_instead_of_those_before_or_besides_them(log: MatchLog
     assert log.mount_points() == {"/mnt/nas": "/mnt/nas", "/srv/drop": "/", "/archive": "/"}
     log.watch({Path("/srv/drop"): "/"})
     assert log.mount_points() == {"/srv/drop": "/"}
+
+
+def test_what_is_asked_for_each_image_does_not_look_through_the_log(
+    log: MatchLog, model: Model
+) -> None:
+    asked: list[str] = []
+    log._db.conn.set_trace_callback(asked.append)
+    log.record([match("/drop/a.png"), failure("/drop/b.png")], model, ["webhook"])
+    log.knows("/drop/a.png", STAMP)
+    log.recognise("/drop/a.png", "a" * 64, FileStamp(1000, 6, 7))
+    log._db.conn.set_trace_callback(None)
+    details = {
+        str(step["detail"])
+        for sql in asked
+        if " images" in sql
+        for step in query(log, f"EXPLAIN QUERY PLAN {sql}")
+    }
+    used = {detail for detail in details if " images " in detail}
+    assert {detail.partition(" USING ")[2] for detail in used} == {
+        "INDEX failed_by_path (path=?)",
+        "INDEX images_by_stamp (mtime_ns=? AND inode=?)",
+        "INDEX sqlite_autoindex_images_1 (path=? AND sha256=?)",
+        "INTEGER PRIMARY KEY (rowid=?)",
+    }
 
 
 def test_the_log_is_durable_and_strict(log: MatchLog, model: Model) -> None:
@@ -246,6 +281,18 @@ def test_a_delivery_is_queued_with_its_row_and_only_for_a_hook(
     other = replace(match("/drop/no.png"), status="no-match", score=0.1)
     log.record([match("/drop/b.png"), other, failure("/drop/d.png")], model, ["webhook"])
     assert hooks_told_of(log) == ["/drop/b.png"]
+
+
+def test_what_waits_for_a_hook_that_was_taken_out_is_given_up_until_asked(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png")], model, ["webhook", "command"])
+    log.deliver_only_to(["command"])
+    pending = "SELECT hook FROM deliveries WHERE due_at IS NOT NULL"
+    assert query(log, pending) == [{"hook": "command"}]
+    log.deliver_only_to([])
+    assert query(log, pending) == []
+    assert log.deliver_again() == 2
 
 
 def test_a_hook_that_has_failed_for_weeks_is_still_tried_again(

@@ -20,6 +20,7 @@ from conftest import BIN
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model, load_model
+from pic_daemon.schema import open_read_only
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -217,9 +218,7 @@ def test_a_backup_replaces_nothing_but_an_earlier_copy(
     filled: MatchLog, run_tool: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("notes " * 100)
-    (tmp_path / "busy.db-wal").touch()
-    MatchLog.open(tmp_path / "busy.db").close()
-    (tmp_path / "busy.db-wal").touch()
+    busy = MatchLog.open(tmp_path / "busy.db")
     cases: list[tuple[Any, str]] = [
         (tmp_path / "notes.txt", "not a database"),
         (filled.path, "is the database itself"),
@@ -233,6 +232,23 @@ def test_a_backup_replaces_nothing_but_an_earlier_copy(
         assert (result.returncode, result.stdout) == (2, "")
         assert sentence in result.stderr
     assert (tmp_path / "notes.txt").read_text() == "notes " * 100
+    busy.close()
+
+
+def test_a_backup_replaces_a_copy_that_was_asked_as_a_log(
+    filled: MatchLog, run_tool: Run, tmp_path: Path
+) -> None:
+    command = ["pic-matches", "backup", "--database", filled.path,
+               "--output", tmp_path / "copy.db"]  # fmt: skip
+    assert run_tool(*command).returncode == 0
+    log = MatchLog.open(tmp_path / "copy.db")
+    with closing(open_read_only(log.path)) as reader:
+        reader.execute("SELECT * FROM images").fetchone()
+        log.close()
+    assert (tmp_path / "copy.db-wal").exists()  # a reader may not take it away
+    again = run_tool(*command)
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "copy.db-wal").exists()
 
 
 def test_a_damaged_log_makes_no_backup(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -52,10 +53,20 @@ def in_one_of(folders: tuple[Path, ...]) -> Callable[[str], bool]:
 
 def kept(log: MatchLog, *online: Path) -> list[str]:
     """Names in the log after a whole pass that keeps 30 days."""
-    retention = Retention(30)
-    while retention.next_due == 0:
-        retention.step(log, in_one_of(online), lambda _: True, time.monotonic())
+    whole_pass(log, in_one_of(online))
     return names(log)
+
+
+def whole_pass(
+    log: MatchLog,
+    online: Callable[[str], bool],
+    there: Callable[[str], bool] = lambda _: True,
+    days: float = 30,
+) -> None:
+    retention, now = Retention(days), time.monotonic()
+    while retention.next_due < now + 60:
+        retention.step(log, online, there, now)
+        time.sleep(0.001)
 
 
 def names(log: MatchLog) -> list[str]:
@@ -76,7 +87,7 @@ def test_rows_of_a_folder_within_another_stay_while_it_is_offline(
     with scanning(config.folders, lambda _: None) as scanners:
         backlog = Backlog(Recorder(log, config, Health(60)), 0.0, lambda _: None)
         backlog.watch(scanners)
-        Retention(30).step(log, backlog.online, backlog.there, time.monotonic())
+        whole_pass(log, backlog.online, backlog.there)
     assert names(log) == ["away"]
 
 
@@ -85,9 +96,25 @@ def test_a_folder_that_is_offline_is_not_looked_into(
 ) -> None:
     log.record([recorded(tmp_path / "hung" / "away.png", 31)], model)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "lstat", lambda _: pytest.fail("it would hang"))
-        Retention(30).step(log, lambda _: False, lambda _: True, time.monotonic())
-    assert names(log) == ["away"]
+        looked: list[object] = []
+        patched.setattr(os, "lstat", looked.append)
+        whole_pass(log, lambda _: False)
+    assert (names(log), looked) == (["away"], [])
+
+
+def test_a_folder_that_hangs_while_it_is_looked_into_keeps_nobody(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    row = recorded(tmp_path / "hung" / "gone.png", 31)
+    log.record([row], model)
+    Path(row.path).unlink()
+    hung, retention = threading.Event(), Retention(30)
+    for _ in range(3):
+        retention.step(log, lambda _: hung.wait(), lambda _: True, time.monotonic())
+    assert names(log) == ["gone"]
+    hung.set()
+    while names(log):
+        retention.step(log, lambda _: True, lambda _: True, time.monotonic())
 
 
 def test_rows_stay_where_the_folder_went_while_it_was_looked_into(
@@ -96,12 +123,12 @@ def test_rows_stay_where_the_folder_went_while_it_was_looked_into(
     row = recorded(tmp_path / "drop" / "away.png", 31)
     log.record([row], model)
     Path(row.path).unlink()
-    Retention(30).step(log, lambda _: True, lambda _: False, time.monotonic())
+    whole_pass(log, lambda _: True, lambda _: False)
     assert names(log) == ["away"]
 
 
 def test_more_days_than_there_ever_were_keep_everything(log: MatchLog) -> None:
-    Retention(999_999).step(log, lambda _: True, lambda _: True, time.monotonic())
+    whole_pass(log, lambda _: True, days=999_999)
 
 
 def test_only_old_rows_of_no_match_whose_files_are_gone_are_deleted(

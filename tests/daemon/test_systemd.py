@@ -15,6 +15,7 @@ from shop import Shop
 
 from pic_daemon.config import Config, load_config
 from pic_daemon.health import Health
+from pic_daemon.systemd import notify
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 
@@ -140,6 +141,13 @@ def test_systemd_hears_when_the_service_is_ready_and_when_it_stops(
         daemon.stop()
         while (message := sock.recv(200)) != b"STOPPING=1":
             assert message.startswith((b"WATCHDOG", b"STATUS"))
+
+
+def test_a_service_manager_that_does_not_listen_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    notify("READY=1")
 
 
 def test_the_watchdog_is_fed_by_files_that_move_and_not_by_time(

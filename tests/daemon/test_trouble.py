@@ -1,6 +1,7 @@
 """Trouble around the service, made for real: it waits, says so, and loses nothing."""
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -220,7 +221,10 @@ def test_recorded_images_are_scored_again_under_the_present_model(
     daemon.reload()
     daemon.wait_until(lambda: "now serving model" in daemon.log.read_text())
     result = run_tool("pic-daemon", "reclassify", "--database", daemon.database)
-    assert result.stdout == "5 images will be scored again\n"
+    assert re.fullmatch(
+        r"5 images will be scored again \(present model: [0-9a-f]{12}, at .*Z\)\n",
+        result.stdout,
+    )
     daemon.reload()
     daemon.wait_until(lambda: {row["status"] for row in daemon.rows()} == {"no-match"})
     after = daemon.rows()
