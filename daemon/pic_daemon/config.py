@@ -4,6 +4,7 @@ import math
 import os
 import queue
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -94,7 +95,8 @@ _MINIMUM: dict[str, float] = {
     "keep_no_match_days": 1,
     "gate_threshold": 0,
 }
-_ANSWER_S = 10.0  # a watch folder that does not answer within it starts as offline
+_ANSWER_S = 10.0  # watch folders that do not answer within it start as offline
+_LEAST_S = 1.0  # for each, though those before it took all of it
 MISSING = "does not exist or is no folder"
 _MOST_STEPS = 1000
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -129,8 +131,9 @@ def load_config(
     for name, option in (("model", "--model"), ("database", "--database")):
         if name not in settings:
             raise InputError(f"no {name} given: set {name} in the config or {option}.")
-    folders = [_folder(where, base, table) for table in tables]
-    folders += [_folder("--watch", Path(), {"path": p}) for p in overrides["watch"]]
+    until = time.monotonic() + _ANSWER_S
+    folders = [_folder(where, base, table, until) for table in tables]
+    folders += [_folder("--watch", Path(), {"path": p}, until) for p in overrides["watch"]]
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
     missing = frozenset(folder.path for folder, is_there in folders if not is_there)
@@ -141,7 +144,7 @@ def load_config(
     _keep_apart("database", config.database.resolve().parent, config)
     _check_webhook(config)
     if config.failed_folder:
-        _check_failed_folder(config, config.failed_folder)
+        _check_failed_folder(config, config.failed_folder, until)
     return config
 
 
@@ -221,7 +224,9 @@ def _check_webhook(config: Config) -> None:
         )
 
 
-def _folder(where: str, base: Path, table: Mapping[str, Any]) -> tuple[Folder, bool]:
+def _folder(
+    where: str, base: Path, table: Mapping[str, Any], until: float
+) -> tuple[Folder, bool]:
     """The folder of a table, and whether it is there (or does not answer)."""
     unknown = set(table) - _FOLDER_KEYS
     if unknown:
@@ -230,7 +235,7 @@ def _folder(where: str, base: Path, table: Mapping[str, Any]) -> tuple[Folder, b
         raise InputError(f"{where}: a [[watch]] table needs a path.")
     path = base / table["path"]
     known = [path.absolute()]
-    problem = _within(_ANSWER_S, lambda: _about_folder(path, known))
+    problem = _within(until, lambda: _about_folder(path, known))
     if problem in ("", MISSING):
         known.append(Path(os.path.realpath(path)))
     elif problem:
@@ -287,12 +292,12 @@ def resolving(path: Path) -> Iterator[Path]:
             done = here
 
 
-def _within(seconds: float, ask: Callable[[], str]) -> str | None:
+def _within(until: float, ask: Callable[[], str]) -> str | None:
     """What `ask` returns, or None where that takes longer, as on a mount that hangs."""
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
     try:
-        return answers.get(timeout=seconds)
+        return answers.get(timeout=max(_LEAST_S, until - time.monotonic()))
     except queue.Empty:
         return None
 
@@ -306,12 +311,12 @@ def _check_second_stage(config: Config) -> None:
         raise InputError("gate_threshold must be at most 1.")
 
 
-def _check_failed_folder(config: Config, failed: Path) -> None:
+def _check_failed_folder(config: Config, failed: Path, until: float) -> None:
     if not os.path.isdir(failed):
         raise InputError(f"failed_folder {failed} does not exist.")
     _keep_apart("failed_folder", failed.resolve(), config)
     for place in (failed, *(folder.path for folder in config.folders)):
-        if place not in config.missing and _within(_ANSWER_S, partial(_unwritable, place)):
+        if place not in config.missing and _within(until, partial(_unwritable, place)):
             raise InputError(f"failed_folder is set, but {place} is not writable.")
 
 
