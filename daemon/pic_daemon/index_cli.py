@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from pic_daemon.options import FiniteRange
 from pic_daemon.promise import supported_rate
 
 _PATH = click.Path(path_type=Path)
+_SAVE_S = 600.0
 _NAMED = 20  # files named of each kind; the others are counted
 _NEARLY_COPIES = 0.9  # joint score that a cropped copy seldom reaches
 
@@ -65,8 +67,9 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
     """Make the catalog index that pic-daemon names products by, or bring it up to date.
 
     Run again, it describes new and changed pictures and drops those that are gone; a
-    running pic-daemon picks the file up. The threshold stays as it was measured until
-    --others measures it anew; another descriptor asks for that.
+    running pic-daemon picks the file up. Stopped, it has kept what it had ten minutes
+    before, and the next run goes on from there. The threshold stays as it was measured
+    until --others measures it anew; another descriptor asks for that.
 
     Example: pic-index --catalog products --model describe.onnx --others photos
     --output catalog.index
@@ -109,9 +112,12 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     if others:
         decoys_in(others, target_fpr)
     made = open_or_empty(output, catalog, descriptor, bool(others))
+    # An index of another descriptor serves until the whole of this one is made.
+    replaces = os.path.exists(output) and not made.items
     with workers() as pool:
         with _progress("items") as show:
-            done = update(made, descriptor, pool, show)
+            shown = show if replaces else _saving(made, show)
+            done = update(made, descriptor, pool, shown)
         measured = None
         if others:
             with _progress("decoys") as show:
@@ -120,6 +126,20 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
         done.twins = list(find_twins(made, done.fresh, pool))
     made.save()
     _report(made, done, measured)
+
+
+def _saving(made: CatalogIndex, show: Callable[[int], None]) -> Callable[[int], None]:
+    """`show` that besides writes the index now and then: stopped, the next run goes on."""
+    due = time.monotonic() + _SAVE_S
+
+    def shown(more: int) -> None:
+        nonlocal due
+        show(more)
+        if time.monotonic() >= due and made.items:
+            made.save()
+            due = time.monotonic() + _SAVE_S
+
+    return shown
 
 
 def open_or_empty(

@@ -13,10 +13,12 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import BIN, write_descriptor
 from pictures import product, write_products
 from PIL import Image, ImageOps
 
+from pic_daemon import index_cli, indexing
 from pic_daemon.catalog_index import CatalogIndex, Refused, check_belongs, load_index
 from pic_daemon.decoys import _promise
 from pic_daemon.descriptor import load_descriptor
@@ -236,6 +238,29 @@ def test_an_empty_catalog_is_refused(
     assert result.returncode == 2
     assert "can be indexed: it holds none" in result.stderr
     assert not (tmp_path / "catalog.index").exists()
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_had(
+    make: Tool, tmp_path: Path, descriptor_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_products(tmp_path / "catalog", range(5))
+    output, save = tmp_path / "catalog.index", CatalogIndex.save
+
+    def save_and_stop(index: CatalogIndex) -> None:
+        save(index)
+        if len(index.items) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_cli, "_SAVE_S", 0.0)
+    monkeypatch.setattr(indexing, "SLICE", 2)
+    monkeypatch.setattr(CatalogIndex, "save", save_and_stop)
+    command = ["--catalog", tmp_path / "catalog", "--model", descriptor_file]
+    stopped = CliRunner().invoke(
+        index_cli.index, [*map(str, command), "--output", str(output)]
+    )
+    assert "Aborted" in stopped.output
+    assert len(names(output)) == 4
+    assert "5 items; 1 added, 0 removed" in make().stdout
 
 
 def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(
