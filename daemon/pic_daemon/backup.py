@@ -47,12 +47,14 @@ def _check_output(database: Path, output: Path) -> None:
     if os.path.isdir(output):
         raise InputError(f"--output {output} is a folder; name a file in it.")
     check(output, for_writing=False)  # only an earlier copy is replaced
-    # What was asked of it as a log may have left a -wal behind; the last to close one that
-    # could write takes it away.
-    with suppress(sqlite3.Error), closing(sqlite3.connect(output)) as db:
-        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if os.path.exists(f"{output}-wal"):  # would be taken for part of the new copy
-        raise InputError(f"--output {output} is in use ({output}-wal exists).")
+    wal = f"{output}-wal"
+    if os.path.exists(wal) and not os.path.getsize(wal):
+        # Left behind where the copy was asked as a log; the last to close one that may
+        # write takes it away.
+        with suppress(sqlite3.Error), closing(sqlite3.connect(output)) as db:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if os.path.exists(wal):  # would be taken for part of the new copy
+        raise InputError(f"--output {output} is in use ({wal} exists).")
 
 
 def _copy(database: Path, copy: Path) -> int:

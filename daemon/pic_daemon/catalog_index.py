@@ -212,20 +212,30 @@ class CatalogIndex:
             sorted(name for name in known.keys() - there.keys() if not within(name, shut)),
         )
 
-    def save(self) -> None:
+    def first_vectors(self) -> dict[int, Vectors]:
+        """The vector of each item as it is, float32, shape (D,), by its number."""
+        return {
+            int(key) >> _VIEW_BITS: vector.astype(np.float32)
+            for keys, vectors in self.vectors.stored()
+            for key, vector in zip(keys, vectors, strict=True)
+            if not key % (1 << _VIEW_BITS)
+        }
+
+    def save(self, path: Path | None = None) -> None:
         """Write the file: under a temporary name first, then renamed into place.
 
-        Raises InputError where it cannot be written.
+        `path` is another place. Raises InputError where it cannot be written.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        path = path or self.path
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
                 self._write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path)
+            temporary.replace(path)
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}.") from error
+            raise InputError(f"cannot write {path}: {error.strerror}.") from error
         finally:
             temporary.unlink(missing_ok=True)
 

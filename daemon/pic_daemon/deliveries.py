@@ -170,13 +170,15 @@ def counts(db: sqlite3.Connection, hook: Hook) -> tuple[int, int]:
     )
 
 
-def give_up_others(db: sqlite3.Connection, hooks: Sequence[Hook]) -> None:
-    """Give up what waits for hooks that are not among these. Belongs into a transaction."""
-    db.execute(
+def give_up_others(db: sqlite3.Connection, hooks: Sequence[Hook]) -> int:
+    """Give up what waits for any hook but these; returns how many. Belongs into a
+    transaction."""
+    found = db.execute(
         "UPDATE deliveries SET due_at = NULL, error = 'the hook was taken out' "
         f"WHERE due_at IS NOT NULL AND hook NOT IN ({', '.join('?' * len(hooks))})",
         hooks,
     )
+    return found.rowcount
 
 
 def try_again(db: sqlite3.Connection) -> int:

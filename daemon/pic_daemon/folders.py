@@ -74,8 +74,8 @@ class Folder:
     ) -> Iterator[tuple[str, FileStamp] | None]:
         """Every wanted regular file under `below` now, and None for everything else there.
 
-        Symbolic links are not followed. Folders that vanish meanwhile are passed over;
-        `refused` is told of those that cannot be read, and why.
+        Symbolic links are not followed. What vanishes meanwhile is passed over; `refused`
+        is told of folders that cannot be read, or not all that is in them, and why.
         """
         pending = [below]
         while pending:
@@ -87,8 +87,10 @@ class Folder:
                             pending.append(entry.path)
                     elif self.wants(entry.path) and entry.is_file(follow_symlinks=False):
                         found = entry.path, FileStamp.of(entry.stat(follow_symlinks=False))
-                except OSError:
+                except (FileNotFoundError, NotADirectoryError):
                     pass
+                except OSError as error:
+                    refused(os.path.dirname(entry.path), error)
                 yield found
 
 

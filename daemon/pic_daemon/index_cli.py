@@ -67,11 +67,12 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
     """Make the catalog index that pic-daemon names products by, or bring it up to date.
 
     Run again, it describes new and changed pictures and drops those that are gone; a
-    running pic-daemon picks the file up. Stopped, it has kept what it had ten minutes
-    before, and the next run goes on from there. The threshold stays as it was measured
-    until --others measures it anew; another descriptor asks for that.
+    running pic-daemon picks the file up. One that is stopped has kept what it had ten
+    minutes before, beside the index, and the next run goes on from there. The threshold
+    stays as it was measured until --others measures it anew; another descriptor asks for
+    that.
 
-    Example: pic-index --catalog products --model describe.onnx --others photos
+    Example: pic-index --catalog products --model describe.onnx --others strangers
     --output catalog.index
     """
     if listed or names:
@@ -112,31 +113,52 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     if others:
         decoys_in(others, target_fpr)
     made = open_or_empty(output, catalog, descriptor, bool(others))
-    # An index of another descriptor serves until the whole of this one is made.
-    replaces = os.path.exists(output) and not made.items
+    partial = output.with_name(f".{output.name}.partial")
+    made, resumed = _resumed(partial, made)
     with workers() as pool:
         with _progress("items") as show:
-            shown = show if replaces else _saving(made, show)
-            done = update(made, descriptor, pool, shown)
+            done = update(made, descriptor, pool, _saving(made, partial, show))
         measured = None
         if others:
             with _progress("decoys") as show:
                 measured = measure(made, descriptor, others, target_fpr, pool, show)
             made.about = replace(made.about, promise=measured.promise)
-        done.twins = list(find_twins(made, done.fresh, pool))
+        fresh = made.first_vectors() if resumed else done.fresh
+        done.twins = list(find_twins(made, fresh, pool))
     made.save()
+    partial.unlink(missing_ok=True)
     _report(made, done, measured)
 
 
-def _saving(made: CatalogIndex, show: Callable[[int], None]) -> Callable[[int], None]:
-    """`show` that besides writes the index now and then: stopped, the next run goes on."""
+def _resumed(partial: Path, made: CatalogIndex) -> tuple[CatalogIndex, bool]:
+    """What a run that was stopped had come to, if it was of the same descriptor and folder;
+    and whether that is so."""
+    if not os.path.exists(partial):
+        return made, False
+    try:
+        left = load_index(partial)
+    except InputError:  # it is only made anew
+        return made, False
+    same = (left.about.descriptor, left.about.catalog)
+    if same != (made.about.descriptor, made.about.catalog):
+        return made, False
+    click.echo(f"going on with {len(left.items)} items of a run that was stopped")
+    left.path, left.about = made.path, made.about
+    return left, True
+
+
+def _saving(
+    made: CatalogIndex, partial: Path, show: Callable[[int], None]
+) -> Callable[[int], None]:
+    """`show` that besides writes now and then what there is to `partial`, which nothing
+    serves."""
     due = time.monotonic() + _SAVE_S
 
     def shown(more: int) -> None:
         nonlocal due
         show(more)
         if time.monotonic() >= due and made.items:
-            made.save()
+            made.save(partial)
             due = time.monotonic() + _SAVE_S
 
     return shown
@@ -177,7 +199,8 @@ def open_or_empty(
 def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
     for folder, reason in done.shut.items():
         click.echo(f"left out {_shown(folder)}: {reason}")
-    for name in done.removed[:_NAMED]:
+    changed = {*done.added, *done.renamed}
+    for name in [name for name in done.removed if name not in changed][:_NAMED]:
         click.echo(f"removed {_shown(name)}")
     for refused in done.refused[:_NAMED]:
         click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")

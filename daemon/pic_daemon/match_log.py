@@ -342,10 +342,10 @@ class MatchLog:
         """Have every failed image tried again by the next scan; returns how many."""
         return self._mark("status = 'failed'")
 
-    def deliver_only_to(self, hooks: Sequence[Hook]) -> None:
-        """Give up what waits for any other hook: nobody would be told of it."""
+    def deliver_only_to(self, hooks: Sequence[Hook]) -> int:
+        """Give up what waits for any other hook, as nobody tells it; returns how many."""
         with self._transaction():
-            deliveries.give_up_others(self._db.conn, hooks)
+            return deliveries.give_up_others(self._db.conn, hooks)
 
     def deliver_again(self) -> int:
         """Queue anew the deliveries that were given up; returns how many."""
@@ -392,10 +392,17 @@ class MatchLog:
         )
         return [OldRow(i, path, FileStamp(*stamp), at) for i, path, *stamp, at in rows]
 
-    def delete(self, ids: Sequence[int]) -> None:
-        """Delete rows, in one transaction."""
+    def delete(self, rows: Sequence[OldRow]) -> int:
+        """Delete those that are as they were, in one transaction; returns how many."""
+        if not rows:
+            return 0
         with self._transaction():
-            self._db.conn.executemany("DELETE FROM images WHERE id = ?", [[i] for i in ids])
+            found = self._db.conn.executemany(
+                "DELETE FROM images WHERE id = ? AND status = 'no-match' "
+                "AND mtime_ns = ? AND inode = ? AND classified_at = ?",
+                [[r.id, r.stamp.mtime_ns, r.stamp.inode, r.classified_at] for r in rows],
+            )
+        return found.rowcount
 
     def _mark(self, condition: str) -> int:
         with self._transaction():

@@ -40,11 +40,12 @@ def supported_rate(decoys: int) -> float:
 
 def check_support(decoys: int, target: float, remedy: str) -> None:
     """Raise InputError where `decoys` samples cannot promise `target`."""
-    best, needed = min(1.0, supported_rate(decoys)), math.ceil(3 / target)
+    best, needed = supported_rate(decoys), math.ceil(3 / target)
     if target < best:
         raise InputError(
-            f"{decoys} decoy samples can promise a false positive rate of {best:.2g} at "
-            f"best (3 / n), not {target:.2g}, which takes {needed}: {remedy}."
+            f"{decoys} decoy samples can promise a false positive rate of "
+            f"{min(1, best):.2g} at best (3 / n), not {target:.2g}, which takes {needed}: "
+            f"{remedy}."
         )
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger("pic_daemon")
 _BATCH = 100  # rows looked at between two looks into the service's inbox
 _PASS_EVERY_S = 3600.0
 _LOOK_S = 0.05  # between two questions whether a batch of files was looked at
+_PATIENCE_S = 10.0  # after it the thread hangs, or what it saw is old: begun anew
 
 _Seen = tuple[OldRow, FileStamp | None]
 """A row, and how the file under its name looks now; None: there is none."""
@@ -41,6 +42,7 @@ class Retention:
     _rows: list[OldRow] = field(default_factory=list, init=False)
     _seen: list[_Seen] = field(default_factory=list, init=False)
     _looking: threading.Thread | None = field(default=None, init=False)
+    _began: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if self.keep_days is None:
@@ -62,25 +64,22 @@ class Retention:
         does it again.
         """
         assert self.keep_days is not None
-        if not self._looking:
+        if not self._looking or now - self._began > _PATIENCE_S:
             before = max(0.0, time.time() - self.keep_days * 86400)
             self._rows = log.no_matches_before(before, self._after, _BATCH)
             self._seen = []
             look = [self._rows, online, there, self._seen]
             self._looking = threading.Thread(target=_look, args=look, daemon=True)
             self._looking.start()
+            self._began = now
         self.next_due = now + _LOOK_S
         if self._looking.is_alive():
             return
         gone = [
-            row.id
-            for row, stamp in self._seen
-            if stamp is None or (stamp != row.stamp and log.knows(row.path, stamp))
+            row for row, stamp in self._seen if stamp is None or log.knows(row.path, stamp)
         ]
-        if gone:
-            log.delete(gone)
+        self._deleted += log.delete(gone)
         self._looking = None
-        self._deleted += len(gone)
         if len(self._rows) == _BATCH:
             self._after = self._rows[-1].classified_at, self._rows[-1].id
             return
@@ -106,6 +105,8 @@ def _look(
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError:  # no leave to look, or the disk is in trouble
+            continue
+        if stamp == row.stamp:
             continue
         if there(row.path):  # asked afterwards, as the folder may just have gone
             seen.append((row, stamp))

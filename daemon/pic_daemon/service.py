@@ -127,14 +127,7 @@ class Service:
 
     def run(self) -> None:
         """Watch, classify and record until stopped."""
-        self._recorder.write(lambda: self.log.use_model(self.model))
-        if not self.until_done:  # a single pass is not the service whose log it may be
-            self._recorder.write(lambda: self.log.deliver_only_to(self.config.hooks))
-        self.health.serving(self.model)
-        if self.config.metrics:
-            self.health.serve(self.config.metrics)
-        for path in self._recorder.write(self.log.left_in_hand):
-            logger.info("was in hand when the service last ended: path=%r", path)
+        self._take_over()
         decoding = self.config.readers, self.config.decode_seconds
         with (
             Decoders(*decoding, self.inbox.put) as decoders,
@@ -171,6 +164,20 @@ class Service:
             notify("STOPPING=1")
             with suppress(sqlite3.OperationalError):  # every row is recorded already
                 self.log.beat({**self._figures(), "stopped": 1})
+
+    def _take_over(self) -> None:
+        """Tell the log who serves, and what the service before left undone."""
+        self._recorder.write(lambda: self.log.use_model(self.model))
+        if not self.until_done:  # a single pass is not the service whose log it may be
+            lost = self._recorder.write(lambda: self.log.deliver_only_to(self.config.hooks))
+            if lost:
+                message = "gave up %d deliveries of a hook that is not set any more"
+                logger.warning(message, lost)
+        self.health.serving(self.model)
+        if self.config.metrics:
+            self.health.serve(self.config.metrics)
+        for path in self._recorder.write(self.log.left_in_hand):
+            logger.info("was in hand when the service last ended: path=%r", path)
 
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""

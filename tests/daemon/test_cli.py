@@ -168,7 +168,7 @@ def test_a_link_to_itself_is_no_file(
 
 
 def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -> None:
-    for number in range(300):
+    for number in range(600):
         write_image(tmp_path / "archive" / f"{number}.png", 200, side=400)
     log = MatchLog.open(tmp_path / "log.db")
     log.close()
@@ -177,14 +177,15 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
     rows = Database(tmp_path / "log.db")["images"]
     while not rows.count:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"Aborted" in told
-    assert 0 < rows.count < 300
+    assert 0 < rows.count < 600
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
-    assert len({row["path"] for row in rows.rows}) == rows.count == 300
+    assert len({row["path"] for row in rows.rows}) == rows.count == 600
 
 
 def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(

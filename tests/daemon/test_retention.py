@@ -65,6 +65,7 @@ def whole_pass(
 ) -> None:
     retention, now = Retention(days), time.monotonic()
     while retention.next_due < now + 60:
+        assert time.monotonic() < now + 60
         retention.step(log, online, there, now)
         time.sleep(0.001)
 
@@ -108,13 +109,33 @@ def test_a_folder_that_hangs_while_it_is_looked_into_keeps_nobody(
     row = recorded(tmp_path / "hung" / "gone.png", 31)
     log.record([row], model)
     Path(row.path).unlink()
-    hung, retention = threading.Event(), Retention(30)
+    hung, retention, now = threading.Event(), Retention(30), time.monotonic()
     for _ in range(3):
-        retention.step(log, lambda _: hung.wait(), lambda _: True, time.monotonic())
+        retention.step(log, lambda _: hung.wait(), lambda _: True, now)
     assert names(log) == ["gone"]
+    while retention.next_due < now + 60:  # it is begun anew by another thread
+        now += 6
+        retention.step(log, lambda _: True, lambda _: True, now)
+        time.sleep(0.01)
+    assert names(log) == []
     hung.set()
-    while names(log):
-        retention.step(log, lambda _: True, lambda _: True, time.monotonic())
+
+
+def test_a_row_that_was_written_again_since_its_file_was_missed_stays(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    row = recorded(tmp_path / "drop" / "back.png", 31)
+    log.record([row], model)
+    Path(row.path).unlink()
+    missed = threading.Event()
+    retention, now = Retention(30), time.monotonic()
+    retention.step(log, lambda _: True, lambda _: not missed.set(), now)
+    assert missed.wait(60)
+    log.record([recorded(Path(row.path), 0, "match")], model)
+    while retention.next_due < now + 60:
+        retention.step(log, lambda _: True, lambda _: True, now)
+        time.sleep(0.001)
+    assert names(log) == ["back"]
 
 
 def test_rows_stay_where_the_folder_went_while_it_was_looked_into(
