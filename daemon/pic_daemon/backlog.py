@@ -95,6 +95,11 @@ class Backlog:
         """Whether files wait for their turn to be read."""
         return bool(self._any_ready() or self._found)
 
+    def scanning(self) -> bool:
+        """Whether files wait while a scan is not over, which may bring more of them."""
+        under_way = any(s.online and s.busy for s in self._scanners)
+        return bool(len(self)) and (under_way or bool(self._found))
+
     def mount_points(self) -> dict[Path, str]:
         """Where the file system of each folder is mounted, as last seen."""
         return {s.folder.path: s.mount_point for s in self._scanners}

@@ -216,7 +216,9 @@ def status(database: Path, as_json: bool) -> None:
         rows = ", ".join(f"{n} {name}" for name, n in sorted(found["rows"].items()))
         told = ", ".join(f"{n} {state}" for state, n in found["deliveries"].items() if n)
         click.echo(
-            f"{problem or 'healthy'}; {found['backlog']} waiting; rows: {rows or 0}"
+            f"{problem or 'healthy'}; {found['backlog']} waiting"
+            + (", and a scan may bring more" if found.get("scanning") else "")
+            + f"; rows: {rows or 0}"
             + (f"; deliveries: {told}" if told else "")
         )
     if problem:

@@ -248,6 +248,7 @@ class Service:
         oldest = self._backlog.oldest()
         waited = 0.0 if oldest is None else max(0.0, time.time() - oldest)
         waiting = self.health.waiting(len(self._backlog), waited, self._offline)
+        waiting["scanning"] = self._backlog.scanning()
         waiting["model"] = self.model.sha256
         if not self.cascade:
             return waiting

@@ -91,6 +91,7 @@ def test_a_busy_folder_does_not_keep_others_waiting(
         (scanner,) = (s for s in scanners if s.folder == quiet)
         waiting.heed(found_in(scanner, 1000, mtime=1))
         chosen, _ = waiting.choose(room=100)
+        assert waiting.scanning()
     assert len([path for path in chosen if path.startswith(scanner.within)]) == 50
 
 
@@ -106,6 +107,7 @@ def test_files_of_tomorrow_do_not_fill_the_memory(
         while waiting.choose(room=100)[1]:
             pass
         assert len(waiting) == 10
+        assert waiting.scanning()
 
 
 def test_a_folder_whose_files_do_not_settle_keeps_no_other_waiting(

@@ -1,5 +1,7 @@
 import sqlite3
+import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -334,6 +336,14 @@ def test_a_match_scored_again_is_news_only_if_its_verdict_or_product_changed(
     ):
         log.record([outcome], model, hooks)
         assert len(hooks_told_of(log)) == told
+
+
+def test_a_status_says_where_a_scan_may_bring_more(
+    log: MatchLog, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    log.beat({"backlog": 64, "oldest_waiting_s": 1.0, "scanning": True})
+    told = run_tool("pic-daemon", "status", "--database", log.path)
+    assert told.stdout == "healthy; 64 waiting, and a scan may bring more; rows: 0\n"
 
 
 def test_no_revision_is_used_twice_though_rows_are_deleted(
