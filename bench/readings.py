@@ -42,7 +42,7 @@ PICTURES: dict[Split, str] = {"train": "trained on", "val": "decoys never seen"}
 @click.option("--again", type=click.Path(path_type=Path))
 def main(run: Path, again: Path | None) -> None:
     if again:
-        config = replace(load_network(run)[0], augmentation=MILD)
+        config = replace(load_network(run)[0], augmentation=MILD, least_area=0.9)
         run_training(
             config, again, os.cpu_count() or 1, resume=(again / "last.pt").exists()
         )

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from itertools import permutations
 
 import numpy as np
@@ -8,6 +9,8 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_training.augmentation import Augmentation, augment, sample, vary
+from pic_training.preparation import samples_of
+from pic_training.run_folder import RunConfig
 from pic_training.samples import SampleSet
 from pic_training.sources import Sources, Split, gather
 
@@ -48,6 +51,18 @@ def test_a_sample_depends_on_its_number_alone(sources: Sources) -> None:
     images, _ = drawn(sources)
     assert torch.equal(drawn(sources, workers=2)[0], images)
     assert torch.equal(drawn(sources, first=1)[0], images[16:])
+
+
+def test_a_network_learns_from_further_crops_than_it_is_measured_by(
+    sources: Sources, config_of: Callable[..., RunConfig]
+) -> None:
+    def least(split: Split, **changes: object) -> float:
+        return samples_of(config_of(**changes), sources, split).augmentation.crop_area[0]
+
+    assert (least("train"), least("val")) == (0.4, 0.5)
+    assert least("train", arch="cnn") == 0.5  # as published
+    assert least("train", least_area=0.2) == 0.2
+    assert least("val", least_area=0.2) == 0.5
 
 
 def test_training_draws_anew_each_epoch_and_validation_never(sources: Sources) -> None:

@@ -1,7 +1,7 @@
 """Before the first epoch: the pictures are read, and what cannot end well is refused."""
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import file_digest
 from pathlib import Path
 
@@ -103,13 +103,16 @@ def samples_of(config: RunConfig, sources: Sources, split: Split) -> SampleSet:
     """The samples that a run draws from one split."""
     count = config.train_images if split == "train" else config.val_images
     copies = 2 if config.task == "describe" and split == "train" else 1
+    ranges = config.augmentation
+    if split == "train":
+        ranges = replace(ranges, crop_area=(config.least_area, ranges.crop_area[1]))
     return SampleSet(
         sources,
         split,
         count,
         config.architecture.size,
         config.seed,
-        config.augmentation,
+        ranges,
         copies,
     )
 

@@ -39,7 +39,9 @@ class RunConfig:
     match log whose corrected pictures take part, as corrections.json names them. A run
     that learns to ``describe`` ends in vectors of `dimensions` numbers. `naming` weighs
     telling the catalog's pictures apart: for each of its samples, that many times the
-    cross-entropy is learned from besides. A resnet8 is then a Recogniser.
+    cross-entropy is learned from besides. A resnet8 is then a Recogniser. Samples to train
+    on are cropped to the share `least_area` of a picture's area or more, instead of what
+    `augmentation` says, which measures.
     """
 
     catalog: str
@@ -64,6 +66,7 @@ class RunConfig:
     task: Literal["classify", "describe"] = "classify"
     dimensions: int = 1
     naming: float = 0.0
+    least_area: float = 0.5
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     @property
