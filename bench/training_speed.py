@@ -31,7 +31,8 @@ from pic_training.device_samples import (  # noqa: E402
 from pic_training.distributed import ALONE  # noqa: E402
 from pic_training.learner import Learner  # noqa: E402
 from pic_training.networks import ARCHITECTURES  # noqa: E402
-from pic_training.samples import Batch, SampleSet  # noqa: E402
+from pic_training.preparation import samples_of  # noqa: E402
+from pic_training.samples import Batch  # noqa: E402
 from pic_training.sources import gather  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, exists=True)
@@ -51,12 +52,12 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
         corrections=None, val_images=30_000, lr=None, target_fpr=0.001, head_start=0,
         stages=None, seed=0, precision="auto", task="classify", dimensions=None,
-        naming=None, **options,
+        naming=None, least_area=None, **options,
     )  # fmt: skip
-    size, side = config.architecture.size, 256
+    side = 256
     with tempfile.TemporaryDirectory() as scratch:
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
-        samples = SampleSet(sources, "train", 185_000, size, 0, config.augmentation)
+        samples = samples_of(config, sources, "train")
         learner = Learner(config, ALONE, len(sources.of("catalog", "train")))
         learner.network.train()
         workers = os.cpu_count() or 1

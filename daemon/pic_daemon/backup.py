@@ -48,11 +48,12 @@ def _check_output(database: Path, output: Path) -> None:
         raise InputError(f"--output {output} is a folder; name a file in it.")
     check(output, for_writing=False)  # only an earlier copy is replaced
     wal = f"{output}-wal"
-    if os.path.exists(wal) and not os.path.getsize(wal):
-        # Left behind where the copy was asked as a log; the last to close one that may
-        # write takes it away.
-        with suppress(sqlite3.Error), closing(sqlite3.connect(output)) as db:
-            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    with suppress(FileNotFoundError, sqlite3.Error):
+        if not os.stat(wal).st_size:
+            # Left behind where the copy was asked as a log; the last to close one that may
+            # write takes it away.
+            with closing(sqlite3.connect(output)) as db:
+                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if os.path.exists(wal):  # would be taken for part of the new copy
         raise InputError(f"--output {output} is in use ({wal} exists).")
 

@@ -261,7 +261,7 @@ class CatalogIndex:
 def files_in(folder: Path, shut: dict[str, str]) -> Iterator[tuple[str, FileStamp]]:
     """Every picture of a catalog folder by its path within, links passed over.
 
-    `shut` gets the folders that could not be read, the same way, and why.
+    `shut` gets what could not be looked at, folders mostly, the same way, and why.
     """
     home = folder.resolve()
 
@@ -274,8 +274,8 @@ def files_in(folder: Path, shut: dict[str, str]) -> Iterator[tuple[str, FileStam
 
 
 def within(name: str, folders: Iterable[str]) -> bool:
-    """Whether a file lies in one of these folders, all by their paths within a catalog."""
-    return any(folder == "." or name.startswith(f"{folder}/") for folder in folders)
+    """Whether a file is or lies in one of these, all by their paths within a catalog."""
+    return any(f in (".", name) or name.startswith(f"{f}/") for f in folders)
 
 
 def load_index(path: Path) -> CatalogIndex:

@@ -75,7 +75,8 @@ class Folder:
         """Every wanted regular file under `below` now, and None for everything else there.
 
         Symbolic links are not followed. What vanishes meanwhile is passed over; `refused`
-        is told of folders that cannot be read, or not all that is in them, and why.
+        is told of what cannot be looked at, and why: of a folder that may be listed but not
+        entered once for each file, but by the folder's own path.
         """
         pending = [below]
         while pending:
@@ -89,8 +90,10 @@ class Folder:
                         found = entry.path, FileStamp.of(entry.stat(follow_symlinks=False))
                 except (FileNotFoundError, NotADirectoryError):
                     pass
-                except OSError as error:
+                except PermissionError as error:
                     refused(os.path.dirname(entry.path), error)
+                except OSError as error:
+                    refused(entry.path, error)
                 yield found
 
 

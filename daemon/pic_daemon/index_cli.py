@@ -1,5 +1,6 @@
 """The command pic-index: make, update, list and edit a catalog index."""
 
+import math
 import os
 import sys
 import time
@@ -118,6 +119,8 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
     with workers() as pool:
         with _progress("items") as show:
             done = update(made, descriptor, pool, _saving(made, partial, show))
+        if done.added and others:  # which may take as long again
+            _keep(made, partial)
         measured = None
         if others:
             with _progress("decoys") as show:
@@ -158,10 +161,19 @@ def _saving(
         nonlocal due
         show(more)
         if time.monotonic() >= due and made.items:
-            made.save(partial)
-            due = time.monotonic() + _SAVE_S
+            due = time.monotonic() + _SAVE_S if _keep(made, partial) else math.inf
 
     return shown
+
+
+def _keep(made: CatalogIndex, partial: Path) -> bool:
+    """Write what there is for a next run; whether it went well. This run needs none."""
+    try:
+        made.save(partial)
+    except InputError as error:
+        click.echo(f"stopped now, this run would begin anew: {error.message}", err=True)
+        return False
+    return True
 
 
 def open_or_empty(
@@ -199,8 +211,8 @@ def open_or_empty(
 def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
     for folder, reason in done.shut.items():
         click.echo(f"left out {_shown(folder)}: {reason}")
-    changed = {*done.added, *done.renamed}
-    for name in [name for name in done.removed if name not in changed][:_NAMED]:
+    still = {item.name for item in made.items.values()}  # with other content, perhaps
+    for name in [name for name in done.removed if name not in still][:_NAMED]:
         click.echo(f"removed {_shown(name)}")
     for refused in done.refused[:_NAMED]:
         click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")

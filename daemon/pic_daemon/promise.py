@@ -42,10 +42,10 @@ def check_support(decoys: int, target: float, remedy: str) -> None:
     """Raise InputError where `decoys` samples cannot promise `target`."""
     best, needed = supported_rate(decoys), math.ceil(3 / target)
     if target < best:
+        rate = f"a false positive rate of {best:.2g} at best" if best <= 1 else "nothing"
         raise InputError(
-            f"{decoys} decoy samples can promise a false positive rate of "
-            f"{min(1, best):.2g} at best (3 / n), not {target:.2g}, which takes {needed}: "
-            f"{remedy}."
+            f"{decoys} decoy samples can promise {rate} (3 / n), not {target:.2g}, which "
+            f"takes {needed}: {remedy}."
         )
 
 

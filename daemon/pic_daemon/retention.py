@@ -21,7 +21,7 @@ logger = logging.getLogger("pic_daemon")
 _BATCH = 100  # rows looked at between two looks into the service's inbox
 _PASS_EVERY_S = 3600.0
 _LOOK_S = 0.05  # between two questions whether a batch of files was looked at
-_PATIENCE_S = 10.0  # after it the thread hangs, or what it saw is old: begun anew
+_PATIENCE_S = 10.0  # for a single file; after it the thread hangs, and another begins
 
 _Seen = tuple[OldRow, FileStamp | None]
 """A row, and how the file under its name looks now; None: there is none."""
@@ -42,7 +42,9 @@ class Retention:
     _rows: list[OldRow] = field(default_factory=list, init=False)
     _seen: list[_Seen] = field(default_factory=list, init=False)
     _looking: threading.Thread | None = field(default=None, init=False)
-    _began: float = field(default=0.0, init=False)
+    _looked: list[OldRow] = field(default_factory=list, init=False)
+    _counted: int = field(default=0, init=False)  # of these, when it last went on
+    _went_on: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if self.keep_days is None:
@@ -64,14 +66,16 @@ class Retention:
         does it again.
         """
         assert self.keep_days is not None
-        if not self._looking or now - self._began > _PATIENCE_S:
+        if len(self._looked) != self._counted:
+            self._counted, self._went_on = len(self._looked), now
+        hangs = now - self._went_on > _PATIENCE_S
+        if not self._looking or (hangs and self._looking.is_alive()):
             before = max(0.0, time.time() - self.keep_days * 86400)
             self._rows = log.no_matches_before(before, self._after, _BATCH)
-            self._seen = []
-            look = [self._rows, online, there, self._seen]
+            self._seen, self._looked, self._counted, self._went_on = [], [], 0, now
+            look = [self._rows, online, there, self._seen, self._looked]
             self._looking = threading.Thread(target=_look, args=look, daemon=True)
             self._looking.start()
-            self._began = now
         self.next_due = now + _LOOK_S
         if self._looking.is_alive():
             return
@@ -94,8 +98,10 @@ def _look(
     online: Callable[[str], bool],
     there: Callable[[str], bool],
     seen: list[_Seen],
+    looked: list[OldRow],
 ) -> None:
     for row in rows:
+        looked.append(row)
         # May stand for bytes that are no UTF-8: cannot be looked up.
         if "\\x" in row.path or not online(row.path):
             continue

@@ -231,7 +231,9 @@ class Service:
             self._beat()
         if now >= self._retention.next_due and self._backlog.quiet():
             folders = self._backlog.online, self._backlog.there
-            self._recorder.write(lambda: self._retention.step(self.log, *folders, now))
+            self._recorder.write(
+                lambda: self._retention.step(self.log, *folders, time.monotonic())
+            )
 
     def _note_folders(self) -> None:
         points = self._backlog.mount_points()

@@ -89,6 +89,7 @@ def test_a_busy_folder_does_not_keep_others_waiting(
             path = str(busy.path / f"announced-{number}.png")
             waiting.heed(FileHint(path, FileStamp(1, number, 1), complete=True))
         (scanner,) = (s for s in scanners if s.folder == quiet)
+        assert not waiting.scanning()
         waiting.heed(found_in(scanner, 1000, mtime=1))
         chosen, _ = waiting.choose(room=100)
         assert waiting.scanning()

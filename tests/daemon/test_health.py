@@ -90,6 +90,8 @@ def test_status_tells_a_service_that_lives_from_one_that_does_not(
     daemon.start()
     write_image(daemon.drop / "a.png", 200)
     daemon.wait_for_rows(1)
+    heartbeat = run_tool("pic-daemon", *asked, "--json")
+    assert json.loads(heartbeat.stdout)["scanning"] is False
     healthy = run_tool("pic-daemon", *asked)
     assert (healthy.returncode, healthy.stdout) == (
         0,

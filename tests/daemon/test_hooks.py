@@ -241,6 +241,19 @@ def test_what_a_hook_never_takes_is_given_up_visibly_and_tried_again_when_asked(
     assert names(receiver.taken) == {"a.png"}
 
 
+def test_a_hook_that_was_taken_out_is_missed_in_the_log(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    daemon.start("--webhook", "http://127.0.0.1:1/")
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    daemon.stop()
+    daemon.start()
+    assert (
+        "gave up 1 deliveries of a hook that is not set any more" in daemon.log.read_text()
+    )
+
+
 def test_the_header_from_the_file_is_sent_and_a_redirect_is_not_followed(
     receiver: Receiver, tmp_path: Path
 ) -> None:

@@ -156,11 +156,15 @@ class _Origin:
         if not self.folder:
             return [c.path for c in self.corrected]
 
-        def refuse(path: str, error: OSError) -> None:
-            problem = f"this folder cannot be read: {error.strerror}"
-            left_out.append(LeftOut(path, problem))
+        refused: dict[str, LeftOut] = {}
 
-        return _files(self.folder, refuse)
+        def refuse(path: str, error: OSError) -> None:
+            problem = f"this cannot be looked at: {error.strerror}"
+            refused[path] = LeftOut(path, problem)
+
+        found = _files(self.folder, refuse)
+        left_out += refused.values()
+        return found
 
 
 def gather(
