@@ -52,7 +52,7 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         catalog=catalog, others=others, others_val=None, epochs=1, train_images=185_000,
         corrections=None, val_images=30_000, lr=None, target_fpr=0.001, head_start=0,
         stages=None, seed=0, precision="auto", task="classify", dimensions=None,
-        naming=None, least_area=None, **options,
+        naming=None, least_area=0.5, **options,
     )  # fmt: skip
     side = 256
     with tempfile.TemporaryDirectory() as scratch:

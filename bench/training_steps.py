@@ -43,7 +43,7 @@ def measure(arch: str, batch: int, compiled: bool, steps: int) -> None:
         train_images=185_000, val_images=30_000, batch_size=batch, lr=1e-4, head_start=0,
         stages=None, seed=0, precision="bf16", target_fpr=0.001, arch=arch, device="cuda",
         task="classify", dimensions=None, weights="none", naming=None,
-        least_area=None,
+        least_area=0.5,
     )  # fmt: skip
     learner = Learner(config, ALONE, items=1000)
     learner.network.train()

@@ -34,7 +34,7 @@ def config_of(folders: Path) -> Callable[..., RunConfig]:
             "train_images": 640, "val_images": 256, "batch_size": 32, "lr": None,
             "head_start": 0, "stages": None, "seed": 0, "device": "cpu", "weights": None,
             "precision": "fp32", "target_fpr": 0.05, "dimensions": None, "naming": None,
-            "least_area": None,
+            "least_area": 0.5,
         }  # fmt: skip
         return _config(**given | changes)
 

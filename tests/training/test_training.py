@@ -297,7 +297,7 @@ def test_a_run_begun_before_there_was_an_option_goes_on(
 ) -> None:
     older = tmp_path / "older"
     given = options(folders, older, epochs=1)
-    begun = {"arch": "resnet8", "naming": 0, "lr": 0.02, "least-area": 0.5}  # then
+    begun = {"arch": "cnn", "naming": 0, "lr": 0.02}  # by default, then
     options_then = options(folders, older, epochs=1, **begun)
     assert run_tool("pic-train", *options_then).returncode == 0
     config = json.loads((older / "config.json").read_text())

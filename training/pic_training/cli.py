@@ -120,8 +120,10 @@ _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than 
 @click.option(
     "--least-area",
     type=FiniteRange(0.01, 1),
+    default=0.5,
+    show_default=True,
     help="Least share of its area that a picture to train on is cropped to; where samples "
-    "measure it is 0.5  [classify resnet8 0.4, else 0.5].",
+    "measure it is 0.5.",
 )
 @click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option(
@@ -147,9 +149,9 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     With --task describe it learns instead to give copies of one picture nearly the
     same vector, and any other picture another.
 
-    Every sample is a picture cropped to 50-100% of its area (to train a resnet8, 40-100%),
-    resized to 48-256 pixels and compressed to JPEG quality 10-95, each with probability
-    0.8, alike for catalog and others. Others to train a classifier on are besides mirrored,
+    Every sample is a picture cropped to 50-100% of its area, resized to 48-256
+    pixels and compressed to JPEG quality 10-95, each with probability 0.8, alike for
+    catalog and others. Others to train a classifier on are besides mirrored,
     recoloured and bent, each channel by a gamma of its own. Ctrl-C leaves a checkpoint
     for --resume.
 
@@ -189,8 +191,8 @@ def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     if not (out / "config.json").exists():
         return {}
-    stored = {"naming": 0.0, "least_area": 0.5} | read_json(out / "config.json")
-    defaults = ("arch", "naming", "lr", "least_area")
+    stored = {"naming": 0.0} | read_json(out / "config.json")
+    defaults = ("arch", "naming", "lr")
     return {name: stored.get(name) for name in defaults if options[name] is None}
 
 
@@ -265,7 +267,7 @@ def _config(**options: Any) -> "RunConfig":
         task=options["task"],
         dimensions=(options["dimensions"] or 256) if describes else 1,
         naming=float(architecture.prototypes) if naming is None else naming,
-        least_area=options["least_area"] or architecture.least_area,
+        least_area=options["least_area"],
     )
     if config.head_start and architecture.prototypes and config.naming:
         raise InputError(

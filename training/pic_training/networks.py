@@ -35,7 +35,6 @@ class Architecture:
     learned before, and where the head was fitted to it as well: a higher one undoes what
     they know (bench/results/published-protocol.md), `learned_lr` and `fitted_lr`.
     Where pictures of the catalog are named, with `prototypes` it is the head that does so.
-    `least_area` is the default of how far samples to train on are cropped.
     """
 
     trunk: Callable[[str], nn.Module]
@@ -51,7 +50,6 @@ class Architecture:
     fitted_lr: float | None = None
     weight_decay: float = 0.0
     prototypes: bool = False
-    least_area: float = 0.5
 
 
 class Normalised(nn.Module):
@@ -311,9 +309,6 @@ ARCHITECTURES = {
         batch_size=64,
         weight_decay=5e-4,
         prototypes=True,
-        # Where copies that measure end, those to learn from must not (bench/results/
-        # published-protocol.md).
-        least_area=0.4,
     ),
     "resnet50": Architecture(
         resnet50_trunk,
