@@ -42,10 +42,10 @@ def check_support(decoys: int, target: float, remedy: str) -> None:
     """Raise InputError where `decoys` samples cannot promise `target`."""
     best, needed = supported_rate(decoys), math.ceil(3 / target)
     if target < best:
-        rate = f"a false positive rate of {best:.2g} at best" if best <= 1 else "nothing"
+        shown = min(1.0, best)
         raise InputError(
-            f"{decoys} decoy samples can promise {rate} (3 / n), not {target:.2g}, which "
-            f"takes {needed}: {remedy}."
+            f"{decoys} decoy samples can promise a false positive rate of {shown:.2g} at "
+            f"best (3 / n), not {target:.2g}, which takes {needed}: {remedy}."
         )
 
 
