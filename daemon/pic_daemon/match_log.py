@@ -29,9 +29,11 @@ _WAL_BYTES = 64 << 20
 UNREAD = "cannot be read:"
 """How the error of a file begins that met an I/O error."""
 
-# What failed under a name was an unfinished state of the file.
+# What failed under a name was an unfinished state of the file. The index is named, as
+# SQLite would take any by status that was made later, and look through all that failed.
 _NO_LONGER_FAILED = (
-    "DELETE FROM images WHERE path = ? AND sha256 <> ? AND status = 'failed'"
+    "DELETE FROM images INDEXED BY failed_by_path "
+    "WHERE path = ? AND sha256 <> ? AND status = 'failed'"
 )
 SILENT_S = 120.0
 """Four heartbeats: a service that says nothing for longer is down or stuck."""

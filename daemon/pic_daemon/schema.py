@@ -158,8 +158,8 @@ def add_corrections(db: Database) -> None:
 def add_indexes_for_the_page(db: Database) -> None:
     """Any status by time, and the matches of one product, each in order of time.
 
-    Together they cost 12 us a row to write (bench/results/matches-page.md), where reading
-    and scoring the image takes 500.
+    Together they cost some 10 us a row to write, where reading and scoring the image takes
+    500 (bench/results/matches-page.md).
     """
     db.execute("CREATE INDEX images_by_status ON images (status, classified_at)")
     db.execute("DROP INDEX matches_by_time")  # the one above serves its questions
