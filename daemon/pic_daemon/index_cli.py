@@ -27,7 +27,7 @@ from pic_daemon.promise import supported_rate
 _PATH = click.Path(path_type=Path)
 _SAVE_S = 600.0
 _NAMED = 20  # files named of each kind; the others are counted
-_NEARLY_COPIES = 0.9  # joint score that a cropped copy seldom reaches
+_NEARLY_COPIES = 0.9  # joint score; look-alikes asked for 0.75 (bench/results/cascade.md)
 
 
 @click.command()
