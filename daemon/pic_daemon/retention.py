@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pic_daemon.folders import FileStamp
@@ -23,27 +23,59 @@ _PASS_EVERY_S = 3600.0
 _LOOK_S = 0.05  # between two questions whether a batch of files was looked at
 _PATIENCE_S = 10.0  # for a single file; after it the thread hangs, and another begins
 
-_Seen = tuple[OldRow, FileStamp | None]
-"""A row, and how the file under its name looks now; None: there is none."""
+
+@dataclass
+class _Look:
+    """The files of some rows, looked at in a thread, which a mount that hangs may keep for
+    ever. `come_to` counts the rows begun; `seen` gets those whose file is not as it was,
+    with how it looks now, None: there is none."""
+
+    rows: list[OldRow]
+    online: Callable[[str], bool]
+    there: Callable[[str], bool]
+    come_to: int = 0
+    seen: list[tuple[OldRow, FileStamp | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether all were looked at."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        for row in self.rows:
+            self.come_to += 1
+            # May stand for bytes that are no UTF-8: cannot be looked up.
+            if "\\x" in row.path or not self.online(row.path):
+                continue
+            stamp = None
+            try:
+                stamp = FileStamp.of(os.lstat(row.path))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError:  # no leave to look, or the disk is in trouble
+                continue
+            # `there` afterwards, as the folder may just have gone.
+            if stamp != row.stamp and self.there(row.path):
+                self.seen.append((row, stamp))
 
 
 @dataclass
 class Retention:
     """Goes through old rows, a batch at a time; `keep_days` None keeps all.
 
-    Files are looked at in a thread, which a mount that hangs may keep for ever. Times
-    `now` are monotonic, in seconds.
+    Times `now` are monotonic, in seconds.
     """
 
     keep_days: float | None
     next_due: float = 0.0
     _after: tuple[str, int] = ("", 0)
     _deleted: int = field(default=0, init=False)
-    _rows: list[OldRow] = field(default_factory=list, init=False)
-    _seen: list[_Seen] = field(default_factory=list, init=False)
-    _looking: threading.Thread | None = field(default=None, init=False)
-    _looked: list[OldRow] = field(default_factory=list, init=False)
-    _counted: int = field(default=0, init=False)  # of these, when it last went on
+    _look: _Look | None = field(default=None, init=False)
+    _come_to: int = field(default=0, init=False)  # by that look, when it last went on
     _went_on: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -66,53 +98,28 @@ class Retention:
         does it again.
         """
         assert self.keep_days is not None
-        if len(self._looked) != self._counted:
-            self._counted, self._went_on = len(self._looked), now
-        hangs = now - self._went_on > _PATIENCE_S
-        if not self._looking or (hangs and self._looking.is_alive()):
+        if not self._look or self._hangs(self._look, now):
             before = max(0.0, time.time() - self.keep_days * 86400)
-            self._rows = log.no_matches_before(before, self._after, _BATCH)
-            self._seen, self._looked, self._counted, self._went_on = [], [], 0, now
-            look = [self._rows, online, there, self._seen, self._looked]
-            self._looking = threading.Thread(target=_look, args=look, daemon=True)
-            self._looking.start()
+            rows = log.no_matches_before(before, self._after, _BATCH)
+            self._look = _Look(rows, online, there)
+            self._come_to, self._went_on = 0, now
         self.next_due = now + _LOOK_S
-        if self._looking.is_alive():
+        if not self._look.over:
             return
-        gone = [
-            row for row, stamp in self._seen if stamp is None or log.knows(row.path, stamp)
-        ]
+        seen, rows = self._look.seen, self._look.rows
+        gone = [row for row, stamp in seen if not stamp or log.knows(row.path, stamp)]
         self._deleted += log.delete(gone)
-        self._looking = None
-        if len(self._rows) == _BATCH:
-            self._after = self._rows[-1].classified_at, self._rows[-1].id
+        self._look = None
+        if len(rows) == _BATCH:
+            self._after = rows[-1].classified_at, rows[-1].id
             return
         if self._deleted:
             logger.info("deleted %d old rows of no match, files gone", self._deleted)
         self._after, self._deleted = ("", 0), 0
         self.next_due = now + _PASS_EVERY_S
 
-
-def _look(
-    rows: Sequence[OldRow],
-    online: Callable[[str], bool],
-    there: Callable[[str], bool],
-    seen: list[_Seen],
-    looked: list[OldRow],
-) -> None:
-    for row in rows:
-        looked.append(row)
-        # May stand for bytes that are no UTF-8: cannot be looked up.
-        if "\\x" in row.path or not online(row.path):
-            continue
-        stamp = None
-        try:
-            stamp = FileStamp.of(os.lstat(row.path))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError:  # no leave to look, or the disk is in trouble
-            continue
-        if stamp == row.stamp:
-            continue
-        if there(row.path):  # asked afterwards, as the folder may just have gone
-            seen.append((row, stamp))
+    def _hangs(self, look: _Look, now: float) -> bool:
+        """Whether a look has been at one file for too long."""
+        if look.come_to != self._come_to:
+            self._come_to, self._went_on = look.come_to, now
+        return not look.over and now - self._went_on > _PATIENCE_S
