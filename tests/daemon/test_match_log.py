@@ -177,6 +177,8 @@ def test_folders_are_noted_instead_of_those_before_or_besides_them(log: MatchLog
 def test_what_is_asked_for_each_image_does_not_look_through_the_log(
     log: MatchLog, model: Model
 ) -> None:
+    # As somebody may add for questions of their own.
+    log._db.execute("CREATE INDEX by_score ON images (status, score)")
     asked: list[str] = []
     log._db.conn.set_trace_callback(asked.append)
     log.record([match("/drop/a.png"), failure("/drop/b.png")], model, ["webhook"])

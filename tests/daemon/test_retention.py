@@ -130,11 +130,17 @@ def test_a_row_that_was_written_again_since_its_file_was_missed_stays(
     row = recorded(tmp_path / "drop" / "back.png", 31)
     log.record([row], model)
     Path(row.path).unlink()
-    missed = threading.Event()
+    missed, back = threading.Event(), threading.Event()
+
+    def there(_: str) -> bool:
+        missed.set()
+        return back.wait(60)
+
     retention, now = Retention(30), time.monotonic()
-    retention.step(log, lambda _: True, lambda _: not missed.set(), now)
+    retention.step(log, lambda _: True, there, now)
     assert missed.wait(60)
     log.record([recorded(Path(row.path), 0, status)], model)
+    back.set()
     while retention.next_due < now + 60:
         assert time.monotonic() < now + 60
         retention.step(log, lambda _: True, lambda _: True, now)
