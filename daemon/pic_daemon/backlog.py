@@ -41,6 +41,7 @@ class Backlog:
         self, recorder: Recorder, settle_seconds: float, passed: Callable[[int], None]
     ) -> None:
         self.in_hand: dict[str, InHand] = {}
+        self.gone = 0  # files that were dropped when their turn had come
         self._recorder = recorder
         self._settle_seconds = settle_seconds
         self._passed = passed
@@ -200,6 +201,7 @@ class Backlog:
         """Forget a file that needs no row now; a scan finds it if it is there later."""
         self._recorder.write(lambda: self._recorder.log.put_down(path))
         if path in self.in_hand:
+            self.gone += 1
             self.let_go(path)
 
     def let_go(self, path: str) -> None:

@@ -1,6 +1,7 @@
 """A whole archive through the service's own engine, once, with a progress bar."""
 
 import math
+import os
 import signal
 import sqlite3
 import sys
@@ -11,7 +12,7 @@ import click
 
 from pic_daemon.cascade import Cascade, Identifier
 from pic_daemon.config import Config
-from pic_daemon.folders import Folder
+from pic_daemon.folders import Folder, mount_of, text_of
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import Model
 from pic_daemon.service import Service
@@ -22,12 +23,14 @@ def classify_folder(
 ) -> Counter[str]:
     """Record every image below `folder` that the log does not hold yet.
 
-    Returns how many got which status. Ctrl-C or SIGTERM finishes what is in hand and
-    raises click.Abort; the same call goes on from there.
+    Returns how many got which status, or were gone before they were read. Ctrl-C or
+    SIGTERM finishes what is in hand and raises click.Abort, a folder that goes away
+    click.ClickException; the same call goes on from there.
     """
     # Nobody announces anything here: a poll that never comes again is one scan.
     place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
     config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
+    mount = mount_of(place.path)
     total = sum(1 for _ in place.scan())
     with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
         cascade = Cascade(identifier, config) if identifier else None
@@ -40,4 +43,11 @@ def classify_folder(
             raise click.ClickException(f"database {log.path}: {error}") from error
     if service.stop_asked:
         raise click.Abort
-    return Counter(service.health.outcomes)
+    # The service may have ended before it saw that: what is gone is no work.
+    if service.offline or mount_of(place.path) != mount or not os.path.isdir(place.path):
+        raise click.ClickException(
+            f"{text_of(str(folder))} went away, or does not answer. When it is back, the "
+            "same command goes on from here."
+        )
+    counts = Counter(service.health.outcomes)
+    return counts + Counter({"gone before they were read": service.gone})

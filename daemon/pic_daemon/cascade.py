@@ -8,7 +8,7 @@ which alone calls it.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from pic_daemon.identification import (
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.onnx_session import Provider
-from pic_daemon.served_files import Loaded, ServedFiles
+from pic_daemon.served_files import Loaded, ServedFiles, State
 
 logger = logging.getLogger("pic_daemon")
 
@@ -126,11 +126,13 @@ class Cascade:
         self._run = run
         self._compare_catalog()
 
-    def files(self, send: Callable[[Loaded], None]) -> ServedFiles[Identifier]:
+    def files(
+        self, send: Callable[[Loaded], None], before: Mapping[Path, State | None]
+    ) -> ServedFiles[Identifier]:
         """Descriptor and index, which are loaded again when one of them changes."""
         paths = self.identifier.descriptor.path, self.identifier.index.path
         load = partial(load_identifier, *paths, self.config.provider)
-        return ServedFiles("index", paths, load, self._use, send)
+        return ServedFiles("index", paths, load, self._use, send, before)
 
     def gate(self, model: Model) -> float:
         """The score of `model` from which on the second stage decides."""

@@ -26,11 +26,12 @@ from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.schema import check as check_log
+from pic_daemon.served_files import state_of
 from pic_daemon.service import Service
 from pic_daemon.systemd import log_format
 
 _OVERDUE_S = 900.0
-_PATH = click.Path(path_type=Path)
+_PATH = Path  # click.Path asks the disk, which may be a mount that hangs
 PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph")
 
@@ -116,6 +117,8 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     settings = load_config(config, overrides, may_miss=True)
     _check_missing(settings)
     check_hooks(settings)
+    served = [settings.model, settings.describe, settings.index]
+    before = {path: state_of(path) for path in served if path}
     model = load_model(settings.model, settings.provider)
     identifier = _identifier(settings)
     log = opened(settings.database)
@@ -123,7 +126,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
     if identifier:
         logging.getLogger("pic_daemon").info(_about_identifier(identifier))
     cascade = Cascade(identifier, settings) if identifier else None
-    service = Service(settings, model, log, cascade)
+    service = Service(settings, model, log, cascade, before=before)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
@@ -137,13 +140,19 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 
 
 def _check_missing(settings: Config) -> None:
-    """A folder that is not there is offline if it was watched before, else a mistake."""
+    """A folder that is not there is offline if it was watched before, else a mistake.
+
+    Where failed files go may come later: the service does its work without.
+    """
     before: Collection[str] = ()
     if settings.missing and os.path.exists(settings.database):
         with _open_log(settings.database) as log:
             before = log.mount_points()
     for path in settings.missing:
-        if text_of(str(path)) not in before:
+        if path == settings.failed_folder:
+            problem = "failed_folder %s %s; until it does, what fails stays where it is"
+            logging.getLogger("pic_daemon").warning(problem, path, MISSING)
+        elif text_of(str(path)) not in before:
             raise InputError(f"watch folder {path} {MISSING}.")
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -144,7 +144,7 @@ def load_config(
     _keep_apart("database", config.database.resolve().parent, config)
     _check_webhook(config)
     if config.failed_folder:
-        _check_failed_folder(config, config.failed_folder, until)
+        return _failing_to(config.failed_folder, config, until, may_miss)
     return config
 
 
@@ -311,13 +311,25 @@ def _check_second_stage(config: Config) -> None:
         raise InputError("gate_threshold must be at most 1.")
 
 
-def _check_failed_folder(config: Config, failed: Path, until: float) -> None:
-    if not os.path.isdir(failed):
-        raise InputError(f"failed_folder {failed} does not exist.")
-    _keep_apart("failed_folder", failed.resolve(), config)
+def _failing_to(failed: Path, config: Config, until: float, may_miss: bool) -> Config:
+    """Check where failed files go; one that does not answer passes."""
+    known = [failed]
+
+    def ask() -> str:
+        for step in resolving(failed):
+            known.append(step)
+        return "" if os.path.isdir(failed) else MISSING
+
+    problem = _within(until, ask)
+    _keep_apart("failed_folder", known[-1], config)
+    if problem and not may_miss:
+        raise InputError(f"failed_folder {failed} {problem}.")
+    if problem:
+        return replace(config, missing=config.missing | {failed})
     for place in (failed, *(folder.path for folder in config.folders)):
         if place not in config.missing and _within(until, partial(_unwritable, place)):
             raise InputError(f"failed_folder is set, but {place} is not writable.")
+    return config
 
 
 def _unwritable(place: Path) -> str:

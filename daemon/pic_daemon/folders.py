@@ -1,9 +1,7 @@
 """Drop folders: which files in them count, and what is in them now."""
 
-import errno
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from typing import Literal
 
 from pic_daemon.images import PATTERNS
 
-_MOST_COPIED = 1 << 30  # bytes: the service waits meanwhile
 EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
 """Names left alone by default: hidden files and downloads that are not finished."""
 
@@ -116,37 +113,6 @@ def stamp_of(path: str) -> FileStamp | None:
     except OSError:
         return None
     return FileStamp.of(status) if stat.S_ISREG(status.st_mode) else None
-
-
-def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
-    """Move a file that still has this stamp into `folder`, under a name not taken there.
-
-    Returns where it is now, or None where the file has changed or is gone. Raises
-    OSError where it cannot be moved.
-    """
-    if stamp_of(path) != stamp:
-        return None
-    name = Path(path)
-    target = folder / name.name
-    number = 1
-    while os.path.lexists(target):
-        target = folder / f"{name.stem}-{number}{name.suffix}"
-        number += 1
-    try:
-        os.rename(path, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        if stamp.bytes > _MOST_COPIED:
-            problem = "too large to be copied to another file system"
-            raise OSError(errno.EFBIG, problem) from error
-        try:
-            shutil.copy2(path, target)  # another file system
-            os.unlink(path)
-        except OSError:
-            target.unlink(missing_ok=True)
-            raise
-    return target
 
 
 def text_of(path: str) -> str:

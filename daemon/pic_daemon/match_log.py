@@ -175,8 +175,11 @@ class MatchLog:
             )
 
     def strike(self, path: str) -> int:
-        """Count an attempt at the file that failed on its own; returns how many now."""
-        with self._transaction():
+        """Count an attempt at the file that failed on its own; returns how many now.
+
+        Not forced to the disk: as `take_in_hand`.
+        """
+        with self._transaction(synchronous="NORMAL"):
             self._db.execute(
                 "UPDATE in_hand SET strikes = strikes + 1 WHERE path = ?", [text_of(path)]
             )
@@ -231,14 +234,17 @@ class MatchLog:
         return row is not None
 
     def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
-        """Whether `path` with this content has its row; if so, remember the new stamp."""
+        """Whether `path` with this content has its row; if so, remember the new stamp.
+
+        Not forced to the disk: lost, it costs reading the file once more.
+        """
         row = self._db.execute(
             "SELECT id FROM images WHERE path = ? AND sha256 = ? AND mtime_ns <> ?",
             [text_of(path), sha256, STALE],
         ).fetchone()
         if row is None:
             return False
-        with self._transaction():
+        with self._transaction(synchronous="NORMAL"):
             self._db.execute(
                 "UPDATE images SET mtime_ns = ?, inode = ? WHERE id = ?",
                 [stamp.mtime_ns, stamp.inode, *row],

@@ -7,14 +7,14 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from pic_daemon.config import Config
-from pic_daemon.folders import set_aside, text_of
+from pic_daemon.folders import text_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import Model
+from pic_daemon.setting_aside import SetAside
 
 logger = logging.getLogger("pic_daemon")
 
@@ -38,14 +38,12 @@ class Recorder:
     stop_asked: bool = False
 
     def record(self, outcomes: list[Outcome], model: Model) -> None:
-        """Write rows in one transaction; then count and log them, and move what failed."""
+        """Write rows in one transaction; then count and log them."""
         with self.health.timed("commit"):
             self.write(lambda: self.log.record(outcomes, model, self.config.hooks))
         self.health.recorded(outcomes)
         for outcome in outcomes:
             _report(outcome)
-            if outcome.status == "failed" and self.config.failed_folder:
-                self._move_failed(outcome, self.config.failed_folder)
 
     def write(self, write: Callable[[], T]) -> T:
         """What `write` returns, once the database takes it.
@@ -79,17 +77,17 @@ class Recorder:
                 logger.info("database %s: goes on after %.0f s", self.log.path, waited)
             return result
 
-    def _move_failed(self, outcome: Outcome, folder: Path) -> None:
-        path = text_of(outcome.path)
-        try:
-            moved = set_aside(outcome.path, outcome.stamp, folder)
-        except OSError as error:
-            problem = error.strerror or error
-            logger.warning("path=%r cannot be moved to %s: %s", path, folder, problem)
-            return
-        if moved:
-            self.write(lambda: self.log.mark_moved(outcome.path, outcome.sha256))
-            logger.info("moved path=%r to %s", path, text_of(str(moved)))
+    def set_aside(self, moved: SetAside) -> None:
+        """Note that a failed file was moved, or tell why not."""
+        path, target = text_of(moved.outcome.path), moved.target
+        if moved.problem:
+            folder = self.config.failed_folder
+            problem = "path=%r cannot be moved to %s: %s"
+            logger.warning(problem, path, folder, moved.problem)
+        elif target:
+            name, sha256 = moved.outcome.path, moved.outcome.sha256
+            self.write(lambda: self.log.mark_moved(name, sha256))
+            logger.info("moved path=%r to %s", path, text_of(str(target)))
 
 
 def _report(outcome: Outcome) -> None:

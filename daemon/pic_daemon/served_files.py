@@ -2,18 +2,32 @@
 beside what serves, handed over."""
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pic_daemon.errors import InputError
-from pic_daemon.folders import stamp_of
+from pic_daemon.folders import FileStamp
 
 logger = logging.getLogger("pic_daemon")
 
 T = TypeVar("T")
+
+
+State = tuple[FileStamp, int]
+"""How a file looked at one moment: its stamp, and when its mode or name last changed."""
+
+
+def state_of(path: Path) -> State | None:
+    """The state of what a path leads to; None where nothing can be looked at."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return FileStamp.of(status), status.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,8 @@ class Loaded:
 class ServedFiles(Generic[T]):
     """Loads one thing from its files: `load` runs in a thread of its own and may raise
     InputError. `send` gets a Loaded from there; `use` runs when that is handed over.
-    `name` is what the log calls it.
+    `name` is what the log calls it; `before` how files looked before they were loaded
+    for the first time, so that one replaced meanwhile is loaded again.
     """
 
     def __init__(
@@ -41,23 +56,27 @@ class ServedFiles(Generic[T]):
         load: Callable[[], T],
         use: Callable[[T], None],
         send: Callable[[Loaded], None],
+        before: Mapping[Path, State | None],
     ) -> None:
         self._name = name
         self._paths = paths
         self._make = load
         self._use = use
         self._send = send
-        self._stamps = [stamp_of(str(path.resolve())) for path in paths]
+        self._states = [before.get(path) or state_of(path) for path in paths]
         self._loading = False
         self._again = False
 
     def look(self) -> None:
-        """Load the files where one changed since they were last looked at."""
+        """Load the files where one changed since they were last looked at.
+
+        Its mode counts: what could not be read is tried again once it may be.
+        """
         if self._loading:
             return
-        stamps = [stamp_of(str(path.resolve())) for path in self._paths]
-        if all(stamps) and stamps != self._stamps:
-            self._stamps = stamps
+        states = [state_of(path) for path in self._paths]
+        if all(states) and states != self._states:
+            self._states = states
             self.load()
 
     def load(self) -> None:

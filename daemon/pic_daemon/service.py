@@ -12,7 +12,7 @@ import logging
 import queue
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,8 @@ from pic_daemon.retention import Retention
 from pic_daemon.scanning import Sight, scanning
 from pic_daemon.schema import Status
 from pic_daemon.scoring import Scored, Scorer
-from pic_daemon.served_files import Loaded, ServedFiles
+from pic_daemon.served_files import Loaded, ServedFiles, State
+from pic_daemon.setting_aside import Mover, SetAside
 from pic_daemon.systemd import notify
 from pic_daemon.watch import HintsLost
 
@@ -66,7 +67,7 @@ class Reload:
 
 _Read = Reading | CloserReading | Confirmation
 
-Message = Sight | list[_Read] | Scored | Stop | Reload | Loaded
+Message = Sight | list[_Read] | Scored | Stop | Reload | Loaded | SetAside
 
 
 @dataclass
@@ -74,7 +75,9 @@ class Service:
     """The running service: `run` returns after a Stop message.
 
     With `until_done` it also returns once every file of its folders has been dealt
-    with. `passed` is called with the number of files that were, as they are.
+    with, or a folder is offline: nobody waits with a single pass for a disk to come
+    back. `passed` is called with the number of files that were, as they are. `before`:
+    how the files that are served looked before they were loaded.
     """
 
     config: Config
@@ -83,6 +86,7 @@ class Service:
     cascade: Cascade | None = None
     until_done: bool = False
     passed: Callable[[int], None] = lambda _: None
+    before: Mapping[Path, State | None] = field(default_factory=dict)
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
     _backlog: Backlog = field(init=False)
@@ -91,13 +95,14 @@ class Service:
     _batch_since: float = 0.0
     _scoring: int = 0
     _next_rescan: float = 0.0
-    _offline: list[str] = field(default_factory=list)
+    offline: list[str] = field(default_factory=list)
     _mount_points: dict[Path, str] = field(default_factory=dict)
     _files: list[ServedFiles[Any]] = field(init=False)
     _next_look: float = 0.0
     _next_beat: float = 0.0
     _retention: Retention = field(init=False)
     _recorder: Recorder = field(init=False)
+    _mover: Mover | None = None
     _stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -105,11 +110,14 @@ class Service:
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._recorder = Recorder(self.log, self.config, self.health)
         config, send = self.config, self.inbox.put
+        if config.failed_folder:
+            self._mover = Mover(config.failed_folder, send)
         self._backlog = Backlog(self._recorder, config.settle_seconds, self.passed)
         load = partial(load_model, config.model, config.provider)
-        self._files = [ServedFiles("model", [config.model], load, self._swap, send)]
+        model = ServedFiles("model", [config.model], load, self._swap, send, self.before)
+        self._files = [model]
         if self.cascade:
-            self._files.append(self.cascade.files(send))
+            self._files.append(self.cascade.files(send, self.before))
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler and from any thread."""
@@ -120,6 +128,11 @@ class Service:
     def stop_asked(self) -> bool:
         """Whether `stop` was called."""
         return self._recorder.stop_asked
+
+    @property
+    def gone(self) -> int:
+        """How many files were gone when they were to be read."""
+        return self._backlog.gone
 
     def reload(self) -> None:
         """Ask the loop to load the model file anew; as safe as `stop`."""
@@ -135,7 +148,7 @@ class Service:
             scanning(
                 self.config.folders,
                 self.inbox.put,
-                # Nobody waits with a single pass for a disk to come back.
+                # Where a single pass found it is where it is.
                 {} if self.until_done else self._recorder.write(self.log.mount_points),
             ) as scanners,
         ):
@@ -162,6 +175,7 @@ class Service:
                     self._go_on(self.cascade)
                 self.health.feed_watchdog(self._busy())
             notify("STOPPING=1")
+            self._end_moves()
             with suppress(sqlite3.OperationalError):  # every row is recorded already
                 self.log.beat({**self._figures(), "stopped": 1})
 
@@ -178,6 +192,15 @@ class Service:
             self.health.serve(self.config.metrics)
         for path in self._recorder.write(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
+
+    def _end_moves(self) -> None:
+        """Note what is still moved."""
+        if not self._mover:
+            return
+        self._mover.end()
+        while not self.inbox.empty():
+            if isinstance(message := self.inbox.get(), SetAside):
+                self._handle(message)
 
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
@@ -223,9 +246,10 @@ class Service:
             if self._backlog.look_at_folders():
                 decoders.leave_behind()
             self._note_folders()
-            if (offline := self._backlog.folders_offline()) != self._offline:
-                self._offline = offline
+            if (offline := self._backlog.folders_offline()) != self.offline:
+                self.offline = offline
                 self._next_beat = now
+            self._stopping |= self.until_done and bool(self.offline)
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_S
             self._beat()
@@ -249,7 +273,7 @@ class Service:
     def _figures(self) -> Figures:
         oldest = self._backlog.oldest()
         waited = 0.0 if oldest is None else max(0.0, time.time() - oldest)
-        waiting = self.health.waiting(len(self._backlog), waited, self._offline)
+        waiting = self.health.waiting(len(self._backlog), waited, self.offline)
         waiting["scanning"] = self._backlog.scanning()
         waiting["model"] = self.model.sha256
         if not self.cascade:
@@ -299,14 +323,21 @@ class Service:
                 self._scan_all(again=True)
             case Stop():
                 self._stopping = True
+            case SetAside():
+                self._recorder.set_aside(message)
+            case _:
+                self._heed(message)
+
+    def _heed(self, sight: Sight) -> None:
+        match sight:
             case HintsLost():
                 self.health.overflowed()
                 logger.warning("the kernel dropped file events; scanning every folder")
                 self._scan_all(again=True)
             case Exception():
-                raise message
+                raise sight
             case _:
-                self._backlog.heed(message)
+                self._backlog.heed(sight)
 
     def _take_in(self, read: _Read) -> None:
         if isinstance(read, Reading):
@@ -430,6 +461,8 @@ class Service:
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
         self._recorder.record(outcomes, model)
         for outcome in outcomes:
+            if outcome.status == "failed" and self._mover:
+                self._mover.move(outcome)
             self._backlog.let_go(outcome.path)
 
     def _outcome(

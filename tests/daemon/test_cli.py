@@ -188,6 +188,59 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     assert len({row["path"] for row in rows.rows}) == rows.count == 600
 
 
+def test_an_archive_that_goes_away_is_no_archive_done(
+    model_file: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    for number in range(600):
+        write_image(archive / f"{number}.png", 200, side=400)
+    MatchLog.open(tmp_path / "log.db").close()
+    command = [BIN / "pic-classify", "--model", model_file, "--recursive", archive]
+    words = [*map(str, command), "--database", str(tmp_path / "log.db")]
+    for pause in (False, True):  # before and after the service looks at its folder again
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        rows = Database(tmp_path / "log.db")["images"]
+        before = rows.count
+        while rows.count == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        archive.rename(tmp_path / "away")
+        time.sleep(6 if pause else 0)
+        process.send_signal(signal.SIGCONT)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert f"{archive} went away" in told and "goes on from here" in told
+        assert 0 < rows.count < 600
+        (tmp_path / "away").rename(archive)
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert len({row["path"] for row in rows.rows}) == rows.count == 600
+
+
+def test_files_that_go_from_an_archive_meanwhile_are_counted(
+    model_file: Path, tmp_path: Path
+) -> None:
+    files = [
+        write_image(tmp_path / "archive" / f"{n}.png", 200, side=400) for n in range(400)
+    ]
+    MatchLog.open(tmp_path / "log.db").close()
+    command = [BIN / "pic-classify", "--model", model_file]
+    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    rows = Database(tmp_path / "log.db")["images"]
+    while not rows.count:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    for file in files:
+        file.unlink()
+    process.send_signal(signal.SIGCONT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    gone = int(told.split(" gone before they were read")[0].split()[-1])
+    assert gone + rows.count == 400
+
+
 def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(
     daemon: DaemonProcess, run_tool: Run, tmp_path: Path
 ) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import write_image
 
-from pic_daemon.folders import Folder, mount_of, set_aside, stamp_of, text_of
+from pic_daemon.folders import Folder, mount_of, stamp_of, text_of
+from pic_daemon.setting_aside import set_aside
 
 
 def names(folder: Folder) -> set[str]:
@@ -63,23 +64,8 @@ def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         moved = set_aside(path, stamp, Path(folder))
         assert moved == Path(folder) / "a.png" and moved.stat().st_size == stamp.bytes
+        assert os.listdir(folder) == ["a.png"]
     assert stamp_of(path) is None
-
-
-def test_a_file_too_large_to_be_copied_stays(tmp_path: Path) -> None:
-    elsewhere = Path("/dev/shm")
-    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("no other file system at hand")
-    path = tmp_path / "film.jpg"
-    with path.open("wb") as file:
-        file.truncate(2 << 30)
-    stamp = stamp_of(str(path))
-    assert stamp
-    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
-        with pytest.raises(OSError, match="too large to be copied"):
-            set_aside(str(path), stamp, Path(folder))
-        assert os.listdir(folder) == []
-    assert path.exists()
 
 
 def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:

@@ -19,7 +19,8 @@ import pytest
 from conftest import INFO, DaemonProcess, mounted, write_image, write_model
 from PIL import Image
 
-from pic_daemon.folders import set_aside, stamp_of
+from pic_daemon.folders import stamp_of
+from pic_daemon.setting_aside import set_aside
 
 
 def test_a_locked_database_is_waited_for(daemon: DaemonProcess) -> None:
@@ -514,6 +515,20 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     assert len(daemon.rows()) == 2
 
 
+def test_a_failed_folder_that_is_not_there_is_said_and_holds_nothing_up(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    failed = tmp_path / "failed"
+    daemon.start("--failed-folder", failed)
+    assert f"failed_folder {failed} does not exist" in daemon.log.read_text()
+    (daemon.drop / "bad.png").write_text("no picture")
+    daemon.wait_until(lambda: "cannot be moved" in daemon.log.read_text())
+    failed.mkdir()
+    (daemon.drop / "worse.png").write_text("no picture either")
+    daemon.wait_until(lambda: (failed / "worse.png").exists())
+    assert daemon.stop() == 0
+
+
 def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     daemon: DaemonProcess,
 ) -> None:
@@ -640,6 +655,22 @@ def test_workers_that_a_mount_holds_for_ever_are_left_behind(
     assert rows["late.png"]["status"] == rows["next.png"]["status"] == "match"
     assert daemon.in_hand() == {}
     assert daemon.stop() == 0
+
+
+def test_a_failed_folder_that_hangs_holds_nothing_up(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    with hung_mount(failed):
+        daemon.start("--failed-folder", failed)
+        (daemon.drop / "bad.png").write_text("no picture")
+        daemon.wait_for_rows(1)
+        write_image(daemon.drop / "good.png", 200)
+        daemon.wait_for_rows(2)
+        assert daemon.stop() == 0
+    assert "they stay where they are" in daemon.log.read_text()
+    assert (daemon.drop / "bad.png").exists()
 
 
 def test_a_mount_that_hangs_at_the_start_is_offline_until_it_answers(

@@ -1,0 +1,100 @@
+"""Files that failed are moved by a thread of its own: a move on a hung mount never ends,
+and a copy to another file system takes its time."""
+
+import errno
+import logging
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pic_daemon.folders import FileStamp, stamp_of
+from pic_daemon.match_log import Outcome
+
+logger = logging.getLogger("pic_daemon")
+
+_END_S = 5.0  # the longest that the end of the service waits for what is to be moved
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file was moved to `target`; None: it had changed or was gone, or `problem`."""
+
+    outcome: Outcome
+    target: Path | None
+    problem: str = ""
+
+
+class Mover:
+    """Moves files into `folder`; `send` gets a SetAside of each, from its thread."""
+
+    def __init__(self, folder: Path, send: Callable[[SetAside], None]) -> None:
+        self._folder = folder
+        self._send = send
+        self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
+        self._thread.start()
+
+    def move(self, outcome: Outcome) -> None:
+        """Ask for a file to be moved; returns at once."""
+        self._asked.put(outcome)
+
+    def end(self) -> None:
+        """Wait a little for what is asked for, and tell of what is not."""
+        self._asked.put(None)
+        self._thread.join(_END_S)
+        if self._thread.is_alive():
+            logger.warning(
+                "failed files could not be moved to %s before the end; they stay where "
+                "they are", self._folder,
+            )  # fmt: skip
+
+    def _run(self) -> None:
+        while outcome := self._asked.get():
+            try:
+                target = set_aside(outcome.path, outcome.stamp, self._folder)
+                self._send(SetAside(outcome, target))
+            except OSError as error:
+                self._send(SetAside(outcome, None, error.strerror or str(error)))
+
+
+def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
+    """Move a file that still has this stamp into `folder`, under a name not taken there.
+
+    Returns where it is now, or None where the file has changed or is gone. Raises
+    OSError where it cannot be moved.
+    """
+    if stamp_of(path) != stamp:
+        return None
+    name = Path(path)
+    target = folder / name.name
+    number = 1
+    while os.path.lexists(target):
+        target = folder / f"{name.stem}-{number}{name.suffix}"
+        number += 1
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return _copied(path, stamp, target)
+    return target
+
+
+def _copied(path: str, stamp: FileStamp, target: Path) -> Path | None:
+    """The same to another file system; at no moment is the file nowhere."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copy2(path, part)
+        with part.open("rb") as copy:
+            os.fsync(copy.fileno())
+        if stamp_of(path) != stamp:  # written on meanwhile
+            return None
+        part.rename(target)
+    finally:
+        part.unlink(missing_ok=True)
+    os.unlink(path)
+    return target
