@@ -1,8 +1,12 @@
 """Parts that many tests share: a small real ONNX model, and the daemon as a process."""
 
+import os
+import select
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +132,47 @@ def mounted(source: Path, folder: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def swallow(device: int, done: threading.Event) -> None:
+    """Serve a FUSE device: say hello (fuse.h, FUSE_INIT), and answer nothing else."""
+    while not done.is_set():
+        if select.select([device], [], [], 0.1)[0]:
+            request = os.read(device, 1 << 20)
+            _, operation, unique = struct.unpack_from("IIQ", request)
+            if operation == 26:
+                hello = struct.pack("IIII", 7, 31, 0, 0) + bytes(48)
+                os.write(device, struct.pack("IiQ", 16 + len(hello), 0, unique) + hello)
+
+
+@contextmanager
+def hung_mount(folder: Path, served: bool = False) -> Iterator[None]:
+    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs.
+
+    `served`: a server takes the requests, so that SIGKILL does not end who waits.
+    """
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
+    except OSError:
+        pytest.skip("a mount that hangs needs /dev/fuse and root")
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    mount = ["mount", "-i", "-t", "fuse", "-o", options, "hung", str(folder)]
+    try:
+        if subprocess.run(mount, pass_fds=[device], capture_output=True).returncode:
+            pytest.skip("mounting needs root")
+        done = threading.Event()
+        server = threading.Thread(target=swallow, args=[device, done])
+        if served:
+            server.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if served:
+                server.join()
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    finally:
+        os.close(device)  # then what hung in it gets an error
 
 
 class DaemonProcess:

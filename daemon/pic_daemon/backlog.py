@@ -60,7 +60,10 @@ class Backlog:
         self._scanners = sorted(scanners, key=lambda s: -len(s.within))
         self._ready = {scanner: deque() for scanner in self._scanners}
         for path in self._recorder.write(self._recorder.log.struck):
-            self._see_again(path, None)
+            if self._scanner_of(path):
+                self._see_again(path, None)
+            else:  # its folder is not watched any more
+                self.drop(path)
 
     def scan(self, again: bool = False) -> None:
         """Compare folders and log; for those being scanned not, or once more after it."""

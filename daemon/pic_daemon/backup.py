@@ -1,13 +1,17 @@
 """A copy of the match log while the service writes, whole and checked."""
 
+import glob
 import os
 import sqlite3
 import tempfile
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 from pic_daemon.errors import InputError
 from pic_daemon.schema import check, open_read_only
+
+_DAY_S = 86_400.0
 
 
 def back_up(database: Path, output: Path) -> int:
@@ -22,6 +26,7 @@ def back_up(database: Path, output: Path) -> int:
         raise InputError(f"database {database} does not exist, or this user may not look.")
     check(database, for_writing=False)
     _check_output(database, output)
+    _remove_halves(output)
     handle, name = tempfile.mkstemp(".part", f".{output.name}.", output.parent)  # 0600
     os.close(handle)
     copy = Path(name)
@@ -35,6 +40,14 @@ def back_up(database: Path, output: Path) -> int:
             with suppress(FileNotFoundError):
                 os.unlink(f"{copy}{suffix}")
     return rows
+
+
+def _remove_halves(output: Path) -> None:
+    """Take away what a backup left behind that was killed, as large as the log."""
+    for half in output.parent.glob(f".{glob.escape(output.name)}.*.part*"):
+        with suppress(FileNotFoundError):
+            if time.time() - half.stat().st_mtime > _DAY_S:  # else one under way
+                half.unlink()
 
 
 def _check_output(database: Path, output: Path) -> None:

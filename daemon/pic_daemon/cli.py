@@ -1,5 +1,6 @@
 """pic-daemon: the service, and what is asked about it."""
 
+import fcntl
 import json
 import logging
 import os
@@ -131,12 +132,31 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
     try:
-        with dispatching(settings, service.health):
+        with _alone_with(settings.database), dispatching(settings, service.health):
             service.run()
     except sqlite3.Error as error:
         raise click.ClickException(f"database {settings.database}: {error}") from error
     finally:
         log.close()
+
+
+@contextmanager
+def _alone_with(database: Path) -> Iterator[None]:
+    """Keep a second service off the log: it would give up what hooks of this one wait for,
+    and say that it lives when this one does not."""
+    name = f"{database}.lock"
+    try:
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"database {database}: {name}: {error.strerror}.") from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process alone
+        yield
+    except BlockingIOError as error:
+        problem = "another pic-daemon serves it; stop that first"
+        raise click.ClickException(f"database {database}: {problem}.") from error
+    finally:
+        os.close(lock)
 
 
 def _check_missing(settings: Config) -> None:
@@ -238,14 +258,21 @@ def status(database: Path, as_json: bool) -> None:
 @_DATABASE
 @click.option("--deliveries", is_flag=True,
               help="Instead tell hooks, at once, what was given up.")  # fmt: skip
-def retry(database: Path, deliveries: bool) -> None:
+@click.option("--forget", is_flag=True,
+              help="With --deliveries: delete them, hooks are not told.")  # fmt: skip
+def retry(database: Path, deliveries: bool, forget: bool) -> None:
     """Have the service try every failed image again, at its next scan or on SIGHUP.
 
     Those that --failed-folder took away are tried once they are moved back.
 
     Example: pic-daemon retry --database log.db && systemctl reload pic-daemon
     """
+    if forget and not deliveries:
+        raise click.UsageError("--forget goes with --deliveries.")
     with _open_log(database) as log:
+        if forget:
+            click.echo(f"{log.forget_deliveries()} deliveries were deleted")
+            return
         if deliveries:
             click.echo(f"{log.deliver_again()} deliveries will be tried again")
             return

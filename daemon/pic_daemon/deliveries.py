@@ -181,6 +181,11 @@ def give_up_others(db: sqlite3.Connection, hooks: Sequence[Hook]) -> int:
     return found.rowcount
 
 
+def forget(db: sqlite3.Connection) -> int:
+    """Delete what was given up; returns how many. Belongs into a transaction."""
+    return db.execute("DELETE FROM deliveries WHERE due_at IS NULL").rowcount
+
+
 def try_again(db: sqlite3.Connection) -> int:
     """Queue anew what was given up; returns how many. Belongs into a transaction."""
     now = time.time()

@@ -1,4 +1,7 @@
-"""The one error a user can put right."""
+"""The one error a user can put right, and how to tell it from one that passes."""
+
+import errno
+import socket
 
 import click
 
@@ -11,3 +14,16 @@ class InputError(click.ClickException):
     """
 
     exit_code = 2
+
+
+def not_listening(where: str, error: Exception) -> click.ClickException:
+    """Why an address cannot be had: exit code 1 where that may pass, so that systemd tries
+    again, as before the network is up or while another program still has the port.
+    """
+    passing = isinstance(error, socket.gaierror) or (
+        isinstance(error, OSError)
+        and error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+    )
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    kind = click.ClickException if passing else InputError
+    return kind(f"{where}: {reason}.")

@@ -12,7 +12,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import start_http_server
 
-from pic_daemon.errors import InputError
+from pic_daemon.errors import not_listening
 from pic_daemon.match_log import Outcome
 from pic_daemon.model import Model
 from pic_daemon.schema import Status
@@ -81,12 +81,12 @@ class Health:
         self._model = Info("pic_model", "The model that serves", registry=registry)
 
     def serve(self, address: str) -> None:
-        """Answer Prometheus at ``host:port``. Raises InputError where that fails."""
+        """Answer Prometheus at ``host:port``. Raises what `not_listening` makes of it."""
         host, _, port = address.rpartition(":")
         try:
             start_http_server(int(port), host or "127.0.0.1", self.registry)
         except (OSError, ValueError, OverflowError) as error:
-            raise InputError(f"metrics at {address!r}: {error}.") from error
+            raise not_listening(f"metrics at {address!r}", error) from error
 
     def serving(self, model: Model) -> None:
         """Note the model in use."""

@@ -55,7 +55,8 @@ def post(url: str, header_file: Path | None, timeout: float, message: str) -> No
         connection.request("POST", target, message.encode(), headers)
         answer = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
-        if late.is_set():
+        # The socket's own limit is the same, and may be first by a moment.
+        if late.is_set() or isinstance(error, TimeoutError):
             raise NotDelivered(f"no answer within {timeout:g} s") from error
         raise NotDelivered(_reason(error)) from error
     finally:

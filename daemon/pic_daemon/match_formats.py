@@ -39,19 +39,19 @@ def _put(stream: TextIO, lines: Sequence[str]) -> None:
 
 
 class _Table:
-    """Aligned columns; those of the first rows are kept for the rows that follow."""
+    """Aligned columns, kept for the rows that follow, until the first product is named."""
 
     def __init__(self) -> None:
         self._product: int | None = None
 
     def lines(self, rows: Sequence[Row]) -> list[str]:
-        """Rows as lines, the first time below a header."""
+        """Rows as lines, below a header where the columns are new."""
         if not rows:
             return []
         head = []
-        if self._product is None:
-            names = [len(row.get("catalog_item") or "") for row in rows]
-            self._product = min(max(names), _PRODUCT_WIDTH)
+        longest = max(len(row.get("catalog_item") or "") for row in rows)
+        if self._product is None or (longest and not self._product):
+            self._product = min(longest, _PRODUCT_WIDTH)
             head = [self._line("TIME", "SCORE", "VERDICT", "PRODUCT", "PATH")]
         return head + [
             self._line(

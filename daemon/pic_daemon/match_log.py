@@ -196,12 +196,14 @@ class MatchLog:
     def left_in_hand(self) -> list[str]:
         """Names that an earlier service left in hand when it ended; then forgets them.
 
-        Those with strikes stay noted.
+        Those with strikes stay noted, where `struck` can name them.
         """
         rows = self._db.execute("SELECT path FROM in_hand ORDER BY path").fetchall()
         if rows:
             with self._transaction():
-                self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
+                self._db.execute(
+                    "DELETE FROM in_hand WHERE strikes = 0 OR instr(path, '\\x')"
+                )
         return [path for (path,) in rows]
 
     def struck(self) -> list[str]:
@@ -359,6 +361,11 @@ class MatchLog:
         """Queue anew the deliveries that were given up; returns how many."""
         with self._transaction():
             return deliveries.try_again(self._db.conn)
+
+    def forget_deliveries(self) -> int:
+        """Delete the deliveries that were given up; returns how many."""
+        with self._transaction():
+            return deliveries.forget(self._db.conn)
 
     def mark_outdated(self) -> int:
         """Have images decided by another than the present model or index done again.

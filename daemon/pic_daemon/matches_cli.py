@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -157,6 +158,7 @@ def backup(database: Path, output: Path) -> None:
 
     Example: pic-matches backup --database log.db --output /backup/log.db
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half copy
     try:
         rows = back_up(database, output)
     except (sqlite3.Error, OSError) as error:
@@ -168,7 +170,7 @@ def backup(database: Path, output: Path) -> None:
 @_DATABASE
 @click.option(
     "--catalog",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=_PATH,
     metavar="DIR",
     help="Your product images, shown beside what was matched to them.",
 )
@@ -196,6 +198,9 @@ def serve(
         )
     from pic_daemon.web.server import serve as serve_pages
 
+    if catalog and not os.path.isdir(catalog):  # such as one that is mounted later
+        problem = "does not exist or is no folder; pictures are shown once it is there"
+        click.echo(f"note: catalog {catalog} {problem}", err=True)
     try:
         serve_pages(
             database,

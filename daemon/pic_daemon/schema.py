@@ -288,7 +288,9 @@ def check(path: Path, for_writing: bool = True) -> None:
             applied = {m.name for m in migrations.applied(db)}
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended one
-        if for_writing and code in _PASSING:
+        # A file that is there and cannot be opened: no room for what SQLite keeps beside.
+        full = code == sqlite3.SQLITE_CANTOPEN and os.path.isfile(path)
+        if for_writing and (code in _PASSING or full):
             raise
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and not os.access(
             path.parent, os.W_OK

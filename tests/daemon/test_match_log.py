@@ -299,6 +299,26 @@ def test_what_waits_for_a_hook_that_was_taken_out_is_given_up_until_asked(
     assert log.deliver_again() == 2
 
 
+def test_what_was_given_up_can_be_forgotten(
+    log: MatchLog, model: Model, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    log.record([match("/drop/a.png")], model, ["webhook", "command"])
+    log.deliver_only_to(["command"])
+    retry = "retry", "--database", log.path, "--forget"
+    assert run_tool("pic-daemon", *retry).returncode == 2
+    told = run_tool("pic-daemon", *retry, "--deliveries").stdout
+    assert told == "1 deliveries were deleted\n"
+    assert query(log, "SELECT hook FROM deliveries") == [{"hook": "command"}]
+
+
+def test_a_name_that_nothing_can_be_found_under_is_told_once(log: MatchLog) -> None:
+    log.take_in_hand(["/drop/a.png", "/drop/b.png", "/drop/\udcff.png"])
+    for path in ("/drop/b.png", "/drop/\udcff.png"):
+        log.strike(path)
+    assert log.left_in_hand() == ["/drop/\\xff.png", "/drop/a.png", "/drop/b.png"]
+    assert log.left_in_hand() == log.struck() == ["/drop/b.png"]
+
+
 def test_a_hook_that_has_failed_for_weeks_is_still_tried_again(
     log: MatchLog, model: Model
 ) -> None:

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import os
 import signal
 import sqlite3
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +20,9 @@ import pytest
 from conftest import BIN
 
 from pic_daemon.folders import FileStamp
+from pic_daemon.match_formats import printer
 from pic_daemon.match_log import MatchLog, Outcome
+from pic_daemon.match_queries import Row
 from pic_daemon.model import Model, load_model
 from pic_daemon.schema import open_read_only
 
@@ -156,6 +160,22 @@ def test_follow_prints_what_is_there_and_then_what_comes_each_once(
     assert follower.end() == (130, "")
 
 
+def test_the_table_names_products_from_the_first_that_has_one() -> None:
+    rows: list[Row] = [
+        {"classified_at": "now", "score": 0.9, "status": "match", "path": f"/drop/{n}.png",
+         "error": None, "catalog_item": item}
+        for n, item in enumerate([None, None, "coat.png", None])
+    ]  # fmt: skip
+    written = io.StringIO()
+    show = printer("table", written)
+    for row in rows:
+        show([row])
+    lines = written.getvalue().splitlines()
+    assert ["PRODUCT" in line for line in lines] == [False] * 3 + [True, False, False]
+    assert lines[4].index("coat.png") == lines[3].index("PRODUCT")
+    assert lines[5].index("/drop/3.png") == lines[3].index("PATH")
+
+
 def test_follow_ends_when_nobody_reads_any_more(filled: MatchLog) -> None:
     follower = Follower(filled.path, "--json")
     assert follower.name() == "1"
@@ -249,6 +269,34 @@ def test_a_backup_replaces_a_copy_that_was_asked_as_a_log(
     again = run_tool(*command)
     assert again.returncode == 0, again.stderr
     assert not (tmp_path / "copy.db-wal").exists()
+
+
+def test_a_backup_that_is_ended_leaves_no_half_behind(
+    filled: MatchLog, run_tool: Run, tmp_path: Path
+) -> None:
+    place = tmp_path / "backup"
+    place.mkdir()
+    old, young = place / ".copy.db.abc.part", place / ".copy.db.abd.part"
+    for half in (old, young):
+        half.write_bytes(b"half a copy")
+    os.utime(old, (0, 0))
+    output = place / "copy.db"
+    backup = "backup", "--database", filled.path, "--output", output
+    assert run_tool("pic-matches", *backup).returncode == 0
+    assert sorted(place.iterdir()) == [young, output]  # which may be under way
+    young.unlink()
+    log = sqlite3.connect(filled.path)  # makes it large, so that copying takes a while
+    log.execute("CREATE TABLE ballast (x)")
+    log.execute("INSERT INTO ballast VALUES (zeroblob(300000000))")
+    log.commit()
+    log.close()
+    process = subprocess.Popen([BIN / "pic-matches", *map(str, backup)])
+    while len(list(place.iterdir())) == 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(60)
+    assert list(place.iterdir()) == [output]
 
 
 def test_a_damaged_log_makes_no_backup(

@@ -2,21 +2,18 @@
 
 import os
 import re
-import select
 import shutil
 import signal
 import sqlite3
-import struct
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import INFO, DaemonProcess, mounted, write_image, write_model
+from conftest import INFO, DaemonProcess, hung_mount, mounted, write_image, write_model
 from PIL import Image
 
 from pic_daemon.folders import stamp_of
@@ -403,6 +400,27 @@ def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
     assert "Traceback" not in result.stderr
 
 
+def test_no_room_for_another_file_at_the_start_passes_too(
+    daemon: DaemonProcess,
+    tmp_path: Path,
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted(Path("none"), disk, "-t", "tmpfs", "-o", "nr_inodes=6"):
+        daemon.database = disk / "log.db"
+        daemon.start()
+        assert daemon.stop() == 0
+        with suppress(OSError):
+            for number in range(6):
+                (disk / str(number)).touch()
+        result = run_tool(
+            "pic-daemon", "run", "--watch", daemon.drop, "--model", daemon.model,
+            "--database", daemon.database,
+        )  # fmt: skip
+    assert (result.returncode, "unable to open" in result.stderr) == (1, True)
+
+
 def test_what_cannot_be_set_aside_leaves_no_half_behind(
     tmp_path: Path, small_disk: Path
 ) -> None:
@@ -548,47 +566,6 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     os.kill(daemon.pid, signal.SIGCONT)
     daemon.wait_for_rows(1)
     assert "the kernel dropped file events" in daemon.log.read_text()
-
-
-def swallow(device: int, done: threading.Event) -> None:
-    """Serve a FUSE device: say hello (fuse.h, FUSE_INIT), and answer nothing else."""
-    while not done.is_set():
-        if select.select([device], [], [], 0.1)[0]:
-            request = os.read(device, 1 << 20)
-            _, operation, unique = struct.unpack_from("IIQ", request)
-            if operation == 26:
-                hello = struct.pack("IIII", 7, 31, 0, 0) + bytes(48)
-                os.write(device, struct.pack("IiQ", 16 + len(hello), 0, unique) + hello)
-
-
-@contextmanager
-def hung_mount(folder: Path, served: bool = False) -> Iterator[None]:
-    """A FUSE file system that nobody answers for: whatever looks at `folder` hangs.
-
-    `served`: a server takes the requests, so that SIGKILL does not end who waits.
-    """
-    try:
-        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
-    except OSError:
-        pytest.skip("a mount that hangs needs /dev/fuse and root")
-    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
-    mount = ["mount", "-i", "-t", "fuse", "-o", options, "hung", str(folder)]
-    try:
-        if subprocess.run(mount, pass_fds=[device], capture_output=True).returncode:
-            pytest.skip("mounting needs root")
-        done = threading.Event()
-        server = threading.Thread(target=swallow, args=[device, done])
-        if served:
-            server.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if served:
-                server.join()
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-    finally:
-        os.close(device)  # then what hung in it gets an error
 
 
 def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(

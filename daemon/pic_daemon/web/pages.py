@@ -34,6 +34,7 @@ _SESSION_S = 12 * 3600
 _QUERY_LIMIT_MS = 3000
 _PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
 _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
+_PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _PICTURE_AGE_S = 600
@@ -267,7 +268,7 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
     beat = queries.heartbeat(db, now)
     state = "never started"
     if beat:
-        silent = beat["age_s"] > SILENT_S
+        silent = abs(beat["age_s"]) > SILENT_S
         state = "stopped" if beat.get("stopped") else "silent" if silent else "running"
     return {
         "page": "dashboard",
@@ -297,7 +298,10 @@ async def picture(request: Request, datasette: Datasette) -> Response:
         else:
             work = partial(pictures.of_catalog, row, site.catalog, side)
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(site.decoding, work)
+        made = loop.run_in_executor(site.decoding, work)
+        data = await asyncio.wait_for(made, _PICTURE_S)
+    except TimeoutError:
+        return _picture(pictures.instead("no answer"), "image/svg+xml", 504, "no-store")
     except pictures.NotShown as reason:
         return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
     return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")

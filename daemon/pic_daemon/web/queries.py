@@ -275,12 +275,15 @@ def latency(db: sqlite3.Connection) -> Row | None:
 
 
 def heartbeat(db: sqlite3.Connection, now: datetime) -> Row | None:
-    """What the service last said of itself, with its age in s; None before the first."""
+    """What the service last said of itself, with its age in s; None before the first.
+
+    The age is negative where the clock was set back since.
+    """
     row = db.execute("SELECT at, figures FROM heartbeat").fetchone()
     if row is None:
         return None
     age = (now - datetime.fromisoformat(row[0])).total_seconds()
-    return {"at": row[0], "age_s": max(0.0, age), **json.loads(row[1])}
+    return {"at": row[0], "age_s": age, **json.loads(row[1])}
 
 
 def _rows(db: sqlite3.Connection, sql: str, values: list[Any]) -> list[Row]:

@@ -15,7 +15,7 @@ from datasette.app import Datasette
 from datasette.database import Database
 from datasette.plugins import pm
 
-from pic_daemon.errors import InputError
+from pic_daemon.errors import InputError, not_listening
 from pic_daemon.match_log import MatchLog
 from pic_daemon.schema import BUSY_TIMEOUT_S, check, migrations, open_read_only
 from pic_daemon.web import pages
@@ -54,8 +54,8 @@ def serve(
 ) -> None:
     """Answer at ``host:port`` (0: any that is free) until SIGTERM or Ctrl-C.
 
-    Raises InputError where the log cannot be shown, the address cannot be had, or
-    `host` can be reached from elsewhere and there is no token.
+    Raises InputError where the log cannot be shown, or `host` can be reached from
+    elsewhere and there is no token; `not_listening` where the address cannot be had.
     """
     if token_file is None and not is_loopback(host):
         raise InputError(
@@ -140,5 +140,5 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen()  # from here on who comes too early waits
     except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error.strerror}.") from error
+        raise not_listening(f"cannot listen at {host}:{port}", error) from error
     return listening
