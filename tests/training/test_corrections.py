@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pictures import write_products
+from pictures import product, write_products
 from shop import Shop
 
 from pic_daemon.corrections import Correction, Label, correct
@@ -26,8 +26,10 @@ def said(path: Path, label: Label) -> Correction:
     return Correction(str(path), digest, label, "Ada", "2026-11-24T00:00:00.000Z")
 
 
-def collect(home: Path, *corrections: Correction) -> Sources:
-    folders = home / "catalog", home / "others", None
+def collect(
+    home: Path, *corrections: Correction, others_val: Path | None = None
+) -> Sources:
+    folders = home / "catalog", home / "others", others_val
     return gather(*folders, home / "work.rgb", 128, corrections)
 
 
@@ -55,6 +57,22 @@ def test_what_is_not_ours_joins_the_others_and_what_is_ours_the_catalog(
     )
     assert joined & train and joined & val  # split as the others are
     assert not train & val
+
+
+def test_what_is_not_ours_is_held_back_beside_a_folder_for_validation_too(
+    dropped: list[Path], tmp_path: Path
+) -> None:
+    write_products(tmp_path / "val", range(300, 304))
+    twin = tmp_path / "drop" / "twin.jpg"  # of one that is trained on
+    product(100).save(twin, quality=50)
+    judged = [said(path, "not-ours") for path in (*dropped, twin)]
+    sources = collect(tmp_path, *judged, others_val=tmp_path / "val")
+    train, val = (
+        {Path(p.path).name for p in sources.of("other", split)}
+        for split in ("train", "val")
+    )
+    assert len(val) == 4 + 4 and len(val & {path.name for path in dropped}) == 4
+    assert "twin.jpg" in train
 
 
 def test_a_file_that_is_gone_or_is_another_now_is_named_and_passed_over(

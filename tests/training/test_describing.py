@@ -162,6 +162,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_descriptor(
         ({"batch-size": 47}, "--batch-size 47: .* must be even"),
         ({"train-images": 191}, "--train-images 191: .* must be even"),
         ({"naming": 1}, "--naming goes with --task classify"),
+        ({"corrections": "log.db"}, "--corrections goes with --task classify"),
         ({"task": "classify"}, "--dimensions goes with --task describe"),
         (
             {"arch": "resnet50", "weights": "none", "head-start": 8},

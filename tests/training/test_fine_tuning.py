@@ -17,7 +17,8 @@ def test_the_fitted_head_scores_as_its_loss_says_and_the_trunk_is_untouched() ->
     images = torch.cat([bright, dark]).to(torch.uint8)
     labels = torch.cat([torch.ones(40), torch.zeros(40)])
     device = torch.device("cpu")
-    features, kept = features_of(network, [(images, labels)], device, bf16=False)
+    batches = [(images[:50], labels[:50]), (images[50:], labels[50:])]
+    features, kept = features_of(network, batches, 80, device, bf16=False)
     assert features.shape == (80, 384)
     assert torch.equal(kept, labels)
 

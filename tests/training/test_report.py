@@ -27,7 +27,10 @@ def test_an_epoch_that_tells_more_apart_is_kept_though_it_is_sure_of_too_much() 
     labels = (np.arange(4000) % 2).astype(np.float32)
     truth = draw.normal(2 * labels - 1, 1).astype(np.float32)  # its logit is 2 x
     blurred = truth + draw.normal(0, 1, 4000).astype(np.float32)
-    calibrated, sharper = judge_classes(blurred, labels), judge_classes(8 * truth, labels)
+    calibrates = np.arange(4000) < 2000
+    calibrated, sharper = (
+        judge_classes(logits, labels, calibrates) for logits in (blurred, 8 * truth)
+    )
     assert sharper.accuracy > calibrated.accuracy
     assert sharper.loss > calibrated.loss
     history = [
@@ -35,3 +38,14 @@ def test_an_epoch_that_tells_more_apart_is_kept_though_it_is_sure_of_too_much() 
         for n, j in ((1, calibrated), (2, sharper))
     ]
     assert best_of(history).epoch == 2
+
+
+def test_the_half_that_tests_has_no_say_in_which_epoch_is_kept() -> None:
+    draw = np.random.default_rng(0)
+    labels = (np.arange(400) % 2).astype(np.float32)
+    logits = draw.normal(2 * labels - 1, 1).astype(np.float32)
+    calibrates = np.arange(400) < 200
+    others = np.where(calibrates, logits, -logits)
+    as_it_is, wrong = (judge_classes(x, labels, calibrates) for x in (logits, others))
+    assert wrong.accuracy < as_it_is.accuracy and wrong.loss > as_it_is.loss
+    assert wrong.calibrated_loss == as_it_is.calibrated_loss

@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 from collections.abc import Callable
 from itertools import permutations
 
@@ -8,6 +9,7 @@ import torch
 from pictures import product, write_products
 from PIL import Image
 
+from pic_daemon.errors import InputError
 from pic_training.augmentation import Augmentation, augment, sample, vary
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig
@@ -146,3 +148,13 @@ def test_where_nothing_is_altered_the_picture_comes_through() -> None:
     still = sample(product(1), np.random.default_rng(0), Augmentation(probability=0), 64)
     expected = np.asarray(product(1).resize((64, 64), Image.Resampling.BILINEAR))
     assert np.abs(still.astype(int) - expected).mean() < 2
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(sources: Sources) -> None:
+    samples = SampleSet(sources, "train", 6400, 64, 0, Augmentation())
+    batches = samples.load(0, 64, workers=1)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(InputError, match="a process was killed: too little memory"):
+        list(batches)

@@ -200,6 +200,57 @@ def test_wrong_input_leaves_no_run_folder(
     assert not out.exists()
 
 
+def test_a_run_folder_that_was_there_stays_where_a_run_is_refused(
+    run_here: Run, folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir(mode=0o750)
+    result = run_here("pic-train", *options(folders, out), "--target-fpr", 0.001)
+    assert result.returncode == 2
+    assert list(out.iterdir()) == [] and out.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_run_killed_while_its_pictures_were_read_is_begun_again(
+    run_here: Run, folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "sources.tmp").write_bytes(b"half of the pictures")
+    resumed = run_here("pic-train", *options(folders, out), "--resume")
+    assert resumed.returncode == 2 and "begin it without --resume" in resumed.stderr
+    begun = run_here("pic-train", *options(folders, out), "--epochs", 0)
+    assert "already holds" not in begun.stderr
+    (out / "notes.txt").write_text("mine")
+    refused = run_here("pic-train", *options(folders, out))
+    assert refused.returncode == 2 and "already holds other files" in refused.stderr
+
+
+def test_weights_that_changed_before_the_first_epoch_are_not_gone_on_with(
+    run_here: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("last.pt", "best.pt"):
+        (run / name).unlink()
+    begun = json.loads((run / "digest.json").read_text())
+    (run / "digest.json").write_text(json.dumps({**begun, "weights": "0" * 64}))
+    result = run_here("pic-train", *options(folders, run), "--resume")
+    assert result.returncode == 2 and "changed since" in result.stderr
+
+
+def test_a_machine_without_room_for_samples_is_told_what_it_lacks(
+    folders: Path, tmp_path: Path
+) -> None:
+    small = 'mount -t tmpfs -o size=256k none /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", small, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("a small /dev/shm needs root")
+    command += [str(BIN / "pic-train"), *options(folders, tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "/dev/shm has 0 MB left" in result.stderr and "fewer --workers" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_run_folder_among_the_pictures_is_refused(run_here: Run, folders: Path) -> None:
     out = folders / "catalog" / "runs" / "first"
     result = run_here("pic-train", *options(folders, out))

@@ -1,6 +1,7 @@
 """The commands of the box that trains: pic-train, pic-export and pic-evaluate."""
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +160,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """
     _need_the_train_extra()
     prepare_for_training()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from pic_training.report import summary, write_report
     from pic_training.training import Interrupted, run_training
 
@@ -169,7 +171,8 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     try:
         result = run_training(config, out, workers, resume)
     except Interrupted:
-        click.echo("interrupted; the same command with --resume goes on", err=True)
+        anew = "; features are computed anew" if config.keeps_features else ""
+        click.echo(f"interrupted; the same command with --resume goes on{anew}", err=True)
         sys.exit(130)
     if result is None:  # one of torchrun's processes, but not the first
         return
@@ -283,6 +286,11 @@ def _config(**options: Any) -> "RunConfig":
 
 
 def _check_description(config: "RunConfig") -> None:
+    if config.corrections:
+        raise InputError(
+            "--corrections goes with --task classify: a copy that somebody called ours "
+            "would be taught as another picture than its original."
+        )
     if config.naming:
         raise InputError(
             "--naming goes with --task classify: to describe is to tell apart."

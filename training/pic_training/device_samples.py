@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pic_training.augmentation import (
     BEND,
@@ -29,7 +29,7 @@ from pic_training.augmentation import (
     compress,
 )
 from pic_training.distributed import ALONE, Processes
-from pic_training.samples import Batch, SampleSet, labels_of, start_worker
+from pic_training.samples import Batch, SampleSet, labels_of, rendered
 from pic_training.sources import Source
 
 MAX_VERSIONS = 16
@@ -93,19 +93,18 @@ class Pool:
         self._held = wanted
 
     def _render(self, numbers: Sequence[int]) -> None:
-        versions = self.pixels.shape[1]
-        slots = torch.tensor([number % versions for number in numbers])
-        loader: DataLoader[_Rendered] = DataLoader(
-            _Versions(self._samples, self.pictures, numbers),
-            batch_size=None,
-            num_workers=self._workers,
-            worker_init_fn=start_worker,
-        )
+        held = self.pixels.shape[1]
+        slots = torch.tensor([number % held for number in numbers])
+        versions = _Versions(self._samples, self.pictures, numbers)
+        every = range(len(self.pictures))
+        most = math.prod(self.pixels.shape[2:]) * len(numbers)
         sizes, crops = self.sizes.cpu(), self.crops.cpu()
-        for picture, (flat, extents) in enumerate(loader):
+        for picture, (flat, extents) in enumerate(
+            rendered(versions, every, self._workers, 2, most)
+        ):
             sizes[picture, slots], crops[picture, slots] = torch.tensor(extents).unbind(1)
             lengths = [math.prod(size) * 3 for size, _ in extents]
-            parts = flat.to(self.pixels.device).split(lengths)
+            parts = flat.to(self.pixels.device).split(lengths)  # type: ignore[no-untyped-call]
             for slot, part, (size, _) in zip(slots, parts, extents, strict=True):
                 target = self.pixels[picture, slot, : size[0], : size[1]]
                 target.copy_(part.view_as(target))

@@ -56,7 +56,8 @@ def run_evaluation(
         if run:
             sources = _unseen(sources, run, side)
         if sources.catalog_digest != model.info.catalog_digest:
-            click.echo("note: the model was trained for another catalog", err=True)
+            problem = "for another catalog, or with corrections of it"
+            click.echo(f"note: the model was trained {problem}", err=True)
         alike = [
             n
             for n, p in enumerate(sources.pictures)
@@ -122,10 +123,10 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
 
 
 def _unseen(sources: Sources, run: Path, side: int) -> Sources:
-    """Without the others that the run has seen, or near-duplicates of."""
+    """Without the others that the run has seen, as either kind, or near-duplicates of."""
     try:
         with (run / "manifest.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["kind"] == "other"]
+            rows = list(csv.DictReader(file))
             seen, paths = ({row[name] for row in rows} for name in ("sha256", "path"))
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{run} is not a run folder of pic-train: {error}.") from error
@@ -146,6 +147,8 @@ def _unseen(sources: Sources, run: Path, side: int) -> Sources:
     )  # fmt: skip
     if all(p.kind == "catalog" for p in kept):
         raise InputError(f"{run} has seen every one of the others; give others it has not.")
+    left_out = len(sources.pictures) - len(kept)
+    click.echo(f"{left_out} of the others left out: {run} has seen them", err=True)
     return replace(sources, pictures=kept)
 
 

@@ -13,16 +13,27 @@ _PENALTY = 1e-3  # on the squared weights, for features of unit variance
 
 @torch.no_grad()
 def features_of(
-    network: Normalised, batches: Iterable[Batch], device: torch.device, bf16: bool
+    network: Normalised,
+    batches: Iterable[Batch],
+    count: int,
+    device: torch.device,
+    bf16: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trunk's features, float32, shape (N, F), and labels, shape (N,), on the CPU."""
+    """The trunk's features of `count` samples, float32, (N, F), and labels, (N,), on the
+    CPU."""
     network.eval()
-    features, labels = [], []
+    # One array for all: put together at the end, they would take twice the memory.
+    features, labels, done = torch.empty(0), torch.empty(0), 0
     for images, some in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            features.append(network.features(images.to(device)).float().cpu())
-        labels.append(some.cpu())
-    return torch.cat(features), torch.cat(labels)
+            made = network.features(images.to(device)).float().cpu()
+        if not done:
+            features = torch.empty((count, made.shape[1]))
+            labels = torch.empty(count, dtype=some.dtype)
+        part = slice(done, done + len(some))
+        features[part], labels[part] = made, some.cpu()
+        done += len(some)
+    return features, labels
 
 
 def fit_head(network: Normalised, features: torch.Tensor, labels: torch.Tensor) -> float:

@@ -22,7 +22,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
-from pic_training.preparation import pictures_of, samples_of
+from pic_training.preparation import pictures_of, samples_of, say_left_out
 from pic_training.run_folder import RunConfig, load_validation, read_json
 from pic_training.threshold import Calibration, Confusion, confusion, gate_for, sigmoid
 
@@ -105,6 +105,7 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
     with TemporaryDirectory() as cache:
         sources = pictures_of(config, folder, Path(cache) / "sources.rgb")
         if read_json(folder / "digest.json")["sources"] != sources.digest:
+            say_left_out(sources)  # perhaps they are among those
             raise InputError(
                 f"the pictures of {folder} changed since: another precision needs them "
                 "to measure what it costs."

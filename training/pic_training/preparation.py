@@ -32,6 +32,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -
     The folder is held, and the working copies are in it, until `leaving` is left. Raises
     InputError; a folder that this made is gone again then.
     """
+    is_made = not folder.exists()
     is_new = claim_folder(config, folder, resume)
     leaving.enter_context(held(folder))
     working_file = folder / "sources.rgb"
@@ -49,7 +50,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool, leaving: ExitStack) -
         _identify(config, sources, folder, is_new)
     except BaseException:
         if is_new:
-            abandon(folder)
+            abandon(folder, is_made)
         raise
     return sources
 
@@ -86,9 +87,16 @@ def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -
         write_json(folder / "digest.json", digests)
         write_manifest(sources, folder)
         write_json(folder / "config.json", asdict(config))  # by which it can be resumed
-    elif read_json(folder / "digest.json")["sources"] != sources.digest:
+        return
+    begun = read_json(folder / "digest.json")
+    if begun["sources"] != sources.digest:
         raise InputError(
             f"the images changed since {folder} was begun; start a new run folder."
+        )
+    fresh = not (folder / "last.pt").exists()
+    if fresh and begun.get("weights") != _weights_digest(config.weights):
+        raise InputError(
+            f"{config.weights} changed since {folder} was begun; start a new run folder."
         )
 
 

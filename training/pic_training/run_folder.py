@@ -89,8 +89,8 @@ class EpochMetrics:
     Accuracy is of the decision at one half where the run classifies. Where it
     describes, it is the share of samples whose nearest neighbour is a copy of the same
     picture: in the batch for training, among the catalog's originals for validation.
-    `val_calibrated_loss` is the validation loss after the calibration that makes it
-    least; describing, it is `val_loss`.
+    `val_calibrated_loss` is the validation loss of the samples that calibrate after the
+    calibration that makes it least; describing, it is `val_loss`.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples; on a GPU that makes its own, for the pictures that it makes them from.
@@ -116,6 +116,13 @@ def best_of(history: Sequence[EpochMetrics]) -> EpochMetrics:
     return min(history, key=lambda m: m.val_calibrated_loss)
 
 
+_BEFORE_CONFIG = frozenset(
+    ("corrections.json", "sources.tmp", "sources.rgb", "digest.json", "manifest.csv",
+     "left_out.csv", "config.json.tmp")
+)  # fmt: skip
+"""Files of a run folder that has no config.json yet."""
+
+
 def absolute(weights: str) -> str:
     """Where the weights are, whatever folder a run is resumed from."""
     is_file = weights not in ("none", "imagenet")
@@ -130,7 +137,7 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     stored = folder / "config.json"
     if resume:
         if not stored.exists():
-            raise InputError(f"{folder} holds no run to resume.")
+            raise InputError(f"{folder} holds no run to resume; begin it without --resume.")
         # A run begun before there was an option went by its default.
         before = {f.name: f.default for f in fields(RunConfig)} | read_json(stored)
         before["weights"] = absolute(before["weights"])  # once kept as it was given
@@ -148,7 +155,10 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
                 f"{now[key]!r}; resume with the same settings."
             )
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun = folder.is_dir() and not stored.exists()
+    left = {path.name for path in folder.iterdir()} if begun else set()
+    # A run that was killed before its pictures were read left no more than these.
+    if folder.exists() and not (begun and left <= _BEFORE_CONFIG):
         what = "another run" if stored.exists() else "other files"
         raise InputError(
             f"{folder} already holds {what}; name a new folder or add --resume."
@@ -179,12 +189,13 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def abandon(folder: Path) -> None:
-    """Remove what a run that could not begin has written, and the folder with it."""
+def abandon(folder: Path, made: bool) -> None:
+    """Remove what a run that could not begin has written, and a folder `made` for it."""
     for path in folder.iterdir():
         path.unlink()
-    with suppress(OSError):  # a link to a folder, or a mount point, stays
-        folder.rmdir()
+    if made:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normalised]:

@@ -7,19 +7,32 @@ seen, whatever the number of workers.
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from pic_daemon.errors import InputError
 from pic_training.augmentation import Augmentation, sample, vary
 from pic_training.distributed import ALONE, Processes
 from pic_training.sources import Kind, Source, Sources, Split
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+T = TypeVar("T")
+
+_ENDED = ("is killed by signal", "exited unexpectedly")
+"""What PyTorch says where a worker process was ended, mostly for want of memory."""
+
+_TO = (
+    "for so many processes that render samples: give this machine or container more "
+    "(docker: --shm-size, --memory), or name fewer --workers."
+)
 
 _SPLIT_NUMBER = {"train": 0, "val": 1}
 
@@ -111,15 +124,9 @@ class SampleSet:
         there are several copies of a picture they number all `sources.pictures` from 0.
         Near-duplicates have one label.
         """
-        loader: DataLoader[Batch] = DataLoader(
-            _Batches(self, epoch, batch_size, processes),
-            batch_size=None,
-            sampler=range(first, self.batches(batch_size)),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=start_worker,
-        )
-        return iter(loader)
+        batches = _Batches(self, epoch, batch_size, processes)
+        order = range(first, self.batches(batch_size))
+        return rendered(batches, order, workers, 4, batch_size * self.size**2 * 3)
 
 
 def labels_of(samples: SampleSet) -> dict[str, int]:
@@ -163,8 +170,46 @@ class _Batches(Dataset[Batch]):
         return vary(pixels, draw) if self._samples.varied and index % 2 == 0 else pixels
 
 
-def start_worker(_: int) -> None:
+def rendered(
+    items: Dataset[T], order: Sequence[int], workers: int, ahead: int, size: int
+) -> Iterator[T]:
+    """Those of `items` in `order`, each worker process up to `ahead` of who takes them.
+
+    An item has at most `size` bytes. Raises InputError where the machine has no room.
+    """
+    # Found out by the worker, it would be told to nobody, and waited for without end.
+    if workers * (ahead + 1) * size > (left := _shared_memory()):
+        raise InputError(f"/dev/shm has {left >> 20} MB left, too little {_TO}")
+    loader: DataLoader[T] = DataLoader(
+        items,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        worker_init_fn=_start_worker,
+        # Started otherwise, each would need a copy of all that is known of the pictures.
+        multiprocessing_context="fork" if workers else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _ENDED):
+            raise
+        raise InputError(f"a process was killed: too little memory {_TO}") from error
+
+
+def _shared_memory() -> int:
+    """Bytes through which processes can hand each other samples."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return sys.maxsize  # other systems have no such folder
+    return found.f_bavail * found.f_frsize
+
+
+def _start_worker(_: int) -> None:
     """Make a process one that renders samples beside the one that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.nice(19)  # a step in hand goes before the batch after next

@@ -7,6 +7,7 @@ flat file that the sample workers read from.
 import csv
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -183,8 +184,8 @@ def gather(
     Leaves out what cannot be decoded, what repeats another picture byte for byte, nearly
     uniform catalog images, other images that are copies of a catalog image, and images
     for validation with a near-duplicate among those trained on. Without `others_val`, a
-    fifth of the other images is held back for validation: whole groups of
-    near-duplicates, by content hash.
+    fifth of the other images is held back for validation, and with it a fifth of those
+    called not ours: whole groups of near-duplicates, by content hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
@@ -195,7 +196,7 @@ def gather(
         _Origin("catalog", "train", catalog),
         _Origin("catalog", "train", corrected=ours),
         _Origin("other", of_others, others),
-        _Origin("other", of_others, corrected=not_ours),
+        _Origin("other", None, corrected=not_ours),
     ]
     if others_val:
         origins.append(_Origin("other", "val", others_val))
@@ -204,14 +205,14 @@ def gather(
     groups: dict[str, str] = {}
     for kind in get_args(Kind):
         groups |= groups_of({f.sha256: f.decoded.look for f in found if f.kind == kind})
+    found = _split(found, groups)
     found = _without(found, _leaking(found, groups), left_out)
-    held_back = _held_back([groups[f.sha256] for f in found if f.split is None])
     pictures = tuple(
         Source(
             path=f.path,
             sha256=f.sha256,
             kind=f.kind,
-            split=f.split or ("val" if groups[f.sha256] in held_back else "train"),
+            split=f.split or "train",
             group=groups[f.sha256],
             offset=f.offset,
             height=f.decoded.pixels.shape[0],
@@ -258,7 +259,9 @@ def _decode_into(
                     raise InputError(_nothing_in(origin.folder, left_out))
         temporary.replace(file)
     except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}.") from error
+        elsewhere = file.is_relative_to(tempfile.gettempdir())
+        remedy = " TMPDIR names another folder for it." if elsewhere else ""
+        raise InputError(f"cannot write {file}: {error.strerror}.{remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return found, left_out
@@ -370,6 +373,19 @@ def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
         for other, twin in zip(others, twins, strict=True)
         if twin is not None
     }
+
+
+def _split(found: Sequence[_Found], groups: dict[str, str]) -> list[_Found]:
+    """The same, where none was said: to train on, or held back."""
+    trained_on = {
+        groups[f.sha256] for f in found if f.kind == "other" and f.split == "train"
+    }
+    open_groups = [groups[f.sha256] for f in found if f.split is None]
+    held_back = _held_back([group for group in open_groups if group not in trained_on])
+    return [
+        replace(f, split=f.split or ("val" if groups[f.sha256] in held_back else "train"))
+        for f in found
+    ]
 
 
 def _leaking(found: Sequence[_Found], groups: dict[str, str]) -> dict[str, str]:

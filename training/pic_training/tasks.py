@@ -23,6 +23,7 @@ from pic_training.run_folder import RunConfig
 from pic_training.threshold import fit_calibration, log_loss
 
 Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Task:
 
     `start_head` sets the head by features (N, F) of a trunk left as it is and by labels
     (N,), and returns the loss if it minimised one. `judge` takes the outputs of the
-    validation samples, their labels, and the catalog as known where `needs_catalog`.
+    validation samples, their labels, which of them calibrate, and the catalog as known
+    where `needs_catalog`.
     """
 
     optimizer: Callable[[RunConfig, list[nn.Parameter]], torch.optim.Optimizer]
     loss: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     start_head: Callable[[Normalised, torch.Tensor, torch.Tensor], float | None]
-    judge: Callable[[Floats, Floats, Known | None], Judged]
+    judge: Callable[[Floats, Floats, Flags, Known | None], Judged]
     needs_catalog: bool
 
 
@@ -91,20 +93,29 @@ def _description_loss(
     return loss, nearest_is_copy(embeddings.detach(), labels).sum()
 
 
-def judge_classes(logits: Floats, labels: Floats, _: Known | None = None) -> Judged:
-    """By logits, float32, shape (N,), and labels, 1 for catalog and 0 for others."""
+def judge_classes(
+    logits: Floats, labels: Floats, calibrates: Flags, _: Known | None = None
+) -> Judged:
+    """By logits, float32, shape (N,), and labels, 1 for catalog and 0 for others.
+
+    The calibrated loss, which chooses the epoch, is of those that calibrate: the others
+    are to test what was chosen.
+    """
     exact, positive = logits.astype(np.float64), labels > 0.5
     right = (logits > 0) == positive
+    some, truth = exact[calibrates], positive[calibrates]
     return Judged(
         logits,
         log_loss(exact, positive),
-        log_loss(fit_calibration(exact, positive)(exact), positive),
+        log_loss(fit_calibration(some, truth)(some), truth),
         float(right.mean()),
         right,
     )
 
 
-def _judge_embeddings(embeddings: Floats, labels: Floats, known: Known | None) -> Judged:
+def _judge_embeddings(
+    embeddings: Floats, labels: Floats, _: Flags, known: Known | None
+) -> Judged:
     assert known is not None
     scores, right, loss = resemblance(embeddings, known)
     return Judged(scores, loss, loss, float(right[labels > 0.5].mean()), right)

@@ -97,7 +97,7 @@ class RunResult:
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the checkpoint is written and `--resume` goes on from it."""
+    """Ctrl-C or SIGTERM: the checkpoint is written and `--resume` goes on from it."""
 
 
 def run_training(
@@ -108,7 +108,7 @@ def run_training(
     Started by torchrun, every process runs this; all but the first return None. Raises
     InputError for bad input (then a folder that it made is gone again) and where the
     loss stops being a number or the disk is full (then the last good checkpoint stays),
-    and Interrupted after Ctrl-C.
+    and Interrupted after Ctrl-C or SIGTERM.
     """
     processes = join(config.device)
     started = time.monotonic()
@@ -163,7 +163,7 @@ class _Run:
             if resume and last.exists():
                 self._load(last)
             started = time.monotonic()
-            if self.config.keeps_features:
+            if self.config.keeps_features and self.progress.epoch < self.config.epochs:
                 self._keep_features()
             if self.config.head_start and not self.progress.head_fitted:
                 self._start_head()
@@ -215,6 +215,7 @@ class _Run:
             features, labels = features_of(
                 self.learner.network,
                 self._until_interrupted(batches, show),
+                samples.count,
                 self.learner.device,
                 self.config.precision == "bf16",
             )
@@ -230,7 +231,7 @@ class _Run:
         def kept(name: str, batches: Iterator[Batch], count: int) -> Batch:
             with self._bar(f"{name} features", count, 0) as show:
                 batches = self._until_interrupted(batches, show)
-                return features_of(network, batches, self.learner.device, bf16)
+                return features_of(network, batches, count, self.learner.device, bf16)
 
         size, train, val = FEATURE_BATCH, self.train_set, self.val_set
         features = kept("training", train.load(0, size, self.workers), train.count)
@@ -380,7 +381,7 @@ class _Run:
             _, groups = np.unique([p.group for p in catalog], return_inverse=True)
             known = Known(outputs, np.array(items)[self.val_set.sources_drawn()], groups)
         outputs, labels = self._outputs("validate", self._val_batches(), self.val_set.count)
-        return task.judge(outputs, labels, known), labels
+        return task.judge(outputs, labels, ~self.val_set.is_test(), known), labels
 
     @torch.no_grad()
     def _outputs(
@@ -476,8 +477,10 @@ class _Run:
         def interrupt(*_: Any) -> None:
             self.interrupted = True
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        heeded = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, interrupt) for number in heeded]
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(heeded, before, strict=True):
+                signal.signal(number, handler)
