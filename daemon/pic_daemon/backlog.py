@@ -55,14 +55,17 @@ class Backlog:
     def __len__(self) -> int:
         return len(self.in_hand) + len(self._settling)
 
-    def watch(self, scanners: Iterable[Scanner]) -> None:
-        """Take files from these; such as have a strike and are gone are forgotten."""
+    def watch(self, scanners: Iterable[Scanner], besides: bool = False) -> None:
+        """Take files from these; such as have a strike and are gone are forgotten.
+
+        `besides` leaves those that lie in none of their folders.
+        """
         self._scanners = sorted(scanners, key=lambda s: -len(s.within))
         self._ready = {scanner: deque() for scanner in self._scanners}
         for path in self._recorder.write(self._recorder.log.struck):
             if self._scanner_of(path):
                 self._see_again(path, None)
-            else:  # its folder is not watched any more
+            elif not besides:  # its folder is not watched any more
                 self.drop(path)
 
     def scan(self, again: bool = False) -> None:

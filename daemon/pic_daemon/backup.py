@@ -45,7 +45,7 @@ def back_up(database: Path, output: Path) -> int:
 def _remove_halves(output: Path) -> None:
     """Take away what a backup left behind that was killed, as large as the log."""
     for half in output.parent.glob(f".{glob.escape(output.name)}.*.part*"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if time.time() - half.stat().st_mtime > _DAY_S:  # else one under way
                 half.unlink()
 

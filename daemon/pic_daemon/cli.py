@@ -1,5 +1,6 @@
 """pic-daemon: the service, and what is asked about it."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -148,13 +149,17 @@ def _alone_with(database: Path) -> Iterator[None]:
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise InputError(f"database {database}: {name}: {error.strerror}.") from error
+        kind = InputError if error.errno == errno.EACCES else click.ClickException
+        raise kind(f"database {database}: {name}: {error.strerror}.") from error
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process alone
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process alone
+        except OSError as error:
+            problem = error.strerror
+            if isinstance(error, BlockingIOError):
+                problem = "another pic-daemon serves it; stop that first"
+            raise click.ClickException(f"database {database}: {problem}.") from error
         yield
-    except BlockingIOError as error:
-        problem = "another pic-daemon serves it; stop that first"
-        raise click.ClickException(f"database {database}: {problem}.") from error
     finally:
         os.close(lock)
 
@@ -170,7 +175,7 @@ def _check_missing(settings: Config) -> None:
             before = log.mount_points()
     for path in settings.missing:
         if path == settings.failed_folder:
-            problem = "failed_folder %s %s; until it does, what fails stays where it is"
+            problem = "failed_folder %s %s; what fails until it does stays where it is"
             logging.getLogger("pic_daemon").warning(problem, path, MISSING)
         elif text_of(str(path)) not in before:
             raise InputError(f"watch folder {path} {MISSING}.")

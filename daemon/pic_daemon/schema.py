@@ -289,7 +289,7 @@ def check(path: Path, for_writing: bool = True) -> None:
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended one
         # A file that is there and cannot be opened: no room for what SQLite keeps beside.
-        full = code == sqlite3.SQLITE_CANTOPEN and os.path.isfile(path)
+        full = code == sqlite3.SQLITE_CANTOPEN and os.path.isfile(path) and _ours(path)
         if for_writing and (code in _PASSING or full):
             raise
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and not os.access(
@@ -315,6 +315,12 @@ def check(path: Path, for_writing: bool = True) -> None:
             f"{path} is the database of another program (it holds "
             f"{', '.join(sorted(tables)[:3])}). Name another file."
         )
+
+
+def _ours(path: Path) -> bool:
+    """Whether this account may read and write the log and what SQLite keeps beside it."""
+    files = (f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
+    return all(os.access(f, os.R_OK | os.W_OK) for f in files if os.path.exists(f))
 
 
 def iso_time(seconds: float) -> str:

@@ -154,7 +154,7 @@ class Service:
         ):
             # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
-            self._backlog.watch(scanners)
+            self._backlog.watch(scanners, besides=self.until_done)
             self._note_folders()
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))

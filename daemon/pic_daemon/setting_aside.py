@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pic_daemon.match_log import Outcome
 
 logger = logging.getLogger("pic_daemon")
 
+_PART = ".pic-daemon.part"
 _END_S = 5.0  # the longest that the end of the service waits for what is to be moved
 
 
@@ -35,6 +37,7 @@ class Mover:
         self._folder = folder
         self._send = send
         self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
         self._thread.start()
 
@@ -43,17 +46,18 @@ class Mover:
         self._asked.put(outcome)
 
     def end(self) -> None:
-        """Wait a little for what is asked for, and tell of what is not."""
+        """Wait a little for what is asked for, and tell of what is not moved then."""
         self._asked.put(None)
         self._thread.join(_END_S)
         if self._thread.is_alive():
+            self._ended = True  # no more are begun, as nobody would note them
             logger.warning(
                 "failed files could not be moved to %s before the end; they stay where "
                 "they are", self._folder,
             )  # fmt: skip
 
     def _run(self) -> None:
-        while outcome := self._asked.get():
+        while (outcome := self._asked.get()) and not self._ended:
             try:
                 target = set_aside(outcome.path, outcome.stamp, self._folder)
                 self._send(SetAside(outcome, target))
@@ -86,15 +90,20 @@ def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
 
 def _copied(path: str, stamp: FileStamp, target: Path) -> Path | None:
     """The same to another file system; at no moment is the file nowhere."""
-    part = target.with_name(f".{target.name}.part")
+    handle, name = tempfile.mkstemp(_PART, ".", target.parent)
+    part = Path(name)
     try:
         shutil.copy2(path, part)
-        with part.open("rb") as copy:
-            os.fsync(copy.fileno())
+        os.fsync(handle)
         if stamp_of(path) != stamp:  # written on meanwhile
             return None
         part.rename(target)
     finally:
+        os.close(handle)
         part.unlink(missing_ok=True)
-    os.unlink(path)
+    try:
+        os.unlink(path)
+    except OSError:
+        target.unlink(missing_ok=True)  # else each attempt would leave another
+        raise
     return target

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
         assert moved == Path(folder) / "a.png" and moved.stat().st_size == stamp.bytes
         assert os.listdir(folder) == ["a.png"]
     assert stamp_of(path) is None
+
+
+def test_a_file_that_cannot_be_taken_away_is_not_copied_again_and_again(
+    tmp_path: Path,
+) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other file system at hand")
+    path = write_image(tmp_path / "a.png", 25)
+    stamp = stamp_of(str(path))
+    assert stamp
+    if subprocess.run(["chattr", "+i", str(path)], capture_output=True).returncode:
+        pytest.skip("a file that nobody may remove needs root and a file system for it")
+    try:
+        with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+            with pytest.raises(OSError, match="not permitted"):
+                set_aside(str(path), stamp, Path(folder))
+            assert os.listdir(folder) == []
+    finally:
+        subprocess.run(["chattr", "-i", str(path)], check=True)
+    assert path.exists()
 
 
 def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:

@@ -116,10 +116,8 @@ def best_of(history: Sequence[EpochMetrics]) -> EpochMetrics:
     return min(history, key=lambda m: m.val_calibrated_loss)
 
 
-_BEFORE_CONFIG = frozenset(
-    ("corrections.json", "sources.tmp", "sources.rgb", "digest.json", "manifest.csv",
-     "left_out.csv", "config.json.tmp")
-)  # fmt: skip
+_WORKING = {"sources.tmp", "sources.rgb"}
+_BEFORE_CONFIG = {"corrections.json", "digest.json", "manifest.csv", "left_out.csv"}
 """Files of a run folder that has no config.json yet."""
 
 
@@ -155,10 +153,8 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
                 f"{now[key]!r}; resume with the same settings."
             )
         return False
-    begun = folder.is_dir() and not stored.exists()
-    left = {path.name for path in folder.iterdir()} if begun else set()
-    # A run that was killed before its pictures were read left no more than these.
-    if folder.exists() and not (begun and left <= _BEFORE_CONFIG):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not _was_killed_early(folder):
         what = "another run" if stored.exists() else "other files"
         raise InputError(
             f"{folder} already holds {what}; name a new folder or add --resume."
@@ -167,6 +163,24 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror}.") from error
+    return True
+
+
+def _was_killed_early(folder: Path) -> bool:
+    """Whether all that a folder holds is what a run left that was killed while it read its
+    pictures; not where that run may be at work."""
+    if not folder.is_dir():
+        return False
+    left = {path.name for path in folder.iterdir()}
+    if not left & _WORKING or not left <= _WORKING | _BEFORE_CONFIG:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
     return True
 
 

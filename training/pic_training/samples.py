@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -190,8 +191,21 @@ def rendered(
         # Started otherwise, each would need a copy of all that is known of the pictures.
         multiprocessing_context="fork" if workers else None,
     )
+    with saying_who_was_killed():
+        try:
+            yield from loader
+        except (EOFError, ConnectionError) as error:  # by what it had made already
+            raise RuntimeError(_ENDED[0]) from error
+
+
+@contextmanager
+def saying_who_was_killed() -> Iterator[None]:
+    """Raise InputError where a process that renders samples was killed.
+
+    PyTorch says so wherever the process that it belongs to is just then.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if not any(words in str(error) for words in _ENDED):
             raise
@@ -209,7 +223,7 @@ def _shared_memory() -> int:
 
 def _start_worker(_: int) -> None:
     """Make a process one that renders samples beside the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process's to handle
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.nice(19)  # a step in hand goes before the batch after next

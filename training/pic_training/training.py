@@ -37,7 +37,7 @@ from pic_training.run_folder import (
     save_validation,
     write_metrics,
 )
-from pic_training.samples import Batch, labels_of
+from pic_training.samples import Batch, labels_of, saying_who_was_killed
 from pic_training.sources import Sources
 from pic_training.tasks import Judged
 
@@ -119,7 +119,8 @@ def run_training(
             prepared = time.monotonic() - started
             try:
                 run = _Run(config, folder, workers, sources, processes)
-                return run.finish(resume, prepared)
+                with saying_who_was_killed():
+                    return run.finish(resume, prepared)
             except KeyboardInterrupt as stop:  # before the epochs heed it: in set-up
                 raise Interrupted from stop
     except OSError as error:
