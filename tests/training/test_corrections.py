@@ -63,16 +63,17 @@ def test_what_is_not_ours_is_held_back_beside_a_folder_for_validation_too(
     dropped: list[Path], tmp_path: Path
 ) -> None:
     write_products(tmp_path / "val", range(300, 304))
-    twin = tmp_path / "drop" / "twin.jpg"  # of one that is trained on
-    product(100).save(twin, quality=50)
-    judged = [said(path, "not-ours") for path in (*dropped, twin)]
+    twins = [tmp_path / "drop" / f"twin-{number}.jpg" for number in range(100, 110)]
+    for number, twin in enumerate(twins, 100):  # of one that is trained on
+        product(number).save(twin, quality=50)
+    judged = [said(path, "not-ours") for path in (*dropped, *twins)]
     sources = collect(tmp_path, *judged, others_val=tmp_path / "val")
     train, val = (
         {Path(p.path).name for p in sources.of("other", split)}
         for split in ("train", "val")
     )
     assert len(val) == 4 + 4 and len(val & {path.name for path in dropped}) == 4
-    assert "twin.jpg" in train
+    assert {twin.name for twin in twins} <= train
 
 
 def test_a_file_that_is_gone_or_is_another_now_is_named_and_passed_over(
