@@ -14,14 +14,18 @@ import ctypes
 import logging
 import math
 import multiprocessing
+import os
 import platform
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import Semaphore
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +47,7 @@ Task = Callable[..., list[Any]]
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
 _LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
 _END_S = 10.0  # the longest that the end of the service waits for workers
+_START_S = 10.0  # the longest that its start waits for each of them
 
 
 class Decoders:
@@ -54,9 +59,9 @@ class Decoders:
     def __init__(
         self, workers: int, timeout: float, done: Callable[[list[Any]], None]
     ) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pic_daemon.reading"])
+        self._context = worker_context()
         self._workers = workers
+        self._started = self._context.Semaphore(0)
         self._pool = self._new_pool()
         self._timeout = timeout
         self._done = done
@@ -66,6 +71,9 @@ class Decoders:
     def __enter__(self) -> Self:
         # The first worker takes about a second to start, which no file is to wait for.
         self._pool.schedule(read_images, args=[[], 1, 1]).result()
+        # One that is still starting when the pool ends leaves a traceback.
+        for _ in range(self._workers):
+            self._started.acquire(timeout=_START_S)
         return self
 
     def __exit__(
@@ -137,7 +145,12 @@ class Decoders:
             self._done(self._readings(group, ended))
 
     def _new_pool(self) -> ProcessPool:
-        return ProcessPool(self._workers, initializer=_start_worker, context=self._context)
+        return ProcessPool(
+            self._workers,
+            initializer=_start_worker,
+            initargs=[self._started],
+            context=self._context,
+        )
 
     def _readings(self, group: Sequence[str], ended: "Future[list[Any]]") -> list[Any]:
         try:
@@ -151,6 +164,20 @@ class Decoders:
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
         return _failed(group, problem)
+
+
+def worker_context() -> ForkServerContext:
+    """What starts processes for looking at pictures, from a server that holds no threads.
+
+    They do not import the program that they belong to, as each would by default: half a
+    second and 35 MB of it for the whole service. Their tasks come from other modules.
+    """
+    if not os.access(".", os.X_OK):  # as where sudo -u was asked in somebody's home
+        os.chdir("/")  # each worker goes to where this process is, or ends
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pic_daemon.identification"])
+    sys.modules["__main__"].__file__ = None
+    return context
 
 
 def _again(group: Sequence[str]) -> list[Reading]:
@@ -177,7 +204,7 @@ def _shut(pool: ProcessPool) -> Thread:
     return thread
 
 
-def _start_worker() -> None:
+def _start_worker(started: Semaphore) -> None:
     # Ctrl-C goes to the whole process group; only the service heeds it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -185,6 +212,7 @@ def _start_worker() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     keep_freed_memory()
+    started.release()
 
 
 def keep_freed_memory() -> None:

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in, within
 from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.decoding import worker_context
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, text_of
@@ -74,10 +75,8 @@ class _Prepared:
 @contextmanager
 def workers() -> Iterator[ProcessPoolExecutor]:
     """Processes for what no network does; one a core. Raises InputError where one dies."""
-    # Not forked: this process holds onnxruntime's threads. Ctrl-C is its own to handle.
-    context = multiprocessing.get_context("forkserver")
     try:
-        with ProcessPoolExecutor(os.cpu_count(), context, _start_worker) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), worker_context(), _start_worker) as pool:
             yield pool
     except BrokenProcessPool as error:
         raise InputError(
@@ -87,7 +86,7 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process's to handle
     # A parent that is killed tells nobody: its workers would wait for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,5 +1,8 @@
+import os
 import platform
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -27,3 +30,36 @@ def test_a_worker_keeps_the_memory_of_a_picture_for_the_next(tmp_path: Path) -> 
             cleared += ended.get(timeout=60)
     one_picture = noise.nbytes / resource.getpagesize()
     assert cleared[1] - cleared[0] < one_picture
+
+
+# As the installed commands are: an import of the service, then its main function.
+PROGRAM = """
+from queue import Queue
+import pic_daemon.service
+from pic_daemon.decoding import Decoders
+
+if __name__ == "__main__":
+    ended = Queue()
+    with Decoders(8, 60, ended.put) as decoders:
+        decoders.run(eval, "['pic_daemon.service' in __import__('sys').modules]")
+        print(ended.get(timeout=60))
+"""
+
+
+def test_workers_start_without_the_program_and_end_without_a_word(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[False]\n", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_workers_start_where_their_account_may_not_be(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    os.chown(tmp_path, 65534, 65534)
+    under = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    command = [*under, sys.executable, "-c", PROGRAM]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[False]\n", "")
