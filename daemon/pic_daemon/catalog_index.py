@@ -237,7 +237,8 @@ class CatalogIndex:
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}.") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only, a name too long
+                temporary.unlink(missing_ok=True)
 
     def _write(self, file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w") as archive:

@@ -6,7 +6,6 @@ the decoys; the rate that is reported comes from the other half. What the classi
 keeps out before is not counted: with it the rate can only be lower.
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +27,9 @@ from pic_daemon.identification import (
     closeup_of,
     joint_score,
     look_at,
-    side_for,
 )
-from pic_daemon.images import ImageError, open_rgb
-from pic_daemon.indexing import looked_at, slices
+from pic_daemon.images import ImageError
+from pic_daemon.indexing import looked_at, picture_at, slices
 from pic_daemon.promise import Floats, check_support, rate, threshold_for
 
 VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"
@@ -43,7 +41,7 @@ _JPEG_SIDE = 65_500  # the longest that libjpeg writes
 
 @dataclass(frozen=True)
 class Decoy:
-    """A decoy picture as it is: the item it came nearest to, and their joint score."""
+    """A decoy picture: the item that a version of it came nearest to, their joint score."""
 
     path: str
     item: str
@@ -53,12 +51,12 @@ class Decoy:
 @dataclass(frozen=True)
 class Measured:
     """The promise, the number of pictures that chose the threshold, what was left out with
-    its reason, and the decoys that came nearest."""
+    its reason, and all decoys, nearest first."""
 
     promise: Promise
     choosing: int
     left_out: dict[str, str]
-    nearest: list[Decoy]
+    decoys: list[Decoy]
 
 
 def measure(
@@ -80,7 +78,7 @@ def measure(
     }
     scores: list[float] = []
     pictures: list[str] = []
-    as_they_are: list[Decoy] = []
+    decoys: list[Decoy] = []
     for part in slices(paths):
         seen: list[tuple[str, Closeup]] = []
         versions = looked_at(pool, _versions, part, descriptor.info.input_size)
@@ -96,15 +94,15 @@ def measure(
             best = _best(identifier, [closeup for _, closeup in seen], pool)
             pictures += [path for path, _ in seen]
             scores += [score for _, score in best]
-            as_they_are += [
-                Decoy(path, *best[n]) for n, (path, _) in enumerate(seen) if not n % _COUNT
-            ]
+            for n in range(0, len(seen), _COUNT):
+                nearest = max(best[n : n + _COUNT], key=lambda found: found[1])
+                decoys.append(Decoy(seen[n][0], *nearest))
         show(len(part))
     _check(len(scores) // _COUNT, target, folder, left_out)
     promise = _promise(np.array(scores), pictures, target, index)
-    nearest = sorted(as_they_are, key=lambda d: d.score, reverse=True)
-    chosen = len(as_they_are) - promise.rate.of // _COUNT if promise.rate else 0
-    return Measured(promise, chosen, left_out, nearest[:3])
+    decoys.sort(key=lambda decoy: decoy.score, reverse=True)
+    chosen = len(decoys) - promise.rate.of // _COUNT if promise.rate else 0
+    return Measured(promise, chosen, left_out, decoys)
 
 
 def decoys_in(folder: Path, target: float) -> tuple[list[str], dict[str, str]]:
@@ -154,16 +152,12 @@ def _promise(
 def _versions(path: str, size: int) -> tuple[str, list[Closeup]] | str:
     """The content's hash and a decoy's versions, or why it is left out."""
     try:
-        data = Path(path).read_bytes()
-        picture, _ = open_rgb(data, side_for(size))
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        picture, digest = picture_at(path, size)
     except ImageError as error:
         return str(error)
     whole = closeup_of(picture, size)
     if whole.landmarks.blank:
         return "nearly uniform picture: it never matches"
-    digest = hashlib.sha256(data).hexdigest()
     draw = np.random.default_rng(int(digest[:8], 16))
     width, height = (max(1, round(side * 0.7**0.5)) for side in picture.size)
     left = int(draw.integers(0, picture.width - width + 1))

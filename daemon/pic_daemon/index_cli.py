@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,19 +14,19 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pic_daemon.catalog_index import About, CatalogIndex, Promise, load_index
+from pic_daemon.catalog_index import About, CatalogIndex, Promise, files_in, load_index
 from pic_daemon.decoys import Measured, decoys_in, measure
 from pic_daemon.descriptor import Descriptor, load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
-from pic_daemon.indexing import Update, find_twins, remove, update, workers
+from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
 from pic_daemon.options import FiniteRange
 from pic_daemon.promise import supported_rate
 
 _PATH = click.Path(path_type=Path)
 _SAVE_S = 600.0
-_NAMED = 20  # files named of each kind; the others are counted
+_NAMED = 20  # files named of each kind; the others are counted (--list has the refused)
 _NEARLY_COPIES = 0.9  # joint score; look-alikes asked for 0.75 (bench/results/cascade.md)
 
 
@@ -54,7 +54,12 @@ _NEARLY_COPIES = 0.9  # joint score; look-alikes asked for 0.75 (bench/results/c
     default="auto",
     show_default=True,
 )
-@click.option("--list", "listed", is_flag=True, help="Print the items of the index.")
+@click.option(
+    "--list",
+    "listed",
+    is_flag=True,
+    help="Print the items of the index, and what it refused.",
+)
 @click.option(
     "--remove",
     "names",
@@ -83,6 +88,8 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
         if listed:
             for item in sorted(found.items.values(), key=lambda i: i.name):
                 click.echo(f"{item.sha256[:12]}  {_shown(item.name)}")
+            for refused in found.refused:
+                click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
             return
         by_shown = {_shown(item.name): item.name for item in found.items.values()}
         remove(found, [by_shown.get(name, name) for name in names])
@@ -126,10 +133,10 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
             with _progress("decoys") as show:
                 measured = measure(made, descriptor, others, target_fpr, pool, show)
             made.about = replace(made.about, promise=measured.promise)
+        made.save()
+        partial.unlink(missing_ok=True)
         fresh = made.first_vectors() if resumed else done.fresh
         done.twins = list(find_twins(made, fresh, pool))
-    made.save()
-    partial.unlink(missing_ok=True)
     _report(made, done, measured)
 
 
@@ -147,6 +154,7 @@ def _resumed(partial: Path, made: CatalogIndex) -> tuple[CatalogIndex, bool]:
         return made, False
     click.echo(f"going on with {len(left.items)} items of a run that was stopped")
     left.path, left.about = made.path, made.about
+    left.refused = []  # as the same as an item, which may have changed since
     return left, True
 
 
@@ -202,7 +210,11 @@ def open_or_empty(
                 f"{output} was made with another descriptor, to which its threshold "
                 "belongs: give --others, to measure one for this, or remove the file."
             )
-        click.echo(f"{output} was made with another descriptor: every item is made anew")
+        shut: dict[str, str] = {}
+        list(files_in(catalog, shut))
+        check_shut(earlier.items.values(), catalog, shut)
+        shown = text_of(str(output))
+        click.echo(f"{shown} was made with another descriptor: every item is made anew")
         return CatalogIndex.empty(output, about)
     earlier.about = replace(about, promise=earlier.about.promise)
     return earlier
@@ -212,23 +224,27 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
     for folder, reason in done.shut.items():
         click.echo(f"left out {_shown(folder)}: {reason}")
     still = {item.name for item in made.items.values()}  # with other content, perhaps
-    for name in [name for name in done.removed if name not in still][:_NAMED]:
-        click.echo(f"removed {_shown(name)}")
-    for refused in done.refused[:_NAMED]:
-        click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
-    for twins in done.twins[:_NAMED]:
-        click.echo(
-            f"near-duplicates {_shown(twins.item)} and {_shown(twins.other)} "
-            f"(joint score {twins.score:.3f}): a copy of one may be named as the other"
-        )
+    _say_some(f"removed {_shown(name)}" for name in done.removed if name not in still)
+    _say_some(
+        f"refused {_shown(refused.name)}: {text_of(refused.reason)}"
+        for refused in done.refused
+    )
+    _say_some(
+        f"near-duplicates {_shown(twins.item)} and {_shown(twins.other)} "
+        f"(joint score {twins.score:.3f}): a copy of one may be named as the other"
+        for twins in sorted(done.twins, key=lambda twins: -twins.score)
+    )
     if measured:
-        for path, reason in list(measured.left_out.items())[:_NAMED]:
-            click.echo(f"decoy left out {text_of(path)}: {text_of(reason)}")
-        for decoy in measured.nearest:
-            click.echo(
-                f"nearest decoy {text_of(decoy.path)}: {_shown(decoy.item)} "
-                f"(joint score {decoy.score:.3f})"
-            )
+        _say_some(
+            f"decoy left out {text_of(path)}: {text_of(reason)}"
+            for path, reason in measured.left_out.items()
+        )
+        near = [d for d in measured.decoys if d.score > _NEARLY_COPIES]
+        _say_some(
+            f"nearest decoy {text_of(decoy.path)}: {_shown(decoy.item)} "
+            f"(joint score {decoy.score:.3f})"
+            for decoy in measured.decoys[: max(3, len(near))]
+        )
         if measured.promise.threshold > _NEARLY_COPIES:
             click.echo(
                 "note: a threshold that high comes of pictures among the decoys that look "
@@ -251,13 +267,22 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
     click.echo(about_promise(made))
 
 
+def _say_some(lines: Iterable[str]) -> None:
+    """Print the first of these, and how many more there are."""
+    said = list(lines)
+    for line in said[:_NAMED]:
+        click.echo(line)
+    if len(said) > _NAMED:
+        click.echo(f"... and {len(said) - _NAMED} more")
+
+
 def about_promise(made: CatalogIndex) -> str:
     """The threshold of an index and what is promised of it, in a sentence."""
     promise = made.about.promise
     text = f"threshold {promise.threshold:.6g}, {promise.rule}"
     if promise.rate and promise.rate.value is not None:
         text += (
-            f"; on {promise.rate.of} others {promise.rate.value:.3g} matched "
+            f"; of {promise.rate.of} samples of others {promise.rate.value:.3g} matched "
             f"(95% interval {promise.rate.low:.2g} to {promise.rate.high:.2g})"
         )
     exchanged = promise.catalog_digest and promise.catalog_digest != made.digest()

@@ -1,6 +1,5 @@
 """Bring an index in line with its folder: describe what is new, drop what is gone."""
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -23,10 +22,17 @@ from pic_daemon.decoding import worker_context
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, text_of
-from pic_daemon.identification import CANDIDATES, closeup_of, joint_score, side_for
+from pic_daemon.identification import (
+    CANDIDATES,
+    DEFAULT_THRESHOLD,
+    closeup_of,
+    joint_score,
+    side_for,
+)
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
 from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
+from pic_daemon.reading import read_bytes
 
 T = TypeVar("T")
 
@@ -132,16 +138,7 @@ def update(
     folder = Path(index.about.catalog)
     done = Update()
     there = dict(sorted(files_in(folder, done.shut)))
-    if hidden := [
-        item.name for item in index.items.values() if within(item.name, done.shut)
-    ]:
-        name, reason = next(
-            (f, why) for f, why in done.shut.items() if within(hidden[0], [f])
-        )
-        raise InputError(
-            f"{folder / name} {reason}. {len(hidden)} items of the index lie in such "
-            "folders and would be dropped: let this account read them, or move them away."
-        )
+    check_shut(index.items.values(), folder, done.shut)
     before = {item.name: n for n, item in index.items.items()}
     kept = {
         before[name]
@@ -204,6 +201,18 @@ def update(
     return done
 
 
+def check_shut(items: Iterable[Item], folder: Path, shut: dict[str, str]) -> None:
+    """Raise InputError where items lie in what `files_in` could not read of `folder`."""
+    hidden = [item.name for item in items if within(item.name, shut)]
+    if not hidden:
+        return
+    name, reason = next((f, why) for f, why in shut.items() if within(hidden[0], [f]))
+    raise InputError(
+        f"{folder / name} {reason}. {len(hidden)} items of the index lie in such "
+        "folders and would be dropped: let this account read them, or move them away."
+    )
+
+
 def remove(index: CatalogIndex, names: Iterable[str]) -> None:
     """Drop items by name; raises InputError where one is unknown or none would be left."""
     by_name = {item.name: number for number, item in index.items.items()}
@@ -215,9 +224,9 @@ def remove(index: CatalogIndex, names: Iterable[str]) -> None:
         raise InputError(f"{index.path} would be empty then: remove the file instead.")
 
 
-def slices(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names in lists of SLICE."""
-    remaining = iter(names)
+def slices(whole: Sequence[T]) -> Iterator[list[T]]:
+    """What there is, in lists of SLICE."""
+    remaining = iter(whole)
     while part := list(islice(remaining, SLICE)):
         yield part
 
@@ -225,17 +234,28 @@ def slices(names: Sequence[str]) -> Iterator[list[str]]:
 def _prepare(path: str, size: int) -> _Prepared | str:
     """Decode one catalog file, or say why it is refused."""
     try:
-        data = Path(path).read_bytes()
-        picture, _ = open_rgb(data, side_for(size))
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        picture, sha256 = picture_at(path, size)
     except ImageError as error:
         return str(error)
-    seen = closeup_of(picture, size)
-    if seen.landmarks.blank:
+    seen = closeup_of(picture, size).landmarks
+    if seen.blank:
         return "nearly uniform picture: nothing to recognise"
+    if not agreement(seen, seen):
+        return "too small or too narrow: not even itself would be recognised"
     views = np.stack([to_pixels(view, size) for view in _views(picture)])
-    return _Prepared(hashlib.sha256(data).hexdigest(), views, seen.landmarks.to_bytes())
+    return _Prepared(sha256, views, seen.to_bytes())
+
+
+def picture_at(path: str, size: int) -> tuple[Image.Image, str]:
+    """An upright RGB picture for a descriptor of this input size, and its file's SHA-256.
+
+    Raises ImageError where there is none.
+    """
+    reading, data = read_bytes(path)
+    if not reading.sha256:
+        raise ImageError(reading.error or "cannot be read: it is gone, or written to")
+    picture, _ = open_rgb(data, side_for(size))
+    return picture, reading.sha256
 
 
 def _views(picture: Image.Image) -> list[Image.Image]:
@@ -268,19 +288,24 @@ def _described(
 def find_twins(
     index: CatalogIndex, fresh: dict[int, Vectors], pool: ProcessPoolExecutor
 ) -> Iterator[Twins]:
-    """Pairs with a new item in them that the joint decision would not keep apart."""
-    threshold = index.about.promise.threshold
+    """Pairs with a new item in them that the joint decision would not keep apart.
+
+    Where decoys were easy its threshold is so low that many pairs reach it, none of whose
+    copies would be taken for the other.
+    """
+    threshold = max(index.about.promise.threshold, DEFAULT_THRESHOLD)
     pairs = {
         (min(number, near), max(number, near)): similarity
         for number, vector in fresh.items()
         for near, similarity in index.nearest(vector[None], CANDIDATES)[0]
         if near != number and joint_score(similarity, 1.0) >= threshold
     }
-    both = [(index.landmarks(one), index.landmarks(other)) for one, other in pairs]
-    scores = pool.map(_agreement, both, chunksize=8)
-    for ((one, other), similarity), value in zip(pairs.items(), scores, strict=True):
-        if (score := joint_score(similarity, value)) >= threshold:
-            yield Twins(index.items[one].name, index.items[other].name, score)
+    for some in slices([*pairs]):  # a catalog's landmarks together are gigabytes
+        both = [(index.landmarks(one), index.landmarks(other)) for one, other in some]
+        for pair, value in zip(some, pool.map(_agreement, both, chunksize=8), strict=True):
+            if (score := joint_score(pairs[pair], value)) >= threshold:
+                one, other = (index.items[number].name for number in pair)
+                yield Twins(one, other, score)
 
 
 def _agreement(pair: tuple[bytes, bytes]) -> float:

@@ -165,12 +165,30 @@ def test_blank_unreadable_and_repeated_files_are_refused_by_name(
     (first,) = write_products(catalog, [1])
     Image.new("RGB", (300, 300), (250, 250, 250)).save(catalog / "white.png")
     (catalog / "broken.jpg").write_bytes(b"no picture")
+    with (catalog / "huge.jpg").open("wb") as huge:
+        huge.truncate(2 << 30)
+    product(2).resize((1200, 40)).save(catalog / "strip.png")
     shutil.copy(first, catalog / "twice.jpg")
     output = make().stdout
     assert "refused white.png: nearly uniform picture" in output
     assert "refused broken.jpg: not an image" in output
+    assert "refused huge.jpg: larger than" in output
+    assert "refused strip.png: too small or too narrow" in output
     assert "refused twice.jpg: same bytes as product-00001.jpg" in output
     assert names(tmp_path / "catalog.index") == ["product-00001.jpg"]
+
+
+def test_what_was_refused_can_be_listed_beyond_what_is_said(
+    make: Tool, run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", [1])
+    for number in range(25):
+        (tmp_path / "catalog" / f"broken-{number}.jpg").write_bytes(b"no picture")
+    output = make().stdout
+    assert output.count("refused broken-") == 20
+    assert "... and 5 more" in output
+    listed = run_tool("pic-index", "--output", tmp_path / "catalog.index", "--list").stdout
+    assert listed.count("refused broken-") == 25
 
 
 def test_what_was_refused_is_indexed_once_the_reason_is_gone(
@@ -243,32 +261,61 @@ def test_an_empty_catalog_is_refused(
     assert not (tmp_path / "catalog.index").exists()
 
 
+@pytest.fixture
+def stop_at(
+    tmp_path: Path, descriptor_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], list[str]]:
+    """Run pic-index until it has so many items; returns those that it kept."""
+
+    def stop(count: int) -> list[str]:
+        save = CatalogIndex.save
+
+        def save_and_stop(index: CatalogIndex, path: Path | None = None) -> None:
+            save(index, path)
+            if len(index.items) == count:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(index_cli, "_SAVE_S", 0.0)
+        monkeypatch.setattr(indexing, "SLICE", 2)
+        monkeypatch.setattr(CatalogIndex, "save", save_and_stop)
+        output = tmp_path / "catalog.index"
+        command = ["--catalog", tmp_path / "catalog", "--model", descriptor_file,
+                   "--output", output]  # fmt: skip
+        stopped = CliRunner().invoke(index_cli.index, [*map(str, command)])
+        assert "Aborted" in stopped.output
+        return names(output.with_name(".catalog.index.partial"))
+
+    return stop
+
+
 def test_a_run_that_was_stopped_goes_on_with_what_it_had(
-    make: Tool, tmp_path: Path, descriptor_file: Path, monkeypatch: pytest.MonkeyPatch
+    make: Tool, tmp_path: Path, stop_at: Callable[[int], list[str]]
 ) -> None:
     paths = write_products(tmp_path / "catalog", range(5))
     Image.open(paths[0]).save(paths[1], quality=90)  # nearly the same
-    partial, save = tmp_path / ".catalog.index.partial", CatalogIndex.save
-
-    def save_and_stop(index: CatalogIndex, path: Path | None = None) -> None:
-        save(index, path)
-        if len(index.items) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(index_cli, "_SAVE_S", 0.0)
-    monkeypatch.setattr(indexing, "SLICE", 2)
-    monkeypatch.setattr(CatalogIndex, "save", save_and_stop)
-    command = ["--catalog", tmp_path / "catalog", "--model", descriptor_file]
-    stopped = CliRunner().invoke(
-        index_cli.index, [*map(str, command), "--output", str(tmp_path / "catalog.index")]
-    )
-    assert "Aborted" in stopped.output
-    assert len(names(partial)) == 4
+    partial = tmp_path / ".catalog.index.partial"
+    assert len(stop_at(4)) == 4
     assert not (tmp_path / "catalog.index").exists()
     told = make().stdout
     assert "going on with 4 items" in told and "5 items; 1 added, 0 removed" in told
     assert f"near-duplicates {paths[0].name} and {paths[1].name}" in told
     assert not partial.exists()
+
+
+def test_a_picture_is_not_refused_for_what_an_item_was_before_a_stop(
+    make: Tool, tmp_path: Path, stop_at: Callable[[int], list[str]]
+) -> None:
+    catalog = tmp_path / "catalog"
+    (first,) = write_products(catalog, [0])
+    shutil.copy(first, catalog / "z.jpg")
+    assert "refused z.jpg: same bytes as product-00000.jpg" in make().stdout
+    product(9).save(first)
+    write_products(catalog, [1])
+    stop_at(3)
+    make()
+    assert names(tmp_path / "catalog.index") == [
+        "product-00000.jpg", "product-00001.jpg", "z.jpg",
+    ]  # fmt: skip
 
 
 def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(
@@ -289,6 +336,9 @@ def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(
         refused = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert refused.returncode == 2
         sentence = "brand cannot be read: Permission denied. 2 items of the index"
+        assert sentence in refused.stderr
+        anew = [*command, "--model", write_descriptor(tmp_path / "other.onnx", -1.0)]
+        refused = subprocess.run([*map(str, anew)], capture_output=True, text=True)
         assert sentence in refused.stderr
     assert (tmp_path / "catalog.index").read_bytes() == kept
     (tmp_path / "catalog.index").unlink()
@@ -531,7 +581,7 @@ def test_a_decoy_that_the_descriptor_gives_no_numbers_for_matches_nothing(
         "--others", tmp_path / "others", "--target-fpr", 0.3,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "on 12 others 0 matched" in result.stdout
+    assert "of 12 samples of others 0 matched" in result.stdout
 
 
 def test_other_files_and_newer_versions_are_refused_in_one_sentence(

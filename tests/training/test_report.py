@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pic_training.metric_learning import Known
 from pic_training.report import draw_plot
 from pic_training.run_folder import EpochMetrics, best_of
-from pic_training.tasks import judge_classes
+from pic_training.tasks import judge_classes, judge_embeddings
 
 EPOCH = EpochMetrics(
     epoch=1, train_loss=1.0, train_accuracy=0.5, val_loss=1.0, val_accuracy=0.5,
@@ -47,5 +48,20 @@ def test_the_half_that_tests_has_no_say_in_which_epoch_is_kept() -> None:
     calibrates = np.arange(400) < 200
     others = np.where(calibrates, logits, -logits)
     as_it_is, wrong = (judge_classes(x, labels, calibrates) for x in (logits, others))
+    assert wrong.accuracy < as_it_is.accuracy and wrong.loss > as_it_is.loss
+    assert wrong.calibrated_loss == as_it_is.calibrated_loss
+
+
+def test_the_half_that_tests_a_descriptor_has_no_say_either() -> None:
+    unit = np.eye(4, dtype=np.float32)
+    known = Known(unit[:2], np.array([0, -1, 1, -1]), np.arange(2))
+    labels, calibrates = np.array([1, 0, 1, 0], np.float32), np.array([1, 1, 0, 0], bool)
+    as_it_is, wrong = (
+        judge_embeddings(np.stack(made), labels, calibrates, known)
+        for made in (
+            (unit[0], unit[2], unit[1], unit[3]),
+            (unit[0], unit[2], unit[0], unit[0]),
+        )
+    )
     assert wrong.accuracy < as_it_is.accuracy and wrong.loss > as_it_is.loss
     assert wrong.calibrated_loss == as_it_is.calibrated_loss

@@ -1,7 +1,7 @@
 """What a run can learn: to classify, or to describe. All that differs between the two."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,13 +113,19 @@ def judge_classes(
     )
 
 
-def _judge_embeddings(
-    embeddings: Floats, labels: Floats, _: Flags, known: Known | None
+def judge_embeddings(
+    embeddings: Floats, labels: Floats, calibrates: Flags, known: Known | None
 ) -> Judged:
+    """By embeddings, float32, shape (N, D), of length one, and the catalog as known.
+
+    The loss that chooses the epoch is of those that calibrate, as in `judge_classes`.
+    """
     assert known is not None
     scores, right, loss = resemblance(embeddings, known)
-    return Judged(scores, loss, loss, float(right[labels > 0.5].mean()), right)
+    some = replace(known, items=known.items[calibrates])
+    chooses = resemblance(embeddings[calibrates], some)[2]
+    return Judged(scores, loss, chooses, float(right[labels > 0.5].mean()), right)
 
 
 _CLASSIFY = Task(_sgd, _classification_loss, fit_head, judge_classes, False)
-_DESCRIBE = Task(_adam, _description_loss, whiten_head, _judge_embeddings, True)
+_DESCRIBE = Task(_adam, _description_loss, whiten_head, judge_embeddings, True)
