@@ -103,7 +103,7 @@ def main(model: Path, catalog: Path, others: Path, describe: Path, index: Path,
         plan = {"target_fpr": RATE, "per_edit": per_edit, "per_decoy": per_decoy,
                 "published": published}  # fmt: skip
         evaluation = run_evaluation(
-            model, catalog, others, general, None, output, (describe, index), plan
+            model, catalog, others, general, (), output, (describe, index), plan
         )
         tables(output)
         at_rates(evaluation)

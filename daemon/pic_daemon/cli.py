@@ -203,14 +203,14 @@ def check(config: Path | None, **overrides: Any) -> None:
         click.echo(_about_identifier(identifier))
         changes = identifier.index.changes()
         state = "cannot be reached from here" if changes is None else "as indexed"
-        click.echo(f"catalog {identifier.index.about.catalog}: {changes or state}")
-    click.echo(f"database {settings.database}: ok")
+        click.echo(f"catalog {text_of(identifier.index.about.catalog)}: {changes or state}")
+    click.echo(f"database {text_of(str(settings.database))}: ok")
     for folder in settings.folders:
         kind = mount_of(folder.path).type or "unknown"
         remote = kind in _NO_EVENTS or kind.startswith("fuse.")
         silent = remote and folder.mode == "events"
         note = ', announces nothing: set mode = "poll"' if silent else ""
-        click.echo(f"folder {folder.path}: file system {kind}{note}")
+        click.echo(f"folder {text_of(str(folder.path))}: file system {kind}{note}")
     for line in describe_hooks(settings):
         click.echo(line)
     if settings.keep_no_match_days:
@@ -351,9 +351,9 @@ def _identifier(settings: Config) -> Identifier | None:
 def _about_identifier(identifier: Identifier) -> str:
     index, info = identifier.index, identifier.descriptor.info
     return (
-        f"index {index.path}: {len(index.items)} items by {info.architecture}, "
-        f"{info.dimensions} numbers from {info.input_size} x {info.input_size}; "
-        f"{about_promise(index)}"
+        f"index {text_of(str(index.path))}: {len(index.items)} items by "
+        f"{info.architecture}, {info.dimensions} numbers from {info.input_size} x "
+        f"{info.input_size}; {about_promise(index)}"
     )
 
 

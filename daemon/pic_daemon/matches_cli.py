@@ -194,7 +194,7 @@ def serve(
     if find_spec("datasette") is None:
         raise InputError(
             "the pages need Datasette, which the base install leaves out: "
-            "pip install 'product-image-classifier[web]'."
+            "pip install '.[web]' in this project's folder."
         )
     from pic_daemon.web.server import serve as serve_pages
 

@@ -187,5 +187,5 @@ def _cuda_problem() -> str | None:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"))
         ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
     except OSError as error:
-        return f"{error}; install product-image-classifier[gpu]"
+        return f"{error}; pip install '.[gpu]' in this project's folder"
     return None

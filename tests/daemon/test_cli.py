@@ -277,4 +277,4 @@ def test_without_the_web_extra_it_says_what_to_install(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "serve", "--database", str(tmp_path / "log.db")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "product-image-classifier[web]" in result.stderr
+    assert "pip install '.[web]'" in result.stderr

@@ -176,7 +176,7 @@ def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
         assert counts["files left out"] == 1
         return sum(int(n) for name, n in counts.items() if "look-alike pictures" in name)
 
-    assert (decoys(), decoys("--run", run)) == (25, 13)
+    assert (decoys(), decoys("--run", run, "--run", run)) == (25, 13)
 
 
 def test_a_name_that_is_not_utf8_can_be_among_the_mistakes(

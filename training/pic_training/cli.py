@@ -215,7 +215,7 @@ def _need_the_train_extra() -> None:
     if missing:
         raise InputError(
             f"training needs {', '.join(missing)}, which the base install leaves out: "
-            "pip install 'product-image-classifier[train]'."
+            "pip install '.[train]' in this project's folder."
         )
 
 
@@ -401,9 +401,11 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
 )
 @click.option(
     "--run",
+    "runs",
+    multiple=True,
     type=_FOLDER,
     metavar="RUN_DIR",
-    help="Leave out every one of the others that this run has seen.",
+    help="Leave out every one of the others that this run has seen; may be repeated.",
 )
 @click.option("--describe", type=_FILE, help="A descriptor, measured with --index.")
 @click.option("--index", type=_FILE, help="The index that it made of the catalog.")
@@ -428,7 +430,7 @@ def evaluate(
     catalog: Path,
     others: Path,
     general: tuple[str, ...],
-    run: Path | None,
+    runs: tuple[Path, ...],
     describe: Path | None,
     index: Path | None,
     output: Path,
@@ -444,4 +446,4 @@ def evaluate(
     if bool(describe) != bool(index):
         raise click.UsageError("--describe and --index go together.")
     cascade = (describe, index) if describe and index else None
-    run_evaluation(model_file, catalog, others, general, run, output, cascade, plan)
+    run_evaluation(model_file, catalog, others, general, runs, output, cascade, plan)

@@ -31,7 +31,7 @@ def run_evaluation(
     catalog: Path,
     others: Path,
     general: Sequence[str],
-    run: Path | None,
+    runs: Sequence[Path],
     output: Path,
     cascade: tuple[Path, Path] | None,
     settings: dict[str, Any],
@@ -53,7 +53,7 @@ def run_evaluation(
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
         say_left_out(sources)
         _check_prefixes(general, sources)
-        if run:
+        for run in runs:
             sources = _unseen(sources, run, side)
         if sources.catalog_digest != model.info.catalog_digest:
             problem = "for another catalog, or with corrections of it"
