@@ -83,6 +83,23 @@ def test_a_login_lasts_in_a_cookie_that_only_this_site_gets(
         assert client.get("/matches").status_code == 401
 
 
+@pytest.mark.parametrize(
+    "other", [b"a/b=1", b"a@b=1", b"{a}=1", b'prefs={"a": 1}', b"name=J\xc3\xb6rg B", b"x"]
+)
+def test_the_cookies_of_other_programs_on_the_host_are_passed_over(
+    guarded: str, local: str, other: bytes
+) -> None:
+    data = {"name": "Ada", "token": TOKEN}
+    session = httpx.post(guarded + "/login", data=data).cookies["ds_actor"]
+    ours = b"ds_actor=" + session.encode()
+    for cookies in (other + b"; " + ours, ours + b";" + other):
+        reply = httpx.get(guarded + "/matches", headers={b"Cookie": cookies})
+        assert reply.status_code == 200
+        assert "Ada" in reply.text
+    assert httpx.get(local + "/matches", headers={b"Cookie": other}).status_code == 200
+    assert httpx.get(guarded + "/matches", headers={b"Cookie": other}).status_code == 401
+
+
 def test_a_cookie_signed_for_another_token_counts_for_nothing(
     guarded: str, shop: Shop
 ) -> None:

@@ -15,6 +15,7 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
 
 OPEN_PATHS = ("/login", "/pic-static/style.css", "/favicon.ico")
 """What is answered without a token: the way in, and how it looks."""
@@ -40,6 +41,7 @@ _HEADERS = {
     b"content-security-policy": _DATASETTE_CSP.encode(),
 }
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_COOKIES = (b"ds_actor", b"ds_csrftoken", b"ds_messages")  # those that Datasette sets
 _LONGEST_BODY = 64 << 10
 
 
@@ -97,6 +99,7 @@ class Gate:
             return
         if scope["type"] != "http":  # there are no websockets here
             return
+        scope = {**scope, "headers": _with_own_cookies(scope["headers"])}
         headers = headers_of(scope)
         send = _with_headers(send)
         if refusal := self._refusal(scope, headers):
@@ -134,6 +137,20 @@ class Gate:
 def headers_of(scope: Scope) -> dict[str, str]:
     """Header names in lower case -> values."""
     return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+def _with_own_cookies(headers: RawHeaders) -> RawHeaders:
+    """Without the cookies of other programs on this host, which come to every port.
+
+    Datasette's parser fails over some of their names and ends at some of their values.
+    """
+    kept = []
+    for name, value in headers:
+        if name == b"cookie":
+            pairs = [pair.strip() for pair in value.split(b";")]
+            value = b"; ".join(p for p in pairs if p.partition(b"=")[0] in _COOKIES)
+        kept.append((name, value))
+    return kept
 
 
 def is_bearer(headers: dict[str, str], token: str) -> bool:
