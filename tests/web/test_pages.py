@@ -41,7 +41,7 @@ def test_matches_come_newest_first_with_their_pictures_and_figures(site: Site) -
     assert len(names(page)) == 30
     number = site.row("today/tea.jpg")
     for part in (
-        f'src="/picture/{number}/dropped/small"', f'src="/picture/{number}/catalog/small"',
+        f'src="/picture/{number}/dropped/small?', f'src="/picture/{number}/catalog/small?',
         "product-00003.jpg", "0.980", str(site.shop.drop / "today"),
         f"/log/images/{number}.json", f"/log/images.csv?id={number}",
     ):  # fmt: skip
@@ -170,8 +170,25 @@ def test_pictures_are_small_jpegs_of_what_was_recorded(site: Site) -> None:
         assert reply.headers["content-type"] == "image/jpeg"
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert reply.headers["content-security-policy"] == "default-src 'none'"
+        assert reply.headers.get_list("cache-control") == ["private, max-age=600"]
         image = Image.open(io.BytesIO(reply.content))
         assert max(image.size) <= 256 and len(reply.content) < 20_000
+    for path in (f"/picture/{site.row('today/broken.jpg')}/dropped/small", "/matches"):
+        assert site.get(path).headers.get_list("cache-control") == ["private, no-store"]
+
+
+def test_a_picture_that_a_browser_keeps_is_not_shown_for_another(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "shop")
+    with serving(shop) as url:
+        addresses = []
+        for seed in (1, 2):
+            shop.copy_of(seed, f"{seed}.jpg")
+            page = httpx.get(f"{url}/matches").text
+            addresses.append(re.findall(r'src="(/picture/1/\S+)"', page))
+            with shop.log._db.conn:
+                shop.log._db.execute("DELETE FROM images")  # so that the id is used again
+    assert len(addresses[0]) == len(addresses[1]) == 2
+    assert set(addresses[0]).isdisjoint(addresses[1])
 
 
 @pytest.mark.parametrize(

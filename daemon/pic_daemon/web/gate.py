@@ -40,6 +40,7 @@ _HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
     b"content-security-policy": _DATASETTE_CSP.encode(),
 }
+_KEPT = b"private, max-age=600"  # of pictures, whose addresses change with their rows
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _COOKIES = (b"ds_actor", b"ds_csrftoken", b"ds_messages")  # those that Datasette sets
 _LONGEST_BODY = 64 << 10
@@ -101,7 +102,7 @@ class Gate:
             return
         scope = {**scope, "headers": _with_own_cookies(scope["headers"])}
         headers = headers_of(scope)
-        send = _with_headers(send)
+        send = _with_headers(send, scope["path"].startswith("/picture/"))
         if refusal := self._refusal(scope, headers):
             await _answer(send, *refusal)
         elif not self._may_enter(scope, headers):
@@ -184,12 +185,16 @@ def _host_of(header: str) -> str:
         return ""
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, picture: bool) -> Send:
     async def sending(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             given = {name.lower() for name, _ in message.get("headers", [])}
             added = [[k, v] for k, v in _HEADERS.items() if k not in given]
-            message = {**message, "headers": [*message.get("headers", []), *added]}
+            headers = [*message.get("headers", []), *added]
+            if picture and message["status"] == 200:  # Datasette lets nothing be kept
+                headers = [[k, v] for k, v in headers if k.lower() != b"cache-control"]
+                headers.append([b"cache-control", _KEPT])
+            message = {**message, "headers": headers}
         await send(message)
 
     return sending

@@ -37,7 +37,6 @@ _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
-_PICTURE_AGE_S = 600
 _LONGEST_NAME = 80
 
 T = TypeVar("T")
@@ -301,15 +300,14 @@ async def picture(request: Request, datasette: Datasette) -> Response:
         made = loop.run_in_executor(site.decoding, work)
         data = await asyncio.wait_for(made, _PICTURE_S)
     except TimeoutError:
-        return _picture(pictures.instead("no answer"), "image/svg+xml", 504, "no-store")
+        return _picture(pictures.instead("no answer"), "image/svg+xml", 504)
     except pictures.NotShown as reason:
-        return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
-    return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")
+        return _picture(pictures.instead(str(reason)), "image/svg+xml", 404)
+    return _picture(data, "image/jpeg", 200)
 
 
-def _picture(data: bytes, kind: str, status: int, cache: str) -> Response:
-    headers = {"cache-control": cache, "content-security-policy": "default-src 'none'"}
-    return Response(data, status, headers, kind)
+def _picture(data: bytes, kind: str, status: int) -> Response:
+    return Response(data, status, {"content-security-policy": "default-src 'none'"}, kind)
 
 
 async def correction(request: Request, datasette: Datasette) -> Response:
