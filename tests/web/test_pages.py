@@ -5,16 +5,18 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import DaemonProcess, hung_mount, write_image
+from conftest import BIN, DaemonProcess, hung_mount, write_image
 from PIL import Image
 from shop import Shop, Site, serving
 
@@ -270,6 +272,9 @@ def test_a_record_tells_what_decided_and_what_cannot_be_shown(tmp_path: Path) ->
         plain = re.sub(r"<[^>]+>|\s+", " ", text)
         assert re.search(r"Joint score +0\.3100 +\(threshold 0\.4200\)", plain)
         assert re.search(r"Score +0\.9700 +\(looked at closely from 0\.0400\)", plain)
+        shop.log.watch({})
+        text = httpx.get(f"{url}/matches").text
+        assert 'alt="Dropped picture a.jpg: not in a watched folder"' in text
 
 
 def test_what_the_service_records_meanwhile_is_there_at_once(
@@ -292,17 +297,47 @@ def test_what_the_service_records_meanwhile_is_there_at_once(
     assert daemon.stop() == 0
 
 
-def test_pictures_on_a_mount_that_hangs_hold_up_no_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT])
+def test_a_mount_that_hangs_holds_up_neither_pages_nor_pictures_nor_the_end(
+    tmp_path: Path, ended_by: signal.Signals
+) -> None:
     shop = Shop(tmp_path / "shop")
     shop.copy_of(3, "tea.jpg", at=50, score=0.98)
-    with serving(shop) as url, hung_mount(shop.drop), ThreadPoolExecutor(4) as browsers:
+    hung, shop.drop = shop.drop, shop.home / "fine"
+    shop.copy_of(4, "cup.jpg")
+    shop.log.watch({hung: "", shop.drop: ""})
+    command = [BIN / "pic-matches", "serve", "--database", shop.database, "--port", "0"]
+    with hung_mount(hung), ExitStack() as stack, ThreadPoolExecutor(4) as browsers:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        stack.callback(server.kill)
+        assert server.stdout
+        url = server.stdout.readline().split()[1].rstrip("/")
         pictures = [
             browsers.submit(httpx.get, f"{url}/picture/1/dropped/small", timeout=60)
             for _ in range(4)  # more than are decoded at a time
         ]
-        assert httpx.get(f"{url}/matches").status_code == 200
+        for page in ("/matches", "/record/1", "/picture/2/dropped/small"):
+            assert httpx.get(url + page).status_code == 200
         assert [picture.result().status_code for picture in pictures] == [504] * 4
         assert "no answer" in pictures[0].result().text
+        assert "tea.jpg: no answer yet" in httpx.get(f"{url}/record/1").text
+        assert httpx.get(f"{url}/picture/2/dropped/large").status_code == 200
+        server.send_signal(ended_by)
+        server.communicate(timeout=60)
+
+
+def test_a_log_that_does_not_answer_is_said_not_to(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "shop")
+    shop.copy_of(1, "a.jpg")
+    with serving(shop) as url:
+        shop.log._db.execute("DROP TABLE images")
+        for page in ("/matches", "/dashboard", "/record/1", "/matches.csv"):
+            reply = httpx.get(url + page)
+            assert reply.status_code == 503
+            assert "The database does not answer: no such table: images." in reply.text
+        picture = httpx.get(f"{url}/picture/1/dropped/small")
+        assert picture.status_code == 503
+        assert "no answer" in picture.text
 
 
 def test_wrong_input_is_refused_with_a_sentence(run_tool: Run, tmp_path: Path) -> None:

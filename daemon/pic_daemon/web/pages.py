@@ -2,10 +2,12 @@
 
 import asyncio
 import sqlite3
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from io import StringIO
@@ -35,6 +37,9 @@ _QUERY_LIMIT_MS = 3000
 _PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
 _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
+_SILENT_S = 5.0  # after so long without an answer a folder is not asked for the next
+_AGAIN_S = 30.0  # until it is tried once more
+_AT_ONCE = 2  # pictures decoded at a time, and read from each folder
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _LONGEST_NAME = 80
@@ -47,15 +52,22 @@ hookimpl = HookimplMarker("datasette")  # as datasette.hookimpl, with types
 @dataclass(frozen=True)
 class Site:
     """What the pages are about. `user` is the account that serves, None where a token
-    says who may. `writable`: whether this account may note corrections."""
+    says who may. `writable`: whether this account may note corrections. Each folder gives
+    out pictures in `turns`; `unanswered`: since when (monotonic, s) one owes an answer."""
 
     database: Path
     catalog: Path | None
     token: str | None
     user: str | None
     writable: bool
-    decoding: ThreadPoolExecutor
-    looking: ThreadPoolExecutor
+    # The service on this machine comes first.
+    decoding: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_AT_ONCE, "picture")
+    )
+    turns: defaultdict[Path, asyncio.Semaphore] = field(
+        default_factory=lambda: defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+    )
+    unanswered: dict[Path, float] = field(default_factory=dict)
 
 
 @hookimpl
@@ -135,6 +147,9 @@ async def _list(
         status, context["problem"] = 503, _trouble(error)
     else:
         query = {k: v for k, v in filters.query().items() if k not in fixed}
+        site: Site = datasette.pic_site
+        for row in found["rows"]:
+            row["missing"] = pictures.unplaced(row, found["folders"], site.catalog)
         own, all_of_it = f"/{page}?", urlencode(filters.query())
         context |= found | {
             "given": query,  # as an input field of a browser takes it
@@ -230,16 +245,16 @@ def _read_part(db: sqlite3.Connection, filters: Filters, cursor: Cursor | None) 
 async def record(request: Request, datasette: Datasette) -> Response:
     """One row with everything that is known of it and was said of it."""
     number = int(request.url_vars["number"])
-    found = await _ask(datasette, partial(_read_record, number=number))
+    try:
+        found = await _ask(datasette, partial(_read_record, number=number))
+    except sqlite3.OperationalError as error:
+        return await _message(datasette, request, 503, _trouble(error))
     if found is None:
         return await _message(datasette, request, 404, f"There is no record {number}.")
-    # In words besides, as nobody hears what stands in a picture.
     site: Site = datasette.pic_site
-    look = partial(pictures.missing, found["row"], found.pop("folders"), site.catalog)
-    missing: dict[str, str] = {}
-    with suppress(TimeoutError):  # such as of a mount that hangs
-        looking = asyncio.get_running_loop().run_in_executor(site.looking, look)
-        missing = await asyncio.wait_for(looking, _LOOK_S)
+    # In words besides, as nobody hears what stands in a picture.
+    reasons = [_missing(site, found["row"], of, found["folders"]) for of in pictures.PAIR]
+    missing = dict(zip(pictures.PAIR, await asyncio.gather(*reasons), strict=True))
     found |= {"here": f"/record/{number}", "missing": missing}
     return await _html(datasette, request, "record.html", found)
 
@@ -251,6 +266,20 @@ def _read_record(db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     _shown(db, [row])
     folders = queries.watched(db)
     return {"row": row, "history": history(db, row["sha256"]), "folders": folders}
+
+
+async def _missing(site: Site, row: Row, of: pictures.Of, folders: list[str]) -> str:
+    """Why a picture is not shown, as far as can be told without it and in a moment."""
+    try:
+        folder, relative = pictures.place(row, of, folders, site.catalog)
+        async with asyncio.timeout(_LOOK_S):
+            look = partial(pictures.read, row, of, folder, relative, most=0)
+            await _on_disk(site, folder, look)
+    except TimeoutError:
+        return "no answer yet"
+    except pictures.NotShown as reason:
+        return str(reason)
+    return ""
 
 
 async def dashboard(request: Request, datasette: Datasette) -> Response:
@@ -282,28 +311,30 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
 async def picture(request: Request, datasette: Datasette) -> Response:
     """A small JPEG of a recorded picture, or an SVG that says why there is none."""
     site: Site = datasette.pic_site
-    number, size = int(request.url_vars["number"]), request.url_vars["size"]
-    side = pictures.SIDES[size]
+    number, of = int(request.url_vars["number"]), request.url_vars["of"]
+    side = pictures.SIDES[request.url_vars["size"]]
 
     def asked(db: sqlite3.Connection) -> tuple[Row | None, list[str]]:
         return queries.record(db, number), queries.watched(db)
 
-    row, folders = await _ask(datasette, asked)
     try:
+        row, folders = await _ask(datasette, asked)
         if row is None:
             raise pictures.NotShown("no such record")
-        if request.url_vars["of"] == "dropped":
-            work = partial(pictures.dropped, row, folders, side)
-        else:
-            work = partial(pictures.of_catalog, row, site.catalog, side)
-        loop = asyncio.get_running_loop()
-        made = loop.run_in_executor(site.decoding, work)
-        data = await asyncio.wait_for(made, _PICTURE_S)
+        folder, relative = pictures.place(row, of, folders, site.catalog)
+        async with asyncio.timeout(_PICTURE_S), site.turns[folder]:
+            read = partial(pictures.read, row, of, folder, relative)
+            data = await _on_disk(site, folder, read)
+            loop = asyncio.get_running_loop()
+            made = loop.run_in_executor(site.decoding, pictures.smaller, data, side)
+            return _picture(await made, "image/jpeg", 200)
+    except pictures.NotShown as error:
+        status, reason = 404, str(error)
     except TimeoutError:
-        return _picture(pictures.instead("no answer"), "image/svg+xml", 504)
-    except pictures.NotShown as reason:
-        return _picture(pictures.instead(str(reason)), "image/svg+xml", 404)
-    return _picture(data, "image/jpeg", 200)
+        status, reason = 504, "no answer"
+    except sqlite3.OperationalError:
+        status, reason = 503, "no answer"
+    return _picture(pictures.instead(reason), "image/svg+xml", status)
 
 
 def _picture(data: bytes, kind: str, status: int) -> Response:
@@ -387,6 +418,33 @@ async def _ask(
 
     answer: T = await datasette.get_database(LOG).execute_fn(limited)
     return answer
+
+
+async def _on_disk(site: Site, folder: Path, work: Callable[[], T]) -> T:
+    """Have `work` done, which may hang as on a mount that is gone, in a thread of its own.
+
+    That thread does not keep the process from ending. Raises TimeoutError where the folder
+    has not answered for some seconds: it is not asked again at once.
+    """
+    now = time.monotonic()
+    waiting = now - site.unanswered.setdefault(folder, now)
+    if _SILENT_S <= waiting < _AGAIN_S:
+        raise TimeoutError
+    if waiting >= _AGAIN_S:
+        site.unanswered[folder] = now
+    answer: Future[T] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:
+            answer.set_exception(error)
+        finally:
+            site.unanswered.pop(folder, None)
+
+    threading.Thread(target=run, name=f"look {folder}", daemon=True).start()
+    return await asyncio.wrap_future(answer)
 
 
 def _trouble(error: sqlite3.OperationalError) -> str:

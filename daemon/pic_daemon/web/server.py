@@ -6,7 +6,6 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from pic_daemon.web import pages
 from pic_daemon.web.gate import App, Gate, is_loopback, read_token
 
 _HERE = Path(__file__).parent
-_DECODERS = 2  # pictures decoded at a time; the service on this machine comes first
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SETTINGS = {
     "allow_download": False,
@@ -101,8 +99,6 @@ def make_app(
         token=token,
         user=None if token else getpass.getuser(),
         writable=writable,
-        decoding=ThreadPoolExecutor(_DECODERS, "picture"),
-        looking=ThreadPoolExecutor(_DECODERS, "look"),
     )
     hosts = _LOOPBACK | {host}
     return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
