@@ -261,6 +261,31 @@ def test_a_correction_is_kept_with_name_and_time_and_shown(tmp_path: Path) -> No
     assert shop.log._db["corrections"].count == 3
 
 
+def test_a_correction_from_a_page_of_another_picture_is_not_noted(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "shop")
+    shop.copy_of(1, "a.jpg")
+    with serving(shop) as url:
+        page = httpx.get(f"{url}/matches").text
+        form = dict(re.findall(r'<input type="hidden" name="(\w+)" value="(.*?)">', page))
+        with shop.log._db.conn:
+            shop.log._db.execute("DELETE FROM images")
+        shop.copy_of(2, "b.jpg")
+        said = {**form, "label": "not-ours"}
+        reply = httpx.post(f"{url}/record/1/correction", data=said)
+        assert reply.status_code == 404
+        assert "Not noted: record 1 is of another picture now" in reply.text
+        assert read_corrections(shop.database) == []
+
+
+def test_every_landmark_has_one_element_and_no_list_has_one_a_row(site: Site) -> None:
+    page = site.get("/matches").text
+    assert page.count("<search") == page.count('<search aria-label="Filters">') == 1
+    assert 'role="search"' not in page
+    named = re.findall(r"<form[^>]*(?:aria-label|role)=[^>]*>", page)
+    assert named == []  # a form with a name is a landmark
+    assert page.count('role="group" aria-label="Is ') == 30
+
+
 def test_a_record_tells_what_decided_and_what_cannot_be_shown(tmp_path: Path) -> None:
     shop = Shop(tmp_path)
     joint = {"joint_score": 0.31, "joint_threshold": 0.42}

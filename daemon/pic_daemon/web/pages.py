@@ -354,7 +354,8 @@ async def correction(request: Request, datasette: Datasette) -> Response:
         sentence = "The account that serves this page may not write to the database."
         return await _message(datasette, request, 403, sentence)
     try:
-        await asyncio.to_thread(correct, site.database, number, label, request.actor["id"])
+        who, seen = request.actor["id"], given.get("sha256")
+        await asyncio.to_thread(correct, site.database, number, label, who, seen)
     except NotCorrectable as error:
         return await _message(datasette, request, 404, f"Not noted: {error}")
     except sqlite3.OperationalError as error:
