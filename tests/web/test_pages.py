@@ -1,5 +1,6 @@
 """The pages as a program asks for them, of a real process."""
 
+import asyncio
 import csv
 import io
 import json
@@ -7,9 +8,11 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from pic_daemon.corrections import read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import Outcome
-from pic_daemon.web.server import prepare
+from pic_daemon.web import pages
+from pic_daemon.web.server import make_app, prepare
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -143,12 +147,47 @@ def test_a_list_of_many_parts_is_given_whole_or_broken_off(tmp_path: Path) -> No
         assert [row["path"] for row in json_rows(as_json)] == paths
         assert len(csv_rows(exports(site, "/failures")[0])) == 60_000
 
+        with httpx.stream("GET", f"{url}/matches.json?status=all", timeout=60) as answer:
+            lines = answer.iter_lines()
+            begun = [next(lines)]
+            # As `pic-daemon reclassify` does: the row moves above those already sent.
+            again = replace(rows[0], classified_at=time.time())
+            shop.log.record([again], shop.model)
+            listed = [json.loads(line)["path"] for line in [*begun, *lines]]
+        assert listed == paths
+
         with httpx.stream("GET", f"{url}/matches.csv?status=all", timeout=60) as answer:
             parts = answer.iter_bytes(1000)
             next(parts)
-            shop.log._db.execute("DROP TABLE images")
+            os.truncate(shop.database, 1 << 16)
             with pytest.raises(httpx.RemoteProtocolError):
                 list(parts)
+
+
+def test_a_list_that_nobody_takes_does_not_keep_the_log_from_being_tidied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop(tmp_path)
+    shop.copy_of(1, "a.jpg")
+    app = make_app(shop.database, None, None)
+    monkeypatch.setattr(pages, "_TAKEN_S", 0.1)
+    scope = {"type": "http", "method": "GET", "path": "/matches.csv", "query_string": b"",
+             "raw_path": b"/matches.csv", "headers": [(b"host", b"localhost")]}  # fmt: skip
+    begun: list[bytes] = []
+
+    async def never() -> dict[str, Any]:
+        return await asyncio.Future()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Future()  # as where the other side reads no more
+        assert not begun, "an answer is begun once"
+        begun.append(message["type"])
+
+    with pytest.raises(AssertionError, match="begun once"):
+        asyncio.run(asyncio.wait_for(app(scope, never, send), 60))
+    (busy, *_) = next(shop.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)"))
+    assert not busy
 
 
 def exports(site: Site, page: str) -> list[httpx.Response]:

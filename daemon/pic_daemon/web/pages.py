@@ -5,8 +5,9 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -24,9 +25,10 @@ from pluggy import HookimplMarker
 from pic_daemon.corrections import LABELS, NotCorrectable, correct, history
 from pic_daemon.match_formats import printer
 from pic_daemon.match_log import SILENT_S
+from pic_daemon.schema import open_read_only
 from pic_daemon.web import pictures, queries
 from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
-from pic_daemon.web.queries import Cursor, FilterError, Filters, Page, Row
+from pic_daemon.web.queries import Cursor, FilterError, Filters, Row
 
 LOG = "log"
 """Datasette's name for the match log: its own pages of it are below /log."""
@@ -40,6 +42,7 @@ _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount tha
 _SILENT_S = 5.0  # after so long without an answer a folder is not asked for the next
 _AGAIN_S = 30.0  # until it is tried once more
 _AT_ONCE = 2  # pictures decoded at a time, and read from each folder
+_TAKEN_S = 60.0  # the longest that a part waits for the other side to take it
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
 _LONGEST_NAME = 80
@@ -201,11 +204,12 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
     What goes wrong after the first part breaks the connection off: a list that came to
     its end is whole.
     """
+    site: Site = datasette.pic_site
     kind: Literal["csv", "json"] = request.url_vars["format"]
     try:
         filters = Filters.of({name: request.args.get(name) or "" for name in request.args})
-        read = partial(_read_part, filters=filters, cursor=None)
-        first = await _ask(datasette, read, _PART_LIMIT_MS)
+        parts = _parts(site.database, filters)
+        first = await asyncio.to_thread(next, parts)
     except FilterError as error:
         return Response.text(f"{error}.\n", 400)
     except sqlite3.OperationalError as error:
@@ -217,16 +221,17 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
         left = asyncio.ensure_future(_left(request))
         try:
             while request.method == "GET" and not left.done():
-                put(part.rows)
-                await writer.write(text.getvalue())
+                put(part)
+                async with asyncio.timeout(_TAKEN_S):  # else the log's -wal grows for ever
+                    await writer.write(text.getvalue())
                 text.seek(0)
                 text.truncate()
-                if part.older is None:
+                if not part:
                     break
-                read = partial(_read_part, filters=filters, cursor=part.older)
-                part = await _ask(datasette, read, _PART_LIMIT_MS)
+                part = await asyncio.to_thread(next, parts)
         finally:
             left.cancel()
+            parts.close()
 
     headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
     return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
@@ -238,8 +243,17 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _read_part(db: sqlite3.Connection, filters: Filters, cursor: Cursor | None) -> Page:
-    return queries.page_of(db, filters, cursor, _PART)
+def _parts(database: Path, filters: Filters) -> Generator[list[Row], None, None]:
+    """All rows of a list as they are at one moment; the parts after the last are empty."""
+    with closing(open_read_only(database, any_thread=True)) as log:
+        db: sqlite3.Connection = log.conn
+        db.row_factory = sqlite3.Row
+        found = None
+        while True:
+            with sqlite_timelimit(db, _PART_LIMIT_MS):
+                found = found or db.execute(*queries.statement(db, filters, None, -1))
+                part = [dict(row) for row in found.fetchmany(_PART)]
+            yield part
 
 
 async def record(request: Request, datasette: Datasette) -> Response:
@@ -406,15 +420,11 @@ async def logout(request: Request) -> Response:
     return response
 
 
-async def _ask(
-    datasette: Datasette,
-    question: Callable[[sqlite3.Connection], T],
-    limit_ms: int = _QUERY_LIMIT_MS,
-) -> T:
+async def _ask(datasette: Datasette, question: Callable[[sqlite3.Connection], T]) -> T:
     """Put a question to the read-only connection of a thread, for a limited time."""
 
     def limited(db: sqlite3.Connection) -> T:
-        with sqlite_timelimit(db, limit_ms):
+        with sqlite_timelimit(db, _QUERY_LIMIT_MS):
             return question(db)
 
     answer: T = await datasette.get_database(LOG).execute_fn(limited)

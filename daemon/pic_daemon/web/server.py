@@ -16,7 +16,7 @@ from datasette.plugins import pm
 
 from pic_daemon.errors import InputError, not_listening
 from pic_daemon.match_log import MatchLog
-from pic_daemon.schema import BUSY_TIMEOUT_S, check, migrations, open_read_only
+from pic_daemon.schema import check, migrations, open_read_only
 from pic_daemon.web import pages
 from pic_daemon.web.gate import App, Gate, is_loopback, read_token
 
@@ -36,8 +36,7 @@ class _Log(Database):  # type: ignore[misc]
     def connect(self, write: bool = False) -> sqlite3.Connection:
         if write:
             raise sqlite3.OperationalError("the match log is read-only here")
-        uri = f"{Path(self.path).absolute().as_uri()}?mode=ro"
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        db: sqlite3.Connection = open_read_only(Path(self.path), any_thread=True).conn
         self._all_file_connections.append(db)
         return db
 
