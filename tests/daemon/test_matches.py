@@ -312,7 +312,7 @@ def test_a_backup_that_is_ended_leaves_no_half_behind(
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    process.wait(60)
+    assert process.wait(60) == 143  # ended by it, not done before
     assert list(place.iterdir()) == [output]
 
 
