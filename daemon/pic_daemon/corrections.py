@@ -32,14 +32,18 @@ class Correction:
 
 
 class NotCorrectable(Exception):
-    """No such row, or one without a verdict; the message says which."""
+    """No such row, one of another picture or without a verdict; the message says which."""
 
 
-def correct(database: Path, image: int, label: Label, who: str) -> None:
+def correct(
+    database: Path, image: int, label: Label, who: str, seen: str | None = None
+) -> None:
     """Note what `who` says of the row `image`, in a short transaction of its own.
 
-    Saying again what one said last changes nothing. Raises NotCorrectable, and
-    sqlite3.OperationalError where the database stays locked or cannot be written.
+    `seen` is the SHA-256 of the picture that they looked at: the row must still be of it,
+    as ids are used again. Saying again what one said last changes nothing. Raises
+    NotCorrectable, and sqlite3.OperationalError where the database stays locked or cannot
+    be written.
     """
     at = iso_time(datetime.now(UTC).timestamp())
     uri = f"{database.absolute().as_uri()}?mode=rw"
@@ -54,6 +58,8 @@ def correct(database: Path, image: int, label: Label, who: str) -> None:
         if row is None:
             raise NotCorrectable(f"there is no record {image}.")
         path, sha256, status = row
+        if seen not in (None, sha256):
+            raise NotCorrectable(f"record {image} is of another picture now: look again.")
         if status == "failed":
             raise NotCorrectable("this file could not be judged: there is no verdict.")
         last = db.execute(

@@ -59,7 +59,8 @@ class _Table:
                 "-" if row["score"] is None else f"{row['score']:.6f}",
                 row["status"],
                 _one_line(row.get("catalog_item") or "-"),
-                _one_line(row["path"]) + (f"  ({row['error']})" if row["error"] else ""),
+                _one_line(row["path"])
+                + (f"  ({_one_line(row['error'])})" if row["error"] else ""),
             )
             for row in rows
         ]
@@ -72,5 +73,5 @@ class _Table:
 
 
 def _one_line(text: str) -> str:
-    """A name with line breaks or control characters must not break the table."""
+    """Text with line breaks or control characters must not break the table."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         text_of(os.path.realpath(folder)) if folder else "",
         text_of(narrowed["product"] or ""),
     )
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that it cannot encode is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
     if follow:
         _follow(database, filters, limit, show)

@@ -329,8 +329,13 @@ def iso_time(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def open_read_only(path: Path) -> Database:
-    """The log at `path`, which nothing done with the result can change."""
+def open_read_only(path: Path, any_thread: bool = False) -> Database:
+    """The log at `path`, which nothing done with the result can change.
+
+    It is for the thread that opened it, or for `any_thread`, one at a time.
+    """
     uri = f"{path.absolute().as_uri()}?mode=ro"
-    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=not any_thread
+    )
     return Database(connection)

@@ -64,6 +64,18 @@ def test_only_a_row_with_a_verdict_can_be_corrected(shop: Shop) -> None:
     assert read_corrections(shop.database) == []
 
 
+def test_a_correction_is_of_the_picture_that_was_looked_at(shop: Shop) -> None:
+    seen = sha256(shop.copy_of(1, "a.jpg").read_bytes()).hexdigest()
+    with shop.log._db.conn:
+        shop.log._db.execute("DELETE FROM images")
+    now = sha256(shop.copy_of(2, "b.jpg").read_bytes()).hexdigest()  # under the same id
+    with pytest.raises(NotCorrectable, match="record 1 is of another picture now"):
+        correct(shop.database, 1, "ours", "Ada", seen)
+    assert read_corrections(shop.database) == []
+    correct(shop.database, 1, "ours", "Ada", now)
+    assert [c.sha256 for c in read_corrections(shop.database)] == [now]
+
+
 def test_a_correction_outlives_its_row_and_is_not_taken_for_another(shop: Shop) -> None:
     shop.copy_of(1, "a.jpg")
     correct(shop.database, 1, "ours", "Ada")

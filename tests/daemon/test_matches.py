@@ -114,6 +114,23 @@ def test_csv_and_json_hold_the_same(filled: MatchLog, run_tool: Run) -> None:
     assert [row["error"] for row in table] == ["", "cut", "", "", ""]
 
 
+def test_no_name_and_no_reason_breaks_a_line_or_ends_the_list(
+    log: MatchLog, model: Model, run_tool: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = replace(match("/drop/bad\n.png", 4), status="failed", score=None)
+    log.record([replace(failed, error="cut\n\x1b[2J"), match("/drop/jörg.png", 1)], model)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    for options in ((), ("--csv",), ("--json",)):
+        asked = "--database", log.path, "--status", "all", *options
+        result = run_tool("pic-matches", *asked)
+        assert result.returncode == 0, result.stderr
+        escaped = "j\\u00f6rg.png" if "--json" in options else "j\\xf6rg.png"
+        assert escaped in result.stdout
+        if not options:
+            assert len(result.stdout.splitlines()) == 3
+            assert "bad\\n.png  (cut\\n\\x1b[2J)" in result.stdout
+
+
 class Follower:
     """`pic-matches --follow` in a process of its own, read line by line."""
 
@@ -295,7 +312,7 @@ def test_a_backup_that_is_ended_leaves_no_half_behind(
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    process.wait(60)
+    assert process.wait(60) == 143  # ended by it, not done before
     assert list(place.iterdir()) == [output]
 
 

@@ -1,6 +1,7 @@
 """Who gets in, and what may be changed from where."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.client import HTTPMessage
 
 import httpx
 import pytest
@@ -8,6 +9,8 @@ from shop import Shop, serving
 
 from pic_daemon.corrections import read_corrections
 from pic_daemon.web.gate import is_loopback
+
+Get = Callable[..., tuple[int, HTTPMessage]]
 
 TOKEN = "correct-horse-battery"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -44,12 +47,13 @@ PATHS = ["/", "/matches", "/failures", "/dashboard", "/record/1",
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_nothing_is_shown_without_the_token(guarded: str, path: str) -> None:
+def test_nothing_is_shown_without_the_token(
+    guarded: str, path: str, get_as_written: Get
+) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "ds_actor=x"},
                     {"Authorization": f"Basic {TOKEN}"}):  # fmt: skip
-        reply = httpx.get(guarded + path, headers=headers)
-        assert reply.status_code == 401, path
-        assert reply.headers["www-authenticate"] == "Bearer"
+        status, answer = get_as_written(guarded, path, headers)
+        assert (status, answer["www-authenticate"]) == (401, "Bearer"), path
 
 
 def test_a_browser_is_led_to_the_login(guarded: str) -> None:
@@ -81,6 +85,23 @@ def test_a_login_lasts_in_a_cookie_that_only_this_site_gets(
         assert read_corrections(shop.database)[0].who == "Ada L."
         client.post("/logout")
         assert client.get("/matches").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "other", [b"a/b=1", b"a@b=1", b"{a}=1", b'prefs={"a": 1}', b"name=J\xc3\xb6rg B", b"x"]
+)
+def test_the_cookies_of_other_programs_on_the_host_are_passed_over(
+    guarded: str, local: str, other: bytes
+) -> None:
+    data = {"name": "Ada", "token": TOKEN}
+    session = httpx.post(guarded + "/login", data=data).cookies["ds_actor"]
+    ours = b"ds_actor=" + session.encode()
+    for cookies in (other + b"; " + ours, ours + b";" + other):
+        reply = httpx.get(guarded + "/matches", headers={b"Cookie": cookies})
+        assert reply.status_code == 200
+        assert "Ada" in reply.text
+    assert httpx.get(local + "/matches", headers={b"Cookie": other}).status_code == 200
+    assert httpx.get(guarded + "/matches", headers={b"Cookie": other}).status_code == 401
 
 
 def test_a_cookie_signed_for_another_token_counts_for_nothing(

@@ -116,6 +116,8 @@ def test_filters_survive_the_way_through_the_address() -> None:
              "max": "0.5", "to": "2026-11-21T00:00",
               "folder": "/a", "product": "x & y"}  # fmt: skip
     assert Filters.of(given).query() == given
+    spaced = {"folder": "/a ", "product": " lead.jpg "}  # as files may be called
+    assert Filters.of(spaced).query() == spaced
     assert Filters.of({}).query() == {}
     exact = Filters.of(
         {"from": "2026-11-20T00:10:09", "min": "0.7071068", "max": "0.99999951"}

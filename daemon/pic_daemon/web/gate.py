@@ -15,6 +15,7 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
 
 OPEN_PATHS = ("/login", "/pic-static/style.css", "/favicon.ico")
 """What is answered without a token: the way in, and how it looks."""
@@ -39,7 +40,9 @@ _HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
     b"content-security-policy": _DATASETTE_CSP.encode(),
 }
+_KEPT = b"private, max-age=600"  # of pictures, whose addresses change with their rows
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_COOKIES = (b"ds_actor", b"ds_csrftoken", b"ds_messages")  # those that Datasette sets
 _LONGEST_BODY = 64 << 10
 
 
@@ -97,8 +100,9 @@ class Gate:
             return
         if scope["type"] != "http":  # there are no websockets here
             return
+        scope = {**scope, "headers": _with_own_cookies(scope["headers"])}
         headers = headers_of(scope)
-        send = _with_headers(send)
+        send = _with_headers(send, scope["path"].startswith("/picture/"))
         if refusal := self._refusal(scope, headers):
             await _answer(send, *refusal)
         elif not self._may_enter(scope, headers):
@@ -136,6 +140,20 @@ def headers_of(scope: Scope) -> dict[str, str]:
     return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
 
 
+def _with_own_cookies(headers: RawHeaders) -> RawHeaders:
+    """Without the cookies of other programs on this host, which come to every port.
+
+    Datasette's parser fails over some of their names and ends at some of their values.
+    """
+    kept = []
+    for name, value in headers:
+        if name == b"cookie":
+            pairs = [pair.strip() for pair in value.split(b";")]
+            value = b"; ".join(p for p in pairs if p.partition(b"=")[0] in _COOKIES)
+        kept.append((name, value))
+    return kept
+
+
 def is_bearer(headers: dict[str, str], token: str) -> bool:
     """Whether the request brings the token in its header."""
     kind, _, value = headers.get("authorization", "").partition(" ")
@@ -167,12 +185,16 @@ def _host_of(header: str) -> str:
         return ""
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, picture: bool) -> Send:
     async def sending(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             given = {name.lower() for name, _ in message.get("headers", [])}
             added = [[k, v] for k, v in _HEADERS.items() if k not in given]
-            message = {**message, "headers": [*message.get("headers", []), *added]}
+            headers = [*message.get("headers", []), *added]
+            if picture and message["status"] == 200:  # Datasette lets nothing be kept
+                headers = [[k, v] for k, v in headers if k.lower() != b"cache-control"]
+                headers.append([b"cache-control", _KEPT])
+            message = {**message, "headers": headers}
         await send(message)
 
     return sending

@@ -2,10 +2,13 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from io import StringIO
@@ -22,9 +25,10 @@ from pluggy import HookimplMarker
 from pic_daemon.corrections import LABELS, NotCorrectable, correct, history
 from pic_daemon.match_formats import printer
 from pic_daemon.match_log import SILENT_S
+from pic_daemon.schema import open_read_only
 from pic_daemon.web import pictures, queries
 from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
-from pic_daemon.web.queries import Cursor, FilterError, Filters, Page, Row
+from pic_daemon.web.queries import Cursor, FilterError, Filters, Row
 
 LOG = "log"
 """Datasette's name for the match log: its own pages of it are below /log."""
@@ -35,9 +39,12 @@ _QUERY_LIMIT_MS = 3000
 _PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
 _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
+_SILENT_S = 5.0  # after so long without an answer a folder is not asked for the next
+_AGAIN_S = 30.0  # until it is tried once more
+_AT_ONCE = 2  # pictures decoded at a time, and read from each folder
+_TAKEN_S = 60.0  # the longest that a part waits for the other side to take it
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
-_PICTURE_AGE_S = 600
 _LONGEST_NAME = 80
 
 T = TypeVar("T")
@@ -48,15 +55,22 @@ hookimpl = HookimplMarker("datasette")  # as datasette.hookimpl, with types
 @dataclass(frozen=True)
 class Site:
     """What the pages are about. `user` is the account that serves, None where a token
-    says who may. `writable`: whether this account may note corrections."""
+    says who may. `writable`: whether this account may note corrections. Each folder gives
+    out pictures in `turns`; `unanswered`: since when (monotonic, s) one owes an answer."""
 
     database: Path
     catalog: Path | None
     token: str | None
     user: str | None
     writable: bool
-    decoding: ThreadPoolExecutor
-    looking: ThreadPoolExecutor
+    # The service on this machine comes first.
+    decoding: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_AT_ONCE, "picture")
+    )
+    turns: defaultdict[Path, asyncio.Semaphore] = field(
+        default_factory=lambda: defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+    )
+    unanswered: dict[Path, float] = field(default_factory=dict)
 
 
 @hookimpl
@@ -136,6 +150,9 @@ async def _list(
         status, context["problem"] = 503, _trouble(error)
     else:
         query = {k: v for k, v in filters.query().items() if k not in fixed}
+        site: Site = datasette.pic_site
+        for row in found["rows"]:
+            row["missing"] = pictures.unplaced(row, found["folders"], site.catalog)
         own, all_of_it = f"/{page}?", urlencode(filters.query())
         context |= found | {
             "given": query,  # as an input field of a browser takes it
@@ -187,11 +204,12 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
     What goes wrong after the first part breaks the connection off: a list that came to
     its end is whole.
     """
+    site: Site = datasette.pic_site
     kind: Literal["csv", "json"] = request.url_vars["format"]
     try:
         filters = Filters.of({name: request.args.get(name) or "" for name in request.args})
-        read = partial(_read_part, filters=filters, cursor=None)
-        first = await _ask(datasette, read, _PART_LIMIT_MS)
+        parts = _parts(site.database, filters)
+        first = await asyncio.to_thread(next, parts)
     except FilterError as error:
         return Response.text(f"{error}.\n", 400)
     except sqlite3.OperationalError as error:
@@ -203,16 +221,17 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
         left = asyncio.ensure_future(_left(request))
         try:
             while request.method == "GET" and not left.done():
-                put(part.rows)
-                await writer.write(text.getvalue())
+                put(part)
+                async with asyncio.timeout(_TAKEN_S):  # else the log's -wal grows for ever
+                    await writer.write(text.getvalue())
                 text.seek(0)
                 text.truncate()
-                if part.older is None:
+                if not part:
                     break
-                read = partial(_read_part, filters=filters, cursor=part.older)
-                part = await _ask(datasette, read, _PART_LIMIT_MS)
+                part = await asyncio.to_thread(next, parts)
         finally:
             left.cancel()
+            parts.close()
 
     headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
     return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
@@ -224,23 +243,32 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _read_part(db: sqlite3.Connection, filters: Filters, cursor: Cursor | None) -> Page:
-    return queries.page_of(db, filters, cursor, _PART)
+def _parts(database: Path, filters: Filters) -> Generator[list[Row], None, None]:
+    """All rows of a list as they are at one moment; the parts after the last are empty."""
+    with closing(open_read_only(database, any_thread=True)) as log:
+        db: sqlite3.Connection = log.conn
+        db.row_factory = sqlite3.Row
+        found = None
+        while True:
+            with sqlite_timelimit(db, _PART_LIMIT_MS):
+                found = found or db.execute(*queries.statement(db, filters, None, -1))
+                part = [dict(row) for row in found.fetchmany(_PART)]
+            yield part
 
 
 async def record(request: Request, datasette: Datasette) -> Response:
     """One row with everything that is known of it and was said of it."""
     number = int(request.url_vars["number"])
-    found = await _ask(datasette, partial(_read_record, number=number))
+    try:
+        found = await _ask(datasette, partial(_read_record, number=number))
+    except sqlite3.OperationalError as error:
+        return await _message(datasette, request, 503, _trouble(error))
     if found is None:
         return await _message(datasette, request, 404, f"There is no record {number}.")
-    # In words besides, as nobody hears what stands in a picture.
     site: Site = datasette.pic_site
-    look = partial(pictures.missing, found["row"], found.pop("folders"), site.catalog)
-    missing: dict[str, str] = {}
-    with suppress(TimeoutError):  # such as of a mount that hangs
-        looking = asyncio.get_running_loop().run_in_executor(site.looking, look)
-        missing = await asyncio.wait_for(looking, _LOOK_S)
+    # In words besides, as nobody hears what stands in a picture.
+    reasons = [_missing(site, found["row"], of, found["folders"]) for of in pictures.PAIR]
+    missing = dict(zip(pictures.PAIR, await asyncio.gather(*reasons), strict=True))
     found |= {"here": f"/record/{number}", "missing": missing}
     return await _html(datasette, request, "record.html", found)
 
@@ -252,6 +280,20 @@ def _read_record(db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     _shown(db, [row])
     folders = queries.watched(db)
     return {"row": row, "history": history(db, row["sha256"]), "folders": folders}
+
+
+async def _missing(site: Site, row: Row, of: pictures.Of, folders: list[str]) -> str:
+    """Why a picture is not shown, as far as can be told without it and in a moment."""
+    try:
+        folder, relative = pictures.place(row, of, folders, site.catalog)
+        async with asyncio.timeout(_LOOK_S):
+            look = partial(pictures.read, row, of, folder, relative, most=0)
+            await _on_disk(site, folder, look)
+    except TimeoutError:
+        return "no answer yet"
+    except pictures.NotShown as reason:
+        return str(reason)
+    return ""
 
 
 async def dashboard(request: Request, datasette: Datasette) -> Response:
@@ -283,33 +325,34 @@ def _read_figures(db: sqlite3.Connection, now: datetime) -> dict[str, Any]:
 async def picture(request: Request, datasette: Datasette) -> Response:
     """A small JPEG of a recorded picture, or an SVG that says why there is none."""
     site: Site = datasette.pic_site
-    number, size = int(request.url_vars["number"]), request.url_vars["size"]
-    side = pictures.SIDES[size]
+    number, of = int(request.url_vars["number"]), request.url_vars["of"]
+    side = pictures.SIDES[request.url_vars["size"]]
 
     def asked(db: sqlite3.Connection) -> tuple[Row | None, list[str]]:
         return queries.record(db, number), queries.watched(db)
 
-    row, folders = await _ask(datasette, asked)
     try:
+        row, folders = await _ask(datasette, asked)
         if row is None:
             raise pictures.NotShown("no such record")
-        if request.url_vars["of"] == "dropped":
-            work = partial(pictures.dropped, row, folders, side)
-        else:
-            work = partial(pictures.of_catalog, row, site.catalog, side)
-        loop = asyncio.get_running_loop()
-        made = loop.run_in_executor(site.decoding, work)
-        data = await asyncio.wait_for(made, _PICTURE_S)
+        folder, relative = pictures.place(row, of, folders, site.catalog)
+        async with asyncio.timeout(_PICTURE_S), site.turns[folder]:
+            read = partial(pictures.read, row, of, folder, relative)
+            data = await _on_disk(site, folder, read)
+            loop = asyncio.get_running_loop()
+            made = loop.run_in_executor(site.decoding, pictures.smaller, data, side)
+            return _picture(await made, "image/jpeg", 200)
+    except pictures.NotShown as error:
+        status, reason = 404, str(error)
     except TimeoutError:
-        return _picture(pictures.instead("no answer"), "image/svg+xml", 504, "no-store")
-    except pictures.NotShown as reason:
-        return _picture(pictures.instead(str(reason)), "image/svg+xml", 404, "no-store")
-    return _picture(data, "image/jpeg", 200, f"private, max-age={_PICTURE_AGE_S}")
+        status, reason = 504, "no answer"
+    except sqlite3.OperationalError:
+        status, reason = 503, "no answer"
+    return _picture(pictures.instead(reason), "image/svg+xml", status)
 
 
-def _picture(data: bytes, kind: str, status: int, cache: str) -> Response:
-    headers = {"cache-control": cache, "content-security-policy": "default-src 'none'"}
-    return Response(data, status, headers, kind)
+def _picture(data: bytes, kind: str, status: int) -> Response:
+    return Response(data, status, {"content-security-policy": "default-src 'none'"}, kind)
 
 
 async def correction(request: Request, datasette: Datasette) -> Response:
@@ -325,7 +368,8 @@ async def correction(request: Request, datasette: Datasette) -> Response:
         sentence = "The account that serves this page may not write to the database."
         return await _message(datasette, request, 403, sentence)
     try:
-        await asyncio.to_thread(correct, site.database, number, label, request.actor["id"])
+        who, seen = request.actor["id"], given.get("sha256")
+        await asyncio.to_thread(correct, site.database, number, label, who, seen)
     except NotCorrectable as error:
         return await _message(datasette, request, 404, f"Not noted: {error}")
     except sqlite3.OperationalError as error:
@@ -376,19 +420,42 @@ async def logout(request: Request) -> Response:
     return response
 
 
-async def _ask(
-    datasette: Datasette,
-    question: Callable[[sqlite3.Connection], T],
-    limit_ms: int = _QUERY_LIMIT_MS,
-) -> T:
+async def _ask(datasette: Datasette, question: Callable[[sqlite3.Connection], T]) -> T:
     """Put a question to the read-only connection of a thread, for a limited time."""
 
     def limited(db: sqlite3.Connection) -> T:
-        with sqlite_timelimit(db, limit_ms):
+        with sqlite_timelimit(db, _QUERY_LIMIT_MS):
             return question(db)
 
     answer: T = await datasette.get_database(LOG).execute_fn(limited)
     return answer
+
+
+async def _on_disk(site: Site, folder: Path, work: Callable[[], T]) -> T:
+    """Have `work` done, which may hang as on a mount that is gone, in a thread of its own.
+
+    That thread does not keep the process from ending. Raises TimeoutError where the folder
+    has not answered for some seconds: it is not asked again at once.
+    """
+    now = time.monotonic()
+    waiting = now - site.unanswered.setdefault(folder, now)
+    if _SILENT_S <= waiting < _AGAIN_S:
+        raise TimeoutError
+    if waiting >= _AGAIN_S:
+        site.unanswered[folder] = now
+    answer: Future[T] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:
+            answer.set_exception(error)
+        finally:
+            site.unanswered.pop(folder, None)
+
+    threading.Thread(target=run, name=f"look {folder}", daemon=True).start()
+    return await asyncio.wrap_future(answer)
 
 
 def _trouble(error: sqlite3.OperationalError) -> str:

@@ -6,10 +6,13 @@ a row names it in the catalog. No link is followed on the way to it.
 
 import io
 import os
+import re
 import stat
+import textwrap
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
@@ -27,7 +30,12 @@ where it is transparent or has 16 bits a sample."""
 MAX_BYTES = 64 << 20
 """Largest file read for a look at it."""
 
+Of = Literal["dropped", "catalog"]
+PAIR: tuple[Of, ...] = get_args(Of)
+"""The pictures of a row."""
+
 _QUALITY = 80
+_NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")  # as folders.text_of records such bytes
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -36,61 +44,57 @@ class NotShown(Exception):
     """This picture is not shown; the message says why, in a few words."""
 
 
-def dropped(row: dict[str, Any], folders: Iterable[str], side: int) -> bytes:
-    """A JPEG of the file of a row of `images`, its longer side at most `side` pixels.
+def place(
+    row: dict[str, Any], of: Of, folders: Iterable[str], catalog: Path | None
+) -> tuple[Path, str]:
+    """The folder that a picture of a row of `images` may be shown from, and where in it.
 
-    Raises NotShown unless the file lies in one of `folders`, is the one that was
-    recorded, and was decoded by the service, which does so in a process of its own.
+    Looks at no disk. Raises NotShown unless the dropped file lies in one of `folders` and
+    was decoded by the service, which does so in a process of its own, or the row names a
+    picture of `catalog`.
     """
-    return _smaller(_dropped_file(row, folders), side)
-
-
-def missing(
-    row: dict[str, Any], folders: Iterable[str], catalog: Path | None
-) -> dict[str, str]:
-    """Why the pictures of a row are not shown, as far as can be told without them."""
-    reasons = {}
-    for of in ("dropped", "catalog"):
-        try:
-            if of == "dropped":
-                _dropped_file(row, folders, 0)
-            else:
-                _catalog_file(row, catalog, 0)
-        except NotShown as reason:
-            reasons[of] = str(reason)
-    return reasons
-
-
-def _dropped_file(
-    row: dict[str, Any], folders: Iterable[str], most: int = MAX_BYTES
-) -> bytes:
+    if of == "catalog":
+        if not row["catalog_item"]:
+            raise NotShown("no product named")
+        if catalog is None:
+            raise NotShown("no catalog given")
+        return catalog, row["catalog_item"]
     if row["status"] == "failed":
         raise NotShown("could not be decoded")
     for folder in folders:
         inside = folder.rstrip("/") + "/"
         if row["path"].startswith(inside):
-            data, stamp = read_beneath(Path(folder), row["path"][len(inside) :], most)
-            break
-    else:
-        raise NotShown("not in a watched folder")
-    if stamp.bytes != row["bytes"] or row["mtime_ns"] not in (STALE, stamp.mtime_ns):
-        raise NotShown("changed since")
-    return data
+            return Path(folder), row["path"][len(inside) :]
+    raise NotShown("not in a watched folder")
 
 
-def of_catalog(row: dict[str, Any], catalog: Path | None, side: int) -> bytes:
-    """The same of the catalog picture that a row names. Raises NotShown."""
-    return _smaller(_catalog_file(row, catalog), side)
+def unplaced(
+    row: dict[str, Any], folders: Iterable[str], catalog: Path | None
+) -> dict[Of, str]:
+    """Why pictures of a row are not shown, as far as can be told without the disk."""
+    reasons = {}
+    for of in PAIR:
+        try:
+            place(row, of, folders, catalog)
+        except NotShown as reason:
+            reasons[of] = str(reason)
+    return reasons
 
 
-def _catalog_file(
-    row: dict[str, Any], catalog: Path | None, most: int = MAX_BYTES
+def read(
+    row: dict[str, Any], of: Of, folder: Path, relative: str, most: int = MAX_BYTES
 ) -> bytes:
-    if not row["catalog_item"]:
-        raise NotShown("no product named")
-    if catalog is None:
-        raise NotShown("no catalog given")
-    return read_beneath(catalog, row["catalog_item"], most)[0]
+    """At most the first bytes of a picture whose place is known; looks at the disk.
+
+    Raises NotShown where they cannot be had, or a dropped file is not the recorded one.
+    """
+    data, stamp = read_beneath(folder, relative, most)
+    if of == "dropped":
+        touched = row["mtime_ns"] not in (STALE, stamp.mtime_ns)
+        other = most and sha256(data).hexdigest() != row["sha256"]
+        if touched or other or stamp.bytes != row["bytes"]:
+            raise NotShown("changed since")
+    return data
 
 
 def read_beneath(
@@ -122,20 +126,28 @@ def read_beneath(
                 raise NotShown("too large to show")
             return file.read(most), FileStamp.of(status)
     except OSError as error:
-        raise NotShown("no longer there") from error
+        unnamed = _NOT_UTF8.search(f"{folder}/{relative}")
+        reason = "its name is not UTF-8" if unnamed else "no longer there"
+        raise NotShown(reason) from error
 
 
 def instead(reason: str) -> bytes:
-    """An SVG that says why there is no picture."""
+    """An SVG that says why there is no picture; readable at 120 pixels, as in a list."""
+    lines = textwrap.wrap(reason, 16)
+    top = 86 - 11 * (len(lines) - 1)
+    text = "".join(
+        f'<tspan x="80" y="{top + 22 * n}">{line}</tspan>' for n, line in enumerate(lines)
+    )
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160">'
-        '<rect width="160" height="160" fill="#8883"/>'
-        '<text x="80" y="84" text-anchor="middle" fill="#888" '
-        f'font-family="sans-serif" font-size="12">{reason}</text></svg>'
+        '<rect width="160" height="160" fill="#eceff3"/>'
+        '<text text-anchor="middle" fill="#444" font-family="sans-serif" font-size="18">'
+        f"{text}</text></svg>"
     ).encode()
 
 
-def _smaller(data: bytes, side: int) -> bytes:
+def smaller(data: bytes, side: int) -> bytes:
+    """A JPEG of a picture, its longer side at most `side` pixels. Raises NotShown."""
     try:
         image, _ = open_rgb(data, side, MAX_PIXELS)
     except ImageError as error:

@@ -51,7 +51,7 @@ class Filters:
         status = given.get("status") or "match"
         if status not in (*STATUSES, "all"):
             raise FilterError(f"status {status!r} is none of {', '.join(STATUSES)}, all")
-        folder = given.get("folder", "").strip()
+        folder = given.get("folder", "")
         return cls(
             status,  # type: ignore[arg-type]
             _moment("from", given.get("from", "")),
@@ -59,7 +59,7 @@ class Filters:
             _score("lowest score", given.get("min", "")),
             _score("highest score", given.get("max", "")),
             folder.rstrip("/") or folder[:1],
-            given.get("product", "").strip(),
+            given.get("product", ""),
         )
 
     def query(self) -> dict[str, str]:

@@ -6,7 +6,6 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +16,11 @@ from datasette.plugins import pm
 
 from pic_daemon.errors import InputError, not_listening
 from pic_daemon.match_log import MatchLog
-from pic_daemon.schema import BUSY_TIMEOUT_S, check, migrations, open_read_only
+from pic_daemon.schema import check, migrations, open_read_only
 from pic_daemon.web import pages
 from pic_daemon.web.gate import App, Gate, is_loopback, read_token
 
 _HERE = Path(__file__).parent
-_DECODERS = 2  # pictures decoded at a time; the service on this machine comes first
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SETTINGS = {
     "allow_download": False,
@@ -38,8 +36,7 @@ class _Log(Database):  # type: ignore[misc]
     def connect(self, write: bool = False) -> sqlite3.Connection:
         if write:
             raise sqlite3.OperationalError("the match log is read-only here")
-        uri = f"{Path(self.path).absolute().as_uri()}?mode=ro"
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        db: sqlite3.Connection = open_read_only(Path(self.path), any_thread=True).conn
         self._all_file_connections.append(db)
         return db
 
@@ -101,8 +98,6 @@ def make_app(
         token=token,
         user=None if token else getpass.getuser(),
         writable=writable,
-        decoding=ThreadPoolExecutor(_DECODERS, "picture"),
-        looking=ThreadPoolExecutor(_DECODERS, "look"),
     )
     hosts = _LOOPBACK | {host}
     return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
