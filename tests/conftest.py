@@ -25,6 +25,18 @@ from pic_daemon.model import ModelInfo
 
 sys.path.insert(0, str(Path(__file__).parent))  # pictures.py
 
+SLOWEST = (  # by how long they take, with the two that wait for one run apart
+    "test_export", "test_trouble", "test_device_samples", "test_training",
+    "test_describing", "test_distributed", "test_line", "test_evaluation", "test_naming",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first: one begun last would keep a single worker busy alone."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 SIZE = 16
 OPSET = helper.make_opsetid("", 18)
 BIN = Path(sys.executable).parent
