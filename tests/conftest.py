@@ -3,13 +3,14 @@
 import os
 import select
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -246,7 +247,9 @@ class DaemonProcess:
             database.close()
 
     def wait_for_rows(self, count: int) -> list[dict[str, object]]:
-        self.wait_until(lambda: len(self.rows()) >= count)
+        counted = "SELECT count(*) FROM images"
+        with closing(sqlite3.connect(self.database)) as log:
+            self.wait_until(lambda: log.execute(counted).fetchone()[0] >= count)
         return self.rows()
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
