@@ -142,16 +142,18 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_result(
 
 
 def test_a_finished_run_may_be_resumed_to_no_effect(
-    finished: Path, folders: Path, run_tool: Run
+    finished: Path, folders: Path, run_tool: Run, tmp_path: Path
 ) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+
     def left() -> list[object]:
-        report = json.loads((finished / "report.json").read_text())
-        with np.load(finished / "validation.npz") as stored:
+        report = json.loads((run / "report.json").read_text())
+        with np.load(run / "validation.npz") as stored:
             arrays = [stored[name].tolist() for name in sorted(stored)]
-        return [(finished / "last.pt").read_bytes(), report["threshold"], arrays]
+        return [(run / "last.pt").read_bytes(), report["threshold"], arrays]
 
     before = left()
-    result = run_tool("pic-train", *options(folders, finished), "--resume")
+    result = run_tool("pic-train", *options(folders, run), "--resume")
     assert result.returncode == 0, result.stderr
     assert left() == before
 
