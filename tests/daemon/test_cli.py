@@ -167,13 +167,22 @@ def test_a_link_to_itself_is_no_file(
     assert "Traceback" not in result.stderr
 
 
+FILES = 3_000  # more than are done before a test notices the first
+
+
+def write_archive(home: Path, count: int, side: int) -> Path:
+    """A log, and a folder of so many pictures: one is drawn, the others are links to it."""
+    MatchLog.open(home / "log.db").close()
+    first = write_image(home / "archive" / "0.png", 200, side)
+    for number in range(1, count):
+        first.with_name(f"{number}.png").hardlink_to(first)
+    return first.parent
+
+
 def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -> None:
-    for number in range(600):
-        write_image(tmp_path / "archive" / f"{number}.png", 200, side=400)
-    log = MatchLog.open(tmp_path / "log.db")
-    log.close()
+    archive = write_archive(tmp_path, FILES, side=400)
     command = [BIN / "pic-classify", "--model", model_file]
-    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    command += ["--recursive", archive, "--database", tmp_path / "log.db"]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
     rows = Database(tmp_path / "log.db")["images"]
     while not rows.count:
@@ -183,18 +192,15 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"Aborted" in told
-    assert 0 < rows.count < 600
+    assert 0 < rows.count < FILES
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
-    assert len({row["path"] for row in rows.rows}) == rows.count == 600
+    assert len({row["path"] for row in rows.rows}) == rows.count == FILES
 
 
 def test_an_archive_that_goes_away_is_no_archive_done(
     model_file: Path, tmp_path: Path
 ) -> None:
-    archive = tmp_path / "archive"
-    for number in range(600):
-        write_image(archive / f"{number}.png", 200, side=400)
-    MatchLog.open(tmp_path / "log.db").close()
+    archive = write_archive(tmp_path, FILES, side=400)
     command = [BIN / "pic-classify", "--model", model_file, "--recursive", archive]
     words = [*map(str, command), "--database", str(tmp_path / "log.db")]
     for pause in (False, True):  # before and after the service looks at its folder again
@@ -211,34 +217,32 @@ def test_an_archive_that_goes_away_is_no_archive_done(
         _, told = process.communicate(timeout=60)
         assert process.returncode == 1
         assert f"{archive} went away" in told and "goes on from here" in told
-        assert 0 < rows.count < 600
+        assert 0 < rows.count < FILES
         (tmp_path / "away").rename(archive)
     assert subprocess.run(words, capture_output=True).returncode == 0
-    assert len({row["path"] for row in rows.rows}) == rows.count == 600
+    assert len({row["path"] for row in rows.rows}) == rows.count == FILES
 
 
 def test_files_that_go_from_an_archive_meanwhile_are_counted(
     model_file: Path, tmp_path: Path
 ) -> None:
-    files = [
-        write_image(tmp_path / "archive" / f"{n}.png", 200, side=400) for n in range(400)
-    ]
-    MatchLog.open(tmp_path / "log.db").close()
+    # So few that the service knows of all from the beginning, and slow ones.
+    archive = write_archive(tmp_path, 900, side=1_200)
     command = [BIN / "pic-classify", "--model", model_file]
-    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    command += ["--recursive", archive, "--database", tmp_path / "log.db"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
     rows = Database(tmp_path / "log.db")["images"]
     while not rows.count:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
-    for file in files:
+    for file in archive.iterdir():
         file.unlink()
     process.send_signal(signal.SIGCONT)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     gone = int(told.split(" gone before they were read")[0].split()[-1])
-    assert gone + rows.count == 400
+    assert gone + rows.count == 900
 
 
 def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(
