@@ -15,7 +15,7 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     start = [BIN / "torchrun", "--standalone", "--nproc-per-node", processes, "--no-python"]
     command = [*(start if processes > 1 else []), BIN / "pic-train"]
-    given = {"arch": "cnn", "precision": "fp32", "train-images": 201, **changes}
+    given = {"arch": "cnn", "precision": "fp32", "train-images": 137, **changes}
     command += options(folders, out, **given)
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=300
