@@ -120,11 +120,12 @@ def run_here(
 
     A process of its own would import PyTorch for each, which takes longer than all of them.
     """
-    # It sets how this process takes memory, for good.
-    monkeypatch.setattr("pic_training.cli.prepare_for_training", lambda: None)
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (script,) = entry_points(group="console_scripts", name=name)
+        if script.module == "pic_training.cli":
+            # It sets how this process takes memory, for good.
+            monkeypatch.setattr("pic_training.cli.prepare_for_training", lambda: None)
         result = CliRunner().invoke(script.load(), [*map(str, arguments)])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception  # a traceback, to a user

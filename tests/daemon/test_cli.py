@@ -66,7 +66,7 @@ def test_check_tells_what_the_service_would_run_on(
 
 
 def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
-    run_tool: Run, model_file: Path, tmp_path: Path
+    run_tool: Run, run_here: Run, model_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "drop").mkdir()
     (tmp_path / "notes.txt").write_text("notes " * 100)
@@ -83,10 +83,11 @@ def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
         ({"--database": tmp_path / "drop" / "l.db"}, "lies in the watch folder"),
         ({"--database": tmp_path / "none" / "l.db"}, "folder does not exist"),
     ]
-    for change, sentence in cases:
+    for number, (change, sentence) in enumerate(cases):
         for command in ("check", "run"):
             options = [part for pair in {**good, **change}.items() for part in pair]
-            result = run_tool("pic-daemon", command, *options)
+            run = run_here if number else run_tool
+            result = run("pic-daemon", command, *options)
             assert (result.returncode, result.stdout) == (2, "")
             assert sentence in result.stderr
             assert "Traceback" not in result.stderr
