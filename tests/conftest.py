@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -134,6 +135,12 @@ def run_here(
         )
 
     return run
+
+
+def free_address() -> str:
+    """An address at which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DaemonProcess, write_image
+from conftest import DaemonProcess, free_address, write_image
 
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
@@ -218,8 +218,7 @@ def test_a_hook_that_hangs_holds_up_no_verdict_and_no_other_hook(
 def test_what_a_hook_never_takes_is_given_up_visibly_and_tried_again_when_asked(
     daemon: DaemonProcess, receiver: Receiver, run_tool: Run
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     receiver.answer = lambda _: 503
     daemon.start("--webhook", receiver.url, "--hook-hours", 0, "--metrics", address)
     write_image(daemon.drop / "a.png", 200)
