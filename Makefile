@@ -10,7 +10,8 @@ demo: install
 	$(BIN)/python tests/demo.py
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 lint: install

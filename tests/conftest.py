@@ -3,13 +3,15 @@
 import os
 import select
 import signal
+import socket
+import sqlite3
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -24,6 +26,18 @@ from sqlite_utils import Database
 from pic_daemon.model import ModelInfo
 
 sys.path.insert(0, str(Path(__file__).parent))  # pictures.py
+
+SLOWEST = (  # by how long they take, with the two that wait for one run apart
+    "test_export", "test_trouble", "test_device_samples", "test_training",
+    "test_describing", "test_distributed", "test_line", "test_evaluation", "test_naming",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first: one begun last would keep a single worker busy alone."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 SIZE = 16
 OPSET = helper.make_opsetid("", 18)
@@ -107,11 +121,12 @@ def run_here(
 
     A process of its own would import PyTorch for each, which takes longer than all of them.
     """
-    # It sets how this process takes memory, for good.
-    monkeypatch.setattr("pic_training.cli.prepare_for_training", lambda: None)
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (script,) = entry_points(group="console_scripts", name=name)
+        if script.module == "pic_training.cli":
+            # It sets how this process takes memory, for good.
+            monkeypatch.setattr("pic_training.cli.prepare_for_training", lambda: None)
         result = CliRunner().invoke(script.load(), [*map(str, arguments)])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception  # a traceback, to a user
@@ -120,6 +135,12 @@ def run_here(
         )
 
     return run
+
+
+def free_address() -> str:
+    """An address at which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @contextmanager
@@ -234,7 +255,9 @@ class DaemonProcess:
             database.close()
 
     def wait_for_rows(self, count: int) -> list[dict[str, object]]:
-        self.wait_until(lambda: len(self.rows()) >= count)
+        counted = "SELECT count(*) FROM images"
+        with closing(sqlite3.connect(self.database)) as log:
+            self.wait_until(lambda: log.execute(counted).fetchone()[0] >= count)
         return self.rows()
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:

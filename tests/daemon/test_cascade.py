@@ -252,9 +252,9 @@ def test_files_that_do_not_belong_together_are_refused_at_start(
 
 
 def test_one_of_the_two_files_alone_is_refused(
-    daemon: DaemonProcess, run_tool: Tool, descriptor_file: Path
+    daemon: DaemonProcess, run_here: Tool, descriptor_file: Path
 ) -> None:
-    result = run_tool(
+    result = run_here(
         "pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model,
         "--database", daemon.database, "--describe", descriptor_file,
     )  # fmt: skip
@@ -313,9 +313,9 @@ def test_a_file_that_is_another_by_the_second_look_is_read_anew(tmp_path: Path) 
 
 @pytest.mark.parametrize("gate", [-0.1, 1.5, "x"])
 def test_a_gate_outside_0_to_1_is_refused(
-    gate: object, daemon: DaemonProcess, run_tool: Tool, descriptor_file: Path
+    gate: object, daemon: DaemonProcess, run_here: Tool, descriptor_file: Path
 ) -> None:
-    result = run_tool(
+    result = run_here(
         "pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model,
         "--database", daemon.database, "--describe", descriptor_file,
         "--index", descriptor_file, "--gate-threshold", gate,

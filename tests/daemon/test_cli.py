@@ -66,7 +66,7 @@ def test_check_tells_what_the_service_would_run_on(
 
 
 def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
-    run_tool: Run, model_file: Path, tmp_path: Path
+    run_tool: Run, run_here: Run, model_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "drop").mkdir()
     (tmp_path / "notes.txt").write_text("notes " * 100)
@@ -83,10 +83,11 @@ def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
         ({"--database": tmp_path / "drop" / "l.db"}, "lies in the watch folder"),
         ({"--database": tmp_path / "none" / "l.db"}, "folder does not exist"),
     ]
-    for change, sentence in cases:
+    for number, (change, sentence) in enumerate(cases):
         for command in ("check", "run"):
             options = [part for pair in {**good, **change}.items() for part in pair]
-            result = run_tool("pic-daemon", command, *options)
+            run = run_here if number else run_tool
+            result = run("pic-daemon", command, *options)
             assert (result.returncode, result.stdout) == (2, "")
             assert sentence in result.stderr
             assert "Traceback" not in result.stderr
@@ -167,13 +168,22 @@ def test_a_link_to_itself_is_no_file(
     assert "Traceback" not in result.stderr
 
 
+FILES = 3_000  # more than are done before a test notices the first
+
+
+def write_archive(home: Path, count: int, side: int) -> Path:
+    """A log, and a folder of so many pictures: one is drawn, the others are links to it."""
+    MatchLog.open(home / "log.db").close()
+    first = write_image(home / "archive" / "0.png", 200, side)
+    for number in range(1, count):
+        first.with_name(f"{number}.png").hardlink_to(first)
+    return first.parent
+
+
 def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -> None:
-    for number in range(600):
-        write_image(tmp_path / "archive" / f"{number}.png", 200, side=400)
-    log = MatchLog.open(tmp_path / "log.db")
-    log.close()
+    archive = write_archive(tmp_path, FILES, side=400)
     command = [BIN / "pic-classify", "--model", model_file]
-    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    command += ["--recursive", archive, "--database", tmp_path / "log.db"]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
     rows = Database(tmp_path / "log.db")["images"]
     while not rows.count:
@@ -183,18 +193,15 @@ def test_an_archive_that_was_stopped_goes_on(model_file: Path, tmp_path: Path) -
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"Aborted" in told
-    assert 0 < rows.count < 600
+    assert 0 < rows.count < FILES
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
-    assert len({row["path"] for row in rows.rows}) == rows.count == 600
+    assert len({row["path"] for row in rows.rows}) == rows.count == FILES
 
 
 def test_an_archive_that_goes_away_is_no_archive_done(
     model_file: Path, tmp_path: Path
 ) -> None:
-    archive = tmp_path / "archive"
-    for number in range(600):
-        write_image(archive / f"{number}.png", 200, side=400)
-    MatchLog.open(tmp_path / "log.db").close()
+    archive = write_archive(tmp_path, FILES, side=400)
     command = [BIN / "pic-classify", "--model", model_file, "--recursive", archive]
     words = [*map(str, command), "--database", str(tmp_path / "log.db")]
     for pause in (False, True):  # before and after the service looks at its folder again
@@ -211,34 +218,32 @@ def test_an_archive_that_goes_away_is_no_archive_done(
         _, told = process.communicate(timeout=60)
         assert process.returncode == 1
         assert f"{archive} went away" in told and "goes on from here" in told
-        assert 0 < rows.count < 600
+        assert 0 < rows.count < FILES
         (tmp_path / "away").rename(archive)
     assert subprocess.run(words, capture_output=True).returncode == 0
-    assert len({row["path"] for row in rows.rows}) == rows.count == 600
+    assert len({row["path"] for row in rows.rows}) == rows.count == FILES
 
 
 def test_files_that_go_from_an_archive_meanwhile_are_counted(
     model_file: Path, tmp_path: Path
 ) -> None:
-    files = [
-        write_image(tmp_path / "archive" / f"{n}.png", 200, side=400) for n in range(400)
-    ]
-    MatchLog.open(tmp_path / "log.db").close()
+    # So few that the service knows of all from the beginning, and slow ones.
+    archive = write_archive(tmp_path, 900, side=1_200)
     command = [BIN / "pic-classify", "--model", model_file]
-    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    command += ["--recursive", archive, "--database", tmp_path / "log.db"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
     rows = Database(tmp_path / "log.db")["images"]
     while not rows.count:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
-    for file in files:
+    for file in archive.iterdir():
         file.unlink()
     process.send_signal(signal.SIGCONT)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     gone = int(told.split(" gone before they were read")[0].split()[-1])
-    assert gone + rows.count == 400
+    assert gone + rows.count == 900
 
 
 def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(

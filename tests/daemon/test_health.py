@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 
-from conftest import DaemonProcess, write_image
+from conftest import DaemonProcess, free_address, write_image
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -18,8 +18,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def test_prometheus_is_told_outcomes_latency_and_model(
     daemon: DaemonProcess,
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     daemon.start("--metrics", address)
     for status in ("match", "no-match", "failed"):  # what is not there has no rate
         assert f'pic_images_total{{status="{status}"}} 0.0' in metrics(address)
@@ -46,8 +45,7 @@ def test_prometheus_is_told_outcomes_latency_and_model(
 def test_prometheus_is_told_while_the_database_takes_nothing(
     daemon: DaemonProcess,
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     daemon.start("--metrics", address)
     other = sqlite3.connect(daemon.database, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -169,6 +169,6 @@ def test_a_model_that_returns_nan_is_refused(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_an_older_reader_refuses_what_it_does_not_know() -> None:
+def test_a_format_version_that_is_no_number_is_refused() -> None:
     with pytest.raises(InputError, match="not a number"):
         ModelInfo.from_metadata({**INFO.to_metadata(), "format_version": ""}, Path("m"))

@@ -23,10 +23,9 @@ class Served:
     def look(self) -> bool:
         """Look, and take what that loads; whether it loaded anything."""
         self.files.look()
-        try:
-            self._loaded.get(timeout=0.3).hand_over()
-        except queue.Empty:
+        if not self.files._loading:
             return False
+        self._loaded.get(timeout=60).hand_over()
         return True
 
     def _load(self) -> str:

@@ -4,9 +4,9 @@ import shlex
 import shutil
 import socket
 import subprocess
-import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -158,8 +158,11 @@ def test_the_watchdog_is_fed_by_files_that_move_and_not_by_time(
         sock.bind(address)
         sock.setblocking(False)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
-        monkeypatch.setenv("WATCHDOG_USEC", "4")  # to be fed every microsecond
-        health = Health(stuck_after=0.01)
+        monkeypatch.setenv("WATCHDOG_USEC", "4000000")  # to be fed every second
+        now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: now)
+        monkeypatch.setattr("pic_daemon.health.time", clock)
+        health = Health(stuck_after=60)
 
         def fed(busy: bool) -> bool:
             health.feed_watchdog(busy)
@@ -169,11 +172,11 @@ def test_the_watchdog_is_fed_by_files_that_move_and_not_by_time(
                 return False
 
         assert fed(busy=False)
-        time.sleep(0.02)
+        now += 60
         assert not fed(busy=True)  # files in hand, and none has moved since
         health.moved()
         assert fed(busy=True)
-        time.sleep(0.02)
+        now += 60
         assert not fed(busy=True)
         assert fed(busy=False)  # nothing to do is no standstill
 

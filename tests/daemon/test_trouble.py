@@ -60,11 +60,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     # Room for the write-ahead log, which grows to 4 MiB before it is used anew.
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(Path("none"), folder, "-t", "tmpfs", "-o", "size=8m"):
+        yield folder
 
 
 def filled(disk: Path) -> Path:
@@ -93,10 +90,17 @@ def test_a_full_disk_is_waited_out(daemon: DaemonProcess, small_disk: Path) -> N
     assert check == ("ok",)
 
 
-def write_slow_image(path: Path) -> Path:
-    """A picture that takes seconds to decode."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slow") / "slow.png"
     Image.new("L", (13_000, 13_000), 200).save(path, compress_level=1)
     return path
+
+
+@pytest.fixture
+def slow(large: Path, tmp_path: Path) -> Path:
+    """A picture that takes seconds to decode."""
+    return Path(shutil.copy(large, tmp_path))
 
 
 def workers(daemon: DaemonProcess) -> list[int]:
@@ -122,9 +126,8 @@ def signal_busy_worker(daemon: DaemonProcess, number: int) -> bool:
 
 
 def test_a_decoder_that_crashes_twice_costs_its_file_a_failed_row_and_no_more(
-    daemon: DaemonProcess, tmp_path: Path
+    daemon: DaemonProcess, slow: Path
 ) -> None:
-    slow = write_slow_image(tmp_path / "slow.png")
     daemon.start("--workers", 1)
     write_image(daemon.drop / "first.png", 200)
     daemon.wait_for_rows(1)
@@ -143,9 +146,8 @@ def test_a_decoder_that_crashes_twice_costs_its_file_a_failed_row_and_no_more(
 
 @pytest.mark.parametrize("running", [True, False])
 def test_the_strike_of_a_file_that_is_gone_is_put_away(
-    daemon: DaemonProcess, tmp_path: Path, running: bool
+    daemon: DaemonProcess, slow: Path, running: bool
 ) -> None:
-    slow = write_slow_image(tmp_path / "slow.png")
     daemon.start("--workers", 1)
     slow = slow.rename(daemon.drop / "slow.png")
     daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGKILL))
@@ -161,15 +163,14 @@ def test_the_strike_of_a_file_that_is_gone_is_put_away(
 
 
 def test_a_decoder_that_hangs_is_ended_and_its_file_tried_again(
-    daemon: DaemonProcess, tmp_path: Path
+    daemon: DaemonProcess, slow: Path
 ) -> None:
-    slow = write_slow_image(tmp_path / "slow.png")
-    daemon.start("--workers", 1, "--decode-seconds", 20)
+    daemon.start("--workers", 1, "--decode-seconds", 10)
     slow.rename(daemon.drop / "slow.png")
     daemon.wait_until(lambda: signal_busy_worker(daemon, signal.SIGSTOP))
     (row,) = daemon.wait_for_rows(1)
     assert row["status"] == "no-match"  # nearly uniform
-    assert "decoding took longer than 20 s; trying again in 5 s" in daemon.log.read_text()
+    assert "decoding took longer than 10 s; trying again in 5 s" in daemon.log.read_text()
 
 
 def test_a_worker_killed_while_idle_is_replaced(daemon: DaemonProcess) -> None:
@@ -233,7 +234,7 @@ def test_recorded_images_are_scored_again_under_the_present_model(
 def test_failed_images_are_tried_again_when_asked(
     daemon: DaemonProcess, run_tool: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    write_slow_image(daemon.drop / "large.png")
+    write_image(daemon.drop / "large.png", 20, side=1_200)
     daemon.start("--max-pixels", 1_000_000)
     (row,) = daemon.wait_for_rows(1)
     assert row["status"] == "failed"
@@ -283,16 +284,11 @@ def test_another_file_system_over_the_folder_means_offline(daemon: DaemonProcess
     daemon.start()
     write_image(daemon.drop / "ours.png", 200)
     daemon.wait_for_rows(1)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(daemon.drop)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with mounted(Path("none"), daemon.drop, "-t", "tmpfs", "-o", "size=1m"):
         daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
         write_image(daemon.drop / "foreign.png", 200)
         daemon.reload()  # scans what is online
         time.sleep(3)  # longer than the file would need to settle and be recorded
-    finally:
-        subprocess.run(["umount", "--lazy", str(daemon.drop)], check=True)
     write_image(daemon.drop / "late.png", 200)
     daemon.wait_until(lambda: "is back" in daemon.log.read_text())
     names = [Path(str(row["path"])).name for row in daemon.wait_for_rows(2)]
@@ -609,10 +605,9 @@ def test_a_mount_that_hangs_holds_up_no_other_folder_and_loses_nothing(
 
 
 def test_workers_that_a_mount_holds_for_ever_are_left_behind(
-    daemon: DaemonProcess, tmp_path: Path
+    daemon: DaemonProcess, slow: Path, tmp_path: Path
 ) -> None:
     hung = tmp_path / "hung"
-    slow = write_slow_image(tmp_path / "slow.png")
     hung.mkdir()
     config = tmp_path / "daemon.toml"
     tables = (f'[[watch]]\npath = "{folder}"\n' for folder in (daemon.drop, hung))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conftest import DaemonProcess
 from pictures import product, write_products
+from small_run import options
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -14,11 +15,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def test_from_two_folders_to_the_match_log(run_tool: Run, tmp_path: Path) -> None:
     write_products(tmp_path / "catalog", range(2))
     write_products(tmp_path / "others", range(100, 200))
-    trained = run_tool(
-        "pic-train", "--catalog", tmp_path / "catalog", "--others", tmp_path / "others",
-        "--out", tmp_path / "run", "--epochs", 2, "--train-images", 2400,
-        "--val-images", 256, "--device", "cpu", "--target-fpr", 0.05,
-    )  # fmt: skip
+    training = options(tmp_path, tmp_path / "run", **{"train-images": 1200})
+    trained = run_tool("pic-train", *training)
     assert trained.returncode == 0, trained.stderr
     exported = run_tool("pic-export", tmp_path / "run", "--output", tmp_path / "model.onnx")
     assert exported.returncode == 0, exported.stderr

@@ -1,5 +1,8 @@
 """What tests of several modules train on."""
 
+import fcntl
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +16,38 @@ from small_run import options
 from pic_training.cli import _config
 from pic_training.run_folder import RunConfig
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn pictures in catalog/ and others/; run folders of the tests lie beside them."""
-    home = tmp_path_factory.mktemp("folders")
-    write_products(home / "catalog", range(6))
-    write_products(home / "others", range(100, 130))
-    return home
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Make a folder of this name once, for all of pytest-xdist's workers."""
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, half = home / name, home / f"{name}.half"
+        with (home / f"{name}.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(half, ignore_errors=True)
+                make(half)
+                half.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def folders(shared: Shared) -> Path:
+    """Drawn pictures in catalog/ and others/, which no test alters."""
+
+    def draw(home: Path) -> None:
+        write_products(home / "catalog", range(6))
+        write_products(home / "others", range(100, 130))
+
+    return shared("folders", draw)
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +69,23 @@ def config_of(folders: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def finished(folders: Path) -> Path:
+def finished(folders: Path, shared: Shared) -> Path:
     """A run folder that no test alters."""
-    out = folders / "run"
-    command = [str(BIN / "pic-train"), *options(folders, out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return out
+
+    def train(out: Path) -> None:
+        command = [str(BIN / "pic-train"), *options(folders, out)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+    return shared("run", train)
 
 
 @pytest.fixture(scope="session")
-def exported(finished: Path) -> Path:
+def exported(finished: Path, shared: Shared) -> Path:
     """Its model, alone in a folder."""
-    output = finished.with_name("exported") / "model.onnx"
-    command = [BIN / "pic-export", finished, "--output", output]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "256 real samples score as in PyTorch" in result.stdout
-    return output
+
+    def export(folder: Path) -> None:
+        command = [BIN / "pic-export", finished, "--output", folder / "model.onnx"]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert "256 real samples score as in PyTorch" in result.stdout
+
+    return shared("exported", export) / "model.onnx"

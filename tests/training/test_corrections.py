@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pictures import product, write_products
 from shop import Shop
+from small_run import options
 
 from pic_daemon.corrections import Correction, Label, correct
 from pic_training.sources import Sources, gather
@@ -107,12 +108,9 @@ def test_pic_train_uses_what_people_said_and_resumes_with_what_they_had_said(
     shop = Shop(tmp_path / "shop")
     write_products(tmp_path / "others", range(100, 130))
     alien, missed = shop.copy_of(700, "alien.jpg"), shop.stranger(701, "missed.jpg")
-    command = [
-        "pic-train", "--catalog", shop.catalog, "--others", tmp_path / "others",
-        "--corrections", shop.database, "--out", tmp_path / "run", "--epochs", 1,
-        "--train-images", 64, "--val-images", 256, "--target-fpr", 0.1, "--workers", 0,
-        "--device", "cpu",
-    ]  # fmt: skip
+    changes = {"catalog": shop.catalog, "corrections": shop.database, "epochs": 1,
+               "train-images": 64, "target-fpr": 0.1, "workers": 0}  # fmt: skip
+    command = ["pic-train", *options(tmp_path, tmp_path / "run", **changes)]
     refused = run_tool(*command)
     assert refused.returncode == 2
     assert "nobody corrected a verdict" in refused.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_run
 import torch
 from conftest import BIN
 
@@ -22,19 +23,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def options(folders: Path, out: Path, **changes: object) -> list[str]:
-    given: dict[str, object] = {
-        "task": "describe", "catalog": folders / "catalog", "others": folders / "others",
-        "out": out, "epochs": 2, "train-images": 192, "val-images": 256, "device": "cpu",
-        "workers": 1, "target-fpr": 0.05, "dimensions": 32, "batch-size": 48,
-        "precision": "fp32", **changes,
-    }  # fmt: skip
-    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    describe = {"task": "describe", "dimensions": 32, "batch-size": 48, "precision": "fp32"}
+    return small_run.options(folders, out, **describe | changes)
 
 
 @pytest.fixture(scope="module")
-def finished(folders: Path) -> Path:
+def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder that no test alters."""
-    out = folders / "describe-run"
+    out = tmp_path_factory.mktemp("describing") / "run"
     command = [str(BIN / "pic-train"), *options(folders, out)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return out

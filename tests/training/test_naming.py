@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import options
 
 from pic_daemon.errors import InputError
 from pic_daemon.model import load_model
@@ -25,10 +26,9 @@ Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
-def batches(folders: Path) -> list[Batch]:
-    sources = gather(
-        folders / "catalog", folders / "others", None, folders / "naming.rgb", 128
-    )
+def batches(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    work = tmp_path_factory.mktemp("naming") / "work.rgb"
+    sources = gather(folders / "catalog", folders / "others", None, work, 128)
     samples = SampleSet(sources, "train", 640, 64, 0, Augmentation())
     return list(samples.load(0, 32, 1))
 
@@ -151,12 +151,8 @@ def test_the_model_of_a_cnn_holds_no_names(
     folders: Path, tmp_path: Path, run_tool: Run
 ) -> None:
     run, model = tmp_path / "run", tmp_path / "model.onnx"
-    trained = run_tool(
-        "pic-train", "--catalog", folders / "catalog", "--others", folders / "others",
-        "--out", run, "--epochs", 1, "--train-images", 192, "--val-images", 256,
-        "--workers", 1, "--target-fpr", 0.05, "--device", "cpu", "--naming", 1,
-        "--arch", "cnn",
-    )  # fmt: skip
+    changes = {"epochs": 1, "naming": 1, "arch": "cnn"}
+    trained = run_tool("pic-train", *options(folders, run, **changes))
     assert trained.returncode == 0, trained.stderr
     assert json.loads((run / "config.json").read_text())["naming"] == 1
     exported = run_tool("pic-export", run, "--output", model)

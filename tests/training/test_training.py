@@ -142,16 +142,18 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_result(
 
 
 def test_a_finished_run_may_be_resumed_to_no_effect(
-    finished: Path, folders: Path, run_tool: Run
+    finished: Path, folders: Path, run_tool: Run, tmp_path: Path
 ) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+
     def left() -> list[object]:
-        report = json.loads((finished / "report.json").read_text())
-        with np.load(finished / "validation.npz") as stored:
+        report = json.loads((run / "report.json").read_text())
+        with np.load(run / "validation.npz") as stored:
             arrays = [stored[name].tolist() for name in sorted(stored)]
-        return [(finished / "last.pt").read_bytes(), report["threshold"], arrays]
+        return [(run / "last.pt").read_bytes(), report["threshold"], arrays]
 
     before = left()
-    result = run_tool("pic-train", *options(folders, finished), "--resume")
+    result = run_tool("pic-train", *options(folders, run), "--resume")
     assert result.returncode == 0, result.stderr
     assert left() == before
 
@@ -376,10 +378,10 @@ def test_without_the_train_extra_it_says_what_to_install(
 
 @pytest.mark.parametrize(("samples", "said"), [(192, True), (2000, False)])
 def test_a_run_that_shows_the_catalog_too_rarely_says_so(
-    run_tool: Run, folders: Path, tmp_path: Path, samples: int, said: bool
+    run_here: Run, folders: Path, tmp_path: Path, samples: int, said: bool
 ) -> None:
     changes = {"train-images": samples, "target-fpr": 1e-6}  # ends before training
-    result = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    result = run_here("pic-train", *options(folders, tmp_path / "run", **changes))
     assert "can promise a false positive rate" in result.stderr
     assert ("shows each catalog image only some" in result.stderr) == said
     assert not said or "some 32 times" in result.stderr
@@ -412,11 +414,11 @@ def test_a_catalog_of_one_image_and_few_others_still_gives_a_report(
 
 
 def test_others_too_few_to_test_on_are_refused_before_training(
-    run_tool: Run, tmp_path: Path
+    run_here: Run, tmp_path: Path
 ) -> None:
     write_products(tmp_path / "catalog", range(3))
     write_products(tmp_path / "others", range(100, 103))
-    result = run_tool("pic-train", *options(tmp_path, tmp_path / "run"))
+    result = run_here("pic-train", *options(tmp_path, tmp_path / "run"))
     assert result.returncode == 2
     assert "add others" in result.stderr
     assert not (tmp_path / "run").exists()
