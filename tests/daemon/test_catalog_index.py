@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -27,7 +28,7 @@ from pic_daemon.folders import FileStamp
 from pic_daemon.identification import look_at
 from pic_daemon.images import to_pixels
 from pic_daemon.index_cli import open_or_empty
-from pic_daemon.indexing import update, workers
+from pic_daemon.indexing import find_twins, update, workers
 from pic_daemon.margins import within_margins
 
 Tool = Callable[..., CompletedProcess[str]]
@@ -223,6 +224,16 @@ def test_near_duplicates_within_the_catalog_are_reported(
     assert "near-duplicates" in output
     assert "1 pairs of near-duplicates" in output
     assert "again.png and product-00002.jpg" in output
+
+
+def test_a_low_threshold_makes_no_near_duplicates_of_what_is_told_apart(
+    ready: Path,
+) -> None:
+    index = load_index(ready)
+    promise = replace(index.about.promise, threshold=1e-9)
+    index.about = replace(index.about, promise=promise)
+    with workers() as pool:
+        assert list(find_twins(index, index.first_vectors(), pool)) == []
 
 
 def test_items_are_listed_and_removed(make: Tool, run_tool: Tool, tmp_path: Path) -> None:
