@@ -172,8 +172,10 @@ def worker_context() -> ForkServerContext:
     They do not import the program that they belong to, as each would by default: half a
     second and 35 MB of it for the whole service. Their tasks come from other modules.
     """
-    if not os.access(".", os.X_OK):  # as where sudo -u was asked in somebody's home
-        os.chdir("/")  # each worker goes to where this process is, or ends
+    try:
+        os.chdir(os.getcwd())  # as each worker does, or ends
+    except OSError:  # as where sudo -u was asked below somebody's home
+        os.chdir("/")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pic_daemon.identification"])
     sys.modules["__main__"].__file__ = None

@@ -134,9 +134,9 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
                 measured = measure(made, descriptor, others, target_fpr, pool, show)
             made.about = replace(made.about, promise=measured.promise)
         made.save()
-        partial.unlink(missing_ok=True)
         fresh = made.first_vectors() if resumed else done.fresh
         done.twins = list(find_twins(made, fresh, pool))
+    partial.unlink(missing_ok=True)
     _report(made, done, measured)
 
 

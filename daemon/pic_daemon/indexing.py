@@ -240,8 +240,6 @@ def _prepare(path: str, size: int) -> _Prepared | str:
     seen = closeup_of(picture, size).landmarks
     if seen.blank:
         return "nearly uniform picture: nothing to recognise"
-    if not agreement(seen, seen):
-        return "too small or too narrow: not even itself would be recognised"
     views = np.stack([to_pixels(view, size) for view in _views(picture)])
     return _Prepared(sha256, views, seen.to_bytes())
 

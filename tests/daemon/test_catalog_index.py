@@ -168,13 +168,11 @@ def test_blank_unreadable_and_repeated_files_are_refused_by_name(
     (catalog / "broken.jpg").write_bytes(b"no picture")
     with (catalog / "huge.jpg").open("wb") as huge:
         huge.truncate(2 << 30)
-    product(2).resize((1200, 40)).save(catalog / "strip.png")
     shutil.copy(first, catalog / "twice.jpg")
     output = make().stdout
     assert "refused white.png: nearly uniform picture" in output
     assert "refused broken.jpg: not an image" in output
     assert "refused huge.jpg: larger than" in output
-    assert "refused strip.png: too small or too narrow" in output
     assert "refused twice.jpg: same bytes as product-00001.jpg" in output
     assert names(tmp_path / "catalog.index") == ["product-00001.jpg"]
 

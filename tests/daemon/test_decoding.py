@@ -57,9 +57,10 @@ def test_workers_start_without_the_program_and_end_without_a_word(tmp_path: Path
 def test_workers_start_where_their_account_may_not_be(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     os.chown(tmp_path, 65534, 65534)
+    (tmp_path / "open").mkdir()
     under = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
     command = [*under, sys.executable, "-c", PROGRAM]
     ended = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        command, cwd=tmp_path / "open", capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[False]\n", "")
