@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -468,3 +469,20 @@ def test_an_account_that_may_not_write_can_look_but_note_nothing(tmp_path: Path)
     assert prepare(shop.database) is True
     shop.log.close()
     assert prepared_by_another() == 3  # with nobody else there, SQLite would write
+
+
+def test_looks_at_a_folder_that_hangs_do_not_pile_up(tmp_path: Path) -> None:
+    site, back = pages.Site(tmp_path, None, None, None, True), threading.Event()
+
+    async def look() -> None:
+        looks = [
+            pages._on_disk(site, tmp_path, back.wait) for _ in range(pages._MOST_LOOKS)
+        ]
+        waiting = [asyncio.ensure_future(one) for one in looks]
+        await asyncio.sleep(0)  # so that each has begun
+        with pytest.raises(TimeoutError):
+            await pages._on_disk(site, tmp_path, back.wait)
+        back.set()
+        assert all(await asyncio.gather(*waiting))
+
+    asyncio.run(look())

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -41,6 +41,7 @@ _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
 _SILENT_S = 5.0  # after so long without an answer a folder is not asked for the next
 _AGAIN_S = 30.0  # until it is tried once more
+_MOST_LOOKS = 16  # at one folder at a time: those at a mount that hangs never end
 _AT_ONCE = 2  # pictures decoded at a time, and read from each folder
 _TAKEN_S = 60.0  # the longest that a part waits for the other side to take it
 _PART = 1000  # rows of a list read and sent at a time
@@ -231,7 +232,8 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
                 part = await asyncio.to_thread(next, parts)
         finally:
             left.cancel()
-            parts.close()
+            with suppress(ValueError):  # cancelled while it reads
+                parts.close()
 
     headers = {"content-disposition": f'attachment; filename="matches.{kind}"'}
     return AsgiStream(send, headers=headers, content_type=_KINDS[kind])
@@ -437,6 +439,9 @@ async def _on_disk(site: Site, folder: Path, work: Callable[[], T]) -> T:
     That thread does not keep the process from ending. Raises TimeoutError where the folder
     has not answered for some seconds: it is not asked again at once.
     """
+    name = f"look {folder}"
+    if sum(thread.name == name for thread in threading.enumerate()) >= _MOST_LOOKS:
+        raise TimeoutError
     now = time.monotonic()
     waiting = now - site.unanswered.setdefault(folder, now)
     if _SILENT_S <= waiting < _AGAIN_S:
@@ -454,7 +459,7 @@ async def _on_disk(site: Site, folder: Path, work: Callable[[], T]) -> T:
         finally:
             site.unanswered.pop(folder, None)
 
-    threading.Thread(target=run, name=f"look {folder}", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return await asyncio.wrap_future(answer)
 
 
