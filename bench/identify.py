@@ -50,6 +50,7 @@ from pic_daemon.images import decode, open_rgb
 from pic_daemon.indexing import workers
 from pic_daemon.model import Model, load_model
 from pic_daemon.promise import rate, supported_rate, threshold_for
+from pic_daemon.reading import read_image
 from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation
 from pic_training.evaluation_run import run_evaluation
@@ -297,19 +298,15 @@ def classified(model: Path, folder: Path, options: Sequence[object]) -> tuple[fl
 
 def described_alone(describe: Path, index: Path, folder: Path) -> float:
     descriptor, catalog = load_descriptor(describe), load_index(index)
-    paths = sorted(folder.iterdir())
+    paths = [str(path) for path in sorted(folder.iterdir())]
     with workers() as pool:
-        list(pool.map(read, paths[:8], [descriptor.info.input_size] * 8))  # starts them
-        begun = time.perf_counter()
         sizes = [descriptor.info.input_size] * len(paths)
-        pixels = pool.map(read, paths, sizes, chunksize=8)
-        while batch := list(islice(pixels, 32)):
+        list(pool.map(read_image, paths[:8], sizes))  # starts them
+        begun = time.perf_counter()
+        readings = pool.map(read_image, paths, sizes, chunksize=8)
+        while batch := [reading.image.pixels for reading in islice(readings, 32)]:
             catalog.nearest(descriptor.describe(np.stack(batch)), 1)
         return len(paths) / (time.perf_counter() - begun)
-
-
-def read(path: Path, size: int) -> NDArray[np.uint8]:
-    return decode(path.read_bytes(), size).pixels
 
 
 # Curve

@@ -159,10 +159,11 @@ def test_folders_that_overlap_are_told_of(folders: tuple[Path, Path]) -> None:
         gather(whole, folders[1], None, whole / "work.rgb", 64)
 
 
-def test_a_uniform_picture_is_no_part_of_the_catalog(folders: tuple[Path, Path]) -> None:
+def test_a_uniform_picture_takes_no_part_of_either_kind(folders: tuple[Path, Path]) -> None:
     Image.new("RGB", (200, 200), "white").save(folders[0] / "white.png")
-    sources = collect(folders)
-    assert reasons(sources) == {"white.png": "nearly uniform picture: nothing to recognise"}
+    Image.new("RGB", (200, 200), "grey").save(folders[1] / "grey.png")
+    reason = "nearly uniform picture: nothing to recognise"
+    assert reasons(collect(folders)) == {"white.png": reason, "grey.png": reason}
 
 
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:

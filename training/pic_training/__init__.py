@@ -5,3 +5,5 @@ alters them, `samples` draws balanced batches, `networks` holds the two
 architectures, `training` runs the epochs, `report` says what came of it and
 `export` writes the ONNX file.
 """
+
+import pic_daemon as pic_daemon  # first of all: it ends the telemetry of onnxruntime

@@ -206,8 +206,9 @@ def _convert(
     max_loss: float,
 ) -> Cost:
     assert info.precision != "fp32"
+    plain = load_model(path, "cpu")
     convert(path, info, info.precision, images)
-    info, cost = weigh(path, folder, config)
+    info, cost = weigh(plain, path, folder, config)
     for name in ("recall", "accuracy"):
         if cost.fall(name) > max_loss:
             raise InputError(

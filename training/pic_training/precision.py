@@ -23,8 +23,8 @@ from pic_daemon.images import Pixels
 from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
 from pic_training.preparation import pictures_of, samples_of, say_left_out
-from pic_training.run_folder import RunConfig, load_validation, read_json
-from pic_training.threshold import Calibration, Confusion, confusion, gate_for, sigmoid
+from pic_training.run_folder import RunConfig, read_json
+from pic_training.threshold import Confusion, confusion, gate_for
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -94,12 +94,14 @@ def convert(path: Path, info: ModelInfo, precision: Precision, images: Pixels) -
     onnx.save_model(model, path)
 
 
-def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]:
+def weigh(
+    plain: Model, path: Path, folder: Path, config: RunConfig
+) -> tuple[ModelInfo, Cost]:
     """Choose the threshold anew for the network at `path`; say what changed.
 
-    The run's own validation samples are drawn again, calibrated on one half and
-    tested on the other, as in its report. Raises InputError where its pictures are
-    no longer those that it was trained with.
+    The run's own validation samples are drawn again, for it and for `plain`, the same in
+    fp32; calibrated on one half and tested on the other, as in its report. Raises
+    InputError where its pictures are no longer those that it was trained with.
     """
     model = load_model(path, "cpu")
     with TemporaryDirectory() as cache:
@@ -112,19 +114,17 @@ def weigh(path: Path, folder: Path, config: RunConfig) -> tuple[ModelInfo, Cost]
             )
         samples = samples_of(config, sources, "val")
         batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
-        after = np.concatenate([_score(model, images.numpy()) for images, _ in batches])
-    stored = load_validation(folder, len(after))
-    calibrate = Calibration(model.info.temperature, model.info.bias)
-    logits = stored["scores"].astype(np.float64)
-    if model.info.looks_twice:
-        logits = np.maximum(logits, stored["within"])
-    before = sigmoid(calibrate(logits))
-    labels = stored["labels"] > 0.5
+        # Both anew: a later version may render them otherwise than the run's own did.
+        scored = [
+            (_score(plain, images.numpy()), _score(model, images.numpy()), known > 0)
+            for images, known in batches
+        ]
+    before, after, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
     test, groups = samples.is_test(), sources.groups()[samples.sources_drawn()]
     threshold = threshold_for(after[~test], labels[~test], config.target_fpr)
     was, now = (
         confusion(scores[test], labels[test], groups[test], limit)
-        for scores, limit in ((before, model.info.threshold), (after, threshold))
+        for scores, limit in ((before, plain.info.threshold), (after, threshold))
     )
     rate = now.false_positive_rate
     info = replace(

@@ -145,7 +145,7 @@ def _check_halves(config: RunConfig, sources: Sources) -> None:
 
 def note_support(decoys: int, samples: int, target: float) -> None:
     """Say where so many different decoys support less than their samples do."""
-    if (of_pictures := supported_rate(decoys)) > target:
+    if (of_pictures := min(1.0, supported_rate(decoys))) > target:
         click.echo(
             f"note: the threshold is chosen on {decoys} decoys, {samples} samples of "
             f"them: of other pictures up to {of_pictures:.2g} may match (3 / n)",

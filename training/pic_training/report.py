@@ -144,7 +144,7 @@ def _top_1(result: RunResult) -> Interval:
 def versions() -> dict[str, str]:
     """Versions of everything that the result depends on."""
     packages = ("product-image-classifier", "torch", "torchvision", "pillow", "simplejpeg",
-                "imagehash", "numpy")  # fmt: skip
+                "opencv-python-headless", "imagehash", "numpy")  # fmt: skip
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
 

@@ -278,8 +278,8 @@ def _reason_against(
             return f"same bytes as {twin}"
         overlap = ": the folders overlap" if origin.folder else ""
         return f"it takes part already{overlap}"
-    # The service never matches one, whatever a network learned.
-    if origin.kind == "catalog" and is_blank(item.look.thumbnail):
+    # The service never matches one, whatever the network: it is not to choose a threshold.
+    if is_blank(item.look.thumbnail):
         return "nearly uniform picture: nothing to recognise"
     return None
 
