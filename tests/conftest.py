@@ -254,6 +254,13 @@ class DaemonProcess:
         finally:
             database.close()
 
+    def lay(self, name: str, text: str = "no picture") -> Path:
+        """A file arrives whole that nobody has written to for an hour."""
+        path = self.drop.parent / f"laid-{name}"
+        path.write_text(text)
+        os.utime(path, (hour_ago := time.time() - 3600, hour_ago))
+        return path.rename(self.drop / name)
+
     def wait_for_rows(self, count: int) -> list[dict[str, object]]:
         counted = "SELECT count(*) FROM images"
         with closing(sqlite3.connect(self.database)) as log:

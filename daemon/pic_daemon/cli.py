@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,8 @@ def check(config: Path | None, **overrides: Any) -> None:
         click.echo(f"catalog {text_of(identifier.index.about.catalog)}: {changes or state}")
     click.echo(f"database {text_of(str(settings.database))}: ok")
     for folder in settings.folders:
+        with suppress(OSError):
+            os.scandir(folder.path).close()  # which mounts what is mounted when it is used
         kind = mount_of(folder.path).type or "unknown"
         remote = kind in _NO_EVENTS or kind.startswith("fuse.")
         silent = remote and folder.mode == "events"

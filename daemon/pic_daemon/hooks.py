@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
 
+_REAP_S = 1.0  # the longest that a killed program is waited for
+
 _HEADER = re.compile(r"([A-Za-z0-9-]+): ?([\x21-\x7e][\x20-\x7e]*)")
 
 
@@ -28,7 +30,8 @@ class NotDelivered(Exception):
 def post(url: str, header_file: Path | None, timeout: float, message: str) -> None:
     """POST `message` to `url`; any 2xx takes it. Raises NotDelivered.
 
-    The whole exchange is cut off after `timeout` seconds. Redirects are not followed and
+    The exchange is cut off after `timeout` seconds, to which looking up the name, and each
+    further address that does not answer, may add. Redirects are not followed and
     the body of the answer is not read. Over https the certificate must be of an authority
     that OpenSSL knows here: the system's, and those in the file SSL_CERT_FILE names.
     """
@@ -138,9 +141,10 @@ def run_command(command: Sequence[str], timeout: float, message: str) -> None:
     try:
         process.communicate(message.encode() + b"\n", timeout)
     except subprocess.TimeoutExpired as error:
-        with suppress(PermissionError):  # it became another user
+        # It became another user, or waits for a disk that hangs, which nothing ends.
+        with suppress(PermissionError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(_REAP_S)
         raise NotDelivered(f"it took longer than {timeout:g} s") from error
     if process.returncode:
         raise NotDelivered(f"it ended with exit code {process.returncode}")

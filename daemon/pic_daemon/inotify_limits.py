@@ -1,6 +1,7 @@
 """How many inotify watches this user has left, and how many a folder needs."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pic_daemon.folders import Folder
@@ -19,11 +20,18 @@ def watches_left() -> int | None:
     return max(0, limit - sum(map(_watches_of, Path("/proc").glob("[0-9]*"))))
 
 
-def watches_needed(folder: Folder) -> int:
-    """One watch for the folder and, if recursive, one for every folder below it."""
+def watches_needed(folder: Folder, progress: Callable[[], None] = lambda: None) -> int:
+    """One watch for the folder and, if recursive, one for every folder below it.
+
+    `progress` is called at each.
+    """
     if not folder.recursive:
         return 1
-    return sum(1 for _ in os.walk(folder.path))
+    count = 0
+    for _ in os.walk(folder.path):
+        progress()
+        count += 1
+    return count
 
 
 def _watches_of(process: Path) -> int:

@@ -193,12 +193,20 @@ class MatchLog:
         with self._transaction(synchronous="NORMAL"):
             self._forget([path])
 
+    def put_all_down(self) -> None:
+        """Note that no file is being read; those with strikes stay noted, as such."""
+        with self._transaction(synchronous="NORMAL"):
+            self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
+            self._db.execute("UPDATE in_hand SET since = ''")
+
     def left_in_hand(self) -> list[str]:
-        """Names that an earlier service left in hand when it ended; then forgets them.
+        """Names that an earlier service left in hand when it was killed; forgets them then.
 
         Those with strikes stay noted, where `struck` can name them.
         """
-        rows = self._db.execute("SELECT path FROM in_hand ORDER BY path").fetchall()
+        rows = self._db.execute(
+            "SELECT path FROM in_hand WHERE since <> '' ORDER BY path"
+        ).fetchall()
         if rows:
             with self._transaction():
                 self._db.execute(

@@ -59,7 +59,9 @@ class Scanner:
         self.silent = False
         self.looked = threading.Event()  # set after the first look
         self._send = send
-        self._watch = FolderWatch(folder, send, self._scan_below, mount_point)
+        self._watch = FolderWatch(
+            folder, send, self._scan_below, mount_point, self._answered
+        )
         self._refused: set[str] = set()  # sub-folders that could not be read
         self._asked: deque[str] = deque()  # folders to scan
         self._waiting: set[str] = set()  # the same
@@ -152,6 +154,10 @@ class Scanner:
         self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()
 
+    def _answered(self) -> None:
+        """The disk does: what goes on is a long look, not a hung one."""
+        self._asking_since = time.monotonic()
+
     def _attend(self) -> None:
         """What must not wait for the end of a scan."""
         now = self._asking_since = time.monotonic()
@@ -170,7 +176,7 @@ class Scanner:
         seen = []
         while self._to_see:
             path, expected = self._to_see.popleft()
-            self._asking_since = time.monotonic()
+            self._answered()
             stamp = stamp_of(path) if self._watch.online else None
             seen.append((path, expected, stamp))
         self._send(SeenAgain(seen))
@@ -181,7 +187,7 @@ class Scanner:
         self._waiting.discard(below)
         files: deque[tuple[str, FileStamp]] = deque()
         for number, found in enumerate(self.folder.walk(below, self._refuse)):
-            self._asking_since = time.monotonic()
+            self._answered()
             if number % _CHUNK == 0:
                 self._attend()
             if self._ended or not self._watch.online:

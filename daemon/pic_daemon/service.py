@@ -37,13 +37,14 @@ from pic_daemon.scoring import Scored, Scorer
 from pic_daemon.served_files import Loaded, ServedFiles, State
 from pic_daemon.setting_aside import Mover, SetAside
 from pic_daemon.systemd import notify
-from pic_daemon.watch import HintsLost
+from pic_daemon.watch import FileHint, HintsLost
 
 logger = logging.getLogger("pic_daemon")
 
 _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a batch
 _BACKLOG_WAIT_S = 0.25  # the same while more files wait than are read: nobody is kept
 _LONGEST_WAIT_S = 60.0
+_MOST_MESSAGES = 100_000  # in the inbox: some 40 MB of hints
 _MESSAGES = 1000  # heeded before the loop looks at its other duties
 _STRIKES = 2  # attempts at a file that ends its worker
 _UNREAD_STRIKES = 3  # attempts at one that cannot be read
@@ -103,6 +104,7 @@ class Service:
     _retention: Retention = field(init=False)
     _recorder: Recorder = field(init=False)
     _mover: Mover | None = None
+    _missed: bool = False  # hints that found no room
     _stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ class Service:
             Scorer(self.inbox.put) as scorer,
             scanning(
                 self.config.folders,
-                self.inbox.put,
+                self._hear,
                 # Where a single pass found it is where it is.
                 {} if self.until_done else self._recorder.write(self.log.mount_points),
             ) as scanners,
@@ -177,7 +179,16 @@ class Service:
             notify("STOPPING=1")
             self._end_moves()
             with suppress(sqlite3.OperationalError):  # every row is recorded already
+                self.log.put_all_down()
                 self.log.beat({**self._figures(), "stopped": 1})
+
+    def _hear(self, sight: Sight) -> None:
+        """Called from the scanners' threads. While the database takes nothing, hints are
+        not heeded: those beyond a number are made good by a scan."""
+        if isinstance(sight, FileHint) and self.inbox.qsize() >= _MOST_MESSAGES:
+            self._missed = True
+        else:
+            self.inbox.put(sight)
 
     def _take_over(self) -> None:
         """Tell the log who serves, and what the service before left undone."""
@@ -236,7 +247,10 @@ class Service:
     def _look_around(self, now: float, decoders: Decoders) -> None:
         """Do what is due by the clock."""
         self._backlog.end_waits(now)
-        if now >= self._next_rescan:
+        if self._missed and self.inbox.qsize() < _MOST_MESSAGES:
+            self._missed = False
+            self._scan_all(again=True)
+        elif now >= self._next_rescan:
             self._scan_all()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S

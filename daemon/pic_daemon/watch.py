@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,9 +56,14 @@ _REMEDIES = {
     errno.EMFILE: "raise fs.inotify.max_user_instances with sysctl",
 }
 
+_PASSING = (errno.ENOENT, errno.ENOTDIR, errno.ENOTCONN, errno.ESTALE)
+"""What a folder says that goes while its watch is made."""
+
 _COUNT_EVERY_S = 60.0  # between two looks at the watches that all processes hold
 
-_RENEW_S = 300.0  # the least between two watches of a folder that others are moved out of
+_NO_WATCH = -1  # under which watchdog keeps a folder that it could not watch
+
+_RENEW_S = 300.0  # the least between two watches of a folder that is there all the time
 
 _EVENTS: list[type[FileSystemEvent]] = [
     FileCreatedEvent, FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent,
@@ -74,7 +79,8 @@ class FolderWatch:
     The folder is offline while it is missing, or while it lies on another mount point than
     at first or on another type of file system. `mount_point` is where the file system that
     held it was mounted when a service last saw it, '' where none has: an empty folder that
-    lies outside is one whose disk is missing.
+    lies outside is one whose disk is missing. `progress` is called now and then while a
+    look goes on.
     """
 
     def __init__(
@@ -83,8 +89,10 @@ class FolderWatch:
         send: Callable[[FileHint], None],
         scan: Callable[[str], None],
         mount_point: str = "",
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.mount_point = mount_point
+        self._progress = progress
         self.polled = folder.mode == "poll"  # nothing announces what arrives
         self._folder = folder
         self._handler = _Handler(folder, send, scan)
@@ -132,26 +140,30 @@ class FolderWatch:
             self._said_offline = False
         if not self.polled:
             self._begin()
-        return True
+        return self.online
 
     def _watch_ended(self) -> bool:
-        """Whether the watch is lost, or holds much that is none of the folder's any more.
+        """Whether the watch is lost, has gaps, or holds what is not the folder's any more.
 
         A folder made anew under its old inode number has lost it, and so has one that was
-        unmounted and mounted again. watchdog keeps watching sub-folders that were moved
-        away, under their old names.
+        unmounted and mounted again. After a queue overflow nobody knows which sub-folders
+        there are. watchdog keeps watching those that were moved away, under old names, and
+        never begins to with one that was shut when it appeared.
         """
         observer = self._observer
         if observer is None:
             return False
         emitting = observer.is_alive() and any(e.is_alive() for e in observer.emitters)
-        if not (emitting and _hears(observer)):
+        if not (emitting and _hears(observer)) or self._handler.overflowed:
             return True
-        return self._handler.moved_away and time.monotonic() >= self._renew_at
+        stale = self._handler.moved_away or _was_shut_out(observer)
+        return stale and time.monotonic() >= self._renew_at
 
     def _inode_there(self) -> int | None:
         path = self._folder.path
         try:
+            with suppress(PermissionError):
+                os.scandir(path).close()  # which mounts what is mounted when it is used
             status = os.stat(path)
             if not stat.S_ISDIR(status.st_mode):
                 return None
@@ -168,13 +180,14 @@ class FolderWatch:
         return status.st_ino
 
     def _begin(self) -> None:
-        self._handler.moved_away = False
+        self._handler.moved_away = self._handler.overflowed = False
         self._renew_at = time.monotonic() + _RENEW_S
         try:
             # watchdog passes over sub-folders that it cannot watch, without a word.
             left = watches_left()
-            if left is not None and watches_needed(self._folder) > left:
+            if left is not None and watches_needed(self._folder, self._progress) > left:
                 raise OSError(errno.ENOSPC, "inotify watch limit reached")
+            self._progress()
             # An observer of its own: its threads walk and stat what is in the folder.
             self._observer = _observer()
             self._observer.start()
@@ -184,10 +197,13 @@ class FolderWatch:
                 recursive=self._folder.recursive,
                 event_filter=_EVENTS,
             )
-            _mend(self._observer)
+            _mend(self._observer, self._handler)
         except OSError as error:
             self.end()
-            self._poll(error.errno or 0)
+            if error.errno in _PASSING:
+                self._inode = None  # the next look sees whether it is there
+            else:
+                self._poll(error.errno or 0)
 
     def _poll(self, reason: int) -> None:
         self.polled = True
@@ -218,11 +234,14 @@ def _observer() -> BaseObserver:
     return Observer()
 
 
-def _mend(observer: BaseObserver) -> None:
+def _mend(observer: BaseObserver, handler: "_Handler") -> None:
     """Have watchdog forget a watch whose name it has given to another, or forgotten.
 
     It raises there otherwise, in the thread that reads the events or when it is to end:
     sub-folders that were moved away keep their watch under a name that comes again.
+
+    After an overflow it would take all watches away in that same thread, and the kernel
+    tell of each: with more of them than the queue holds, that overflows again, for ever.
     """
 
     def forget(group: Any, wd: int) -> None:
@@ -234,6 +253,8 @@ def _mend(observer: BaseObserver) -> None:
         group: Any = getattr(emitter, "_inotify", None)
         if hasattr(group, "_remove_watch_internally"):
             group._remove_watch_internally = partial(forget, group)
+        if hasattr(group, "on_queue_overflow"):
+            group.on_queue_overflow = handler.overflow
 
 
 def _hears(observer: BaseObserver) -> bool:
@@ -242,7 +263,16 @@ def _hears(observer: BaseObserver) -> bool:
     watchdog does not tell, so that its own state is asked, where it is as we know it.
     """
     reader = getattr(observer, "_inotify_fd", None)
-    return reader is None or (reader.is_alive() and getattr(reader, "_watch_for_wd", True))
+    if reader is None:
+        return True
+    held = list(getattr(reader, "_watch_for_wd", {0: None}))
+    return reader.is_alive() and any(number != _NO_WATCH for number in held)
+
+
+def _was_shut_out(observer: BaseObserver) -> bool:
+    """Whether one of the folders could not be watched; watchdog says nothing of it."""
+    reader = getattr(observer, "_inotify_fd", None)
+    return _NO_WATCH in getattr(reader, "_watch_for_wd", {})
 
 
 class _Handler(FileSystemEventHandler):
@@ -253,9 +283,14 @@ class _Handler(FileSystemEventHandler):
         scan: Callable[[str], None],
     ) -> None:
         self.moved_away = False  # whether a sub-folder was
+        self.overflowed = False  # whether the kernel dropped events
         self._folder = folder
         self._send = send
         self._scan = scan
+
+    def overflow(self) -> None:
+        """Called by watchdog."""
+        self.overflowed = True
 
     def dispatch(self, event: FileSystemEvent) -> None:
         moved = isinstance(event, FileMovedEvent | DirMovedEvent)

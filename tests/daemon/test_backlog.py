@@ -1,5 +1,6 @@
 """What the service keeps of the files that wait, and in which order it takes them."""
 
+import math
 import os
 import queue
 import time
@@ -11,18 +12,19 @@ from pathlib import Path
 import pytest
 from conftest import SIZE, write_image
 
-from pic_daemon import backlog
+from pic_daemon import backlog, service
 from pic_daemon.backlog import Backlog
 from pic_daemon.config import Config
+from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, stamp_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import load_model
 from pic_daemon.reading import read_image
 from pic_daemon.recording import Recorder
-from pic_daemon.scanning import Found, Scanner, Sight, scanning
+from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.service import Service
-from pic_daemon.watch import FileHint
+from pic_daemon.watch import FileHint, HintsLost
 
 
 def test_files_announced_beyond_what_is_kept_in_memory_are_found_by_a_scan(
@@ -165,3 +167,46 @@ def test_where_a_server_tells_the_times_a_young_file_must_stand_still(
         waiting.heed(found_in(scanners[0], 1, mtime=time.time() - 30))
         assert waiting.choose(room=100)[0] == []
         assert len(waiting) == 1
+
+
+def test_a_file_that_comes_anew_while_it_is_looked_for_is_not_forgotten(
+    tmp_path: Path, model_file: Path
+) -> None:
+    folder = Folder(tmp_path / "drop", mode="poll")
+    folder.path.mkdir()
+    with backlog_of(tmp_path, model_file, folder) as (waiting, _):
+        path, now = str(folder.path / "a.png"), time.time_ns()
+        first, second = FileStamp(1, now, 1), FileStamp(2, now, 2)
+        waiting.heed(FileHint(path, first, complete=False))
+        waiting.heed(FileHint(path, second, complete=False))
+        waiting.heed(SeenAgain([(path, first, None)]))
+        assert len(waiting) == 1
+        waiting.heed(SeenAgain([(path, second, None)]))
+        assert len(waiting) == 0
+
+
+def test_hints_beyond_what_fits_while_the_database_takes_nothing_cost_a_scan(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_MOST_MESSAGES", 10)
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    config = Config((Folder(drop),), model_file, tmp_path / "log.db")
+    with closing(MatchLog.open(config.database)) as log:
+        running = Service(config, load_model(model_file, "cpu"), log)
+        hint = FileHint(str(drop / "a.png"), FileStamp(1, 1, 1), complete=True)
+        for _ in range(100):
+            running._hear(hint)
+        running._hear(HintsLost())  # whatever else comes is heeded
+        assert running.inbox.qsize() == 11
+        with Decoders(1, 60, lambda _: None) as decoders:
+            asked: list[bool] = []
+            monkeypatch.setattr(running._backlog, "scan", asked.append)
+            running._next_rescan = math.inf
+            running._look_around(0.0, decoders)
+            assert asked == []  # not while there is no room
+            while not running.inbox.empty():
+                running.inbox.get()
+            running._look_around(0.0, decoders)
+            running._look_around(0.0, decoders)
+            assert asked == [True]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DaemonProcess, free_address, write_image
+from conftest import DaemonProcess, free_address, hung_mount, write_image
 
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
@@ -366,6 +366,22 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path: Pat
     else:
         os.kill(child, 9)
         pytest.fail("the child lives on")
+
+
+def test_a_program_that_no_signal_ends_holds_nothing_up(tmp_path: Path) -> None:
+    hung = tmp_path / "hung"
+    hung.mkdir()
+
+    def run() -> None:
+        with suppress(NotDelivered):
+            run_command(["/bin/cat", str(hung / "list")], 1, "{}")
+
+    with hung_mount(hung, served=True):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+    thread.join()
 
 
 def test_check_says_what_the_hooks_are_and_tells_them_nothing(

@@ -319,6 +319,16 @@ def test_a_name_that_nothing_can_be_found_under_is_told_once(log: MatchLog) -> N
     assert log.left_in_hand() == log.struck() == ["/drop/b.png"]
 
 
+def test_after_a_clean_stop_nothing_was_in_hand_and_strikes_are_kept(log: MatchLog) -> None:
+    log.take_in_hand(["/drop/a.png", "/drop/b.png"])
+    log.strike("/drop/b.png")
+    log.put_all_down()
+    assert log.left_in_hand() == []
+    assert log.struck() == ["/drop/b.png"]
+    log.take_in_hand(["/drop/b.png"])
+    assert log.left_in_hand() == ["/drop/b.png"]
+
+
 def test_a_hook_that_has_failed_for_weeks_is_still_tried_again(
     log: MatchLog, model: Model
 ) -> None:

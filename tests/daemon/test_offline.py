@@ -161,6 +161,20 @@ def test_where_watches_run_out_the_folder_is_polled_and_the_remedy_is_said(
     daemon.wait_for_rows(1)
 
 
+def flood(daemon: DaemonProcess, files: int, then: str = "") -> None:
+    """Make so many files, and a picture, while the service stands still."""
+    os.kill(daemon.pid, signal.SIGSTOP)
+    state = Path(f"/proc/{daemon.pid}/stat")
+    daemon.wait_until(lambda: state.read_text().rsplit(")", 1)[1].split()[0] == "T")
+    first = daemon.drop / "flood-0.txt"
+    first.touch()
+    for number in range(1, files):
+        os.link(first, daemon.drop / f"flood-{number}.txt")
+    if then:
+        write_image(daemon.drop / then, 200)
+    os.kill(daemon.pid, signal.SIGCONT)
+
+
 def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     daemon: DaemonProcess,
 ) -> None:
@@ -168,16 +182,8 @@ def test_events_that_the_kernel_dropped_are_made_good_by_a_scan(
     if not room.exists():
         pytest.skip("no inotify here")
     daemon.start()
-    os.kill(daemon.pid, signal.SIGSTOP)
-    state = Path(f"/proc/{daemon.pid}/stat")
-    daemon.wait_until(lambda: state.read_text().rsplit(")", 1)[1].split()[0] == "T")
-    first = daemon.drop / "flood-0.txt"
-    first.touch()
     # Twice as many as fit: its threads may have taken some before they stood still.
-    for number in range(1, 2 * int(room.read_text())):
-        os.link(first, daemon.drop / f"flood-{number}.txt")
-    write_image(daemon.drop / "unheard.png", 200)
-    os.kill(daemon.pid, signal.SIGCONT)
+    flood(daemon, 2 * int(room.read_text()), then="unheard.png")
     daemon.wait_for_rows(1)
     assert "the kernel dropped file events" in daemon.log.read_text()
 
@@ -238,3 +244,42 @@ def test_a_mount_that_hangs_at_the_start_is_offline_until_it_answers(
     rows = daemon.wait_for_rows(2)
     assert [Path(str(row["path"])).name for row in rows] == ["b.png", "a.png"]
     assert daemon.stop() == 0
+
+
+def test_a_folder_that_was_shut_is_heard_of_once_it_is_opened(
+    daemon: DaemonProcess,
+) -> None:
+    bounds = "--bounding-set=-dac_override,-dac_read_search"
+    # Root without these rights may be shut out as anybody.
+    under = ["setpriv", bounds, "--inh-caps=-all"] if os.geteuid() == 0 else []
+    daemon.start(under=under)
+    daemon.drop.rmdir()
+    daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
+    daemon.drop.mkdir(mode=0)
+    daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+    daemon.drop.chmod(0o755)
+    write_image(daemon.drop / "a.png", 200)
+    daemon.wait_for_rows(1)
+    daemon.wait_until(lambda: inotify_watches(daemon) == 1)
+    write_image(daemon.drop / "b.png", 200)
+    daemon.wait_for_rows(2)
+
+
+@pytest.mark.alone
+def test_one_flood_in_more_folders_than_the_queue_holds_is_no_more_than_one(
+    daemon: DaemonProcess,
+) -> None:
+    for number in range(400):
+        (daemon.drop / str(number)).mkdir()
+    with lowered(Path("/proc/sys/fs/inotify/max_queued_events"), 100):
+        daemon.start()
+    flood(daemon, 1000, then="late/a.png")
+    daemon.wait_for_rows(1)
+    daemon.wait_until(lambda: inotify_watches(daemon) == 402)
+    time.sleep(1)  # taking the watches away may be one more
+    said = daemon.log.read_text().count("the kernel dropped file events")
+    assert said >= 1
+    time.sleep(3)
+    assert daemon.log.read_text().count("the kernel dropped file events") == said
+    write_image(daemon.drop / "late" / "b.png", 200)
+    daemon.wait_for_rows(2)

@@ -370,7 +370,7 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     failed.mkdir()
     (failed / "bad.png").write_text("an earlier one")
     daemon.start("--failed-folder", failed)
-    (daemon.drop / "bad.png").write_text("no picture")
+    daemon.lay("bad.png")
     write_image(daemon.drop / "good.png", 200)
     daemon.wait_for_rows(2)
     daemon.wait_until(lambda: (failed / "bad-1.png").exists())
@@ -387,10 +387,10 @@ def test_a_failed_folder_that_is_not_there_is_said_and_holds_nothing_up(
     failed = tmp_path / "failed"
     daemon.start("--failed-folder", failed)
     assert f"failed_folder {failed} does not exist" in daemon.log.read_text()
-    (daemon.drop / "bad.png").write_text("no picture")
+    daemon.lay("bad.png")
     daemon.wait_until(lambda: "cannot be moved" in daemon.log.read_text())
     failed.mkdir()
-    (daemon.drop / "worse.png").write_text("no picture either")
+    daemon.lay("worse.png", "no picture either")
     daemon.wait_until(lambda: (failed / "worse.png").exists())
     assert daemon.stop() == 0
 
@@ -427,10 +427,24 @@ def test_a_failed_folder_that_hangs_holds_nothing_up(
     failed.mkdir()
     with hung_mount(failed):
         daemon.start("--failed-folder", failed)
-        (daemon.drop / "bad.png").write_text("no picture")
+        daemon.lay("bad.png")
         daemon.wait_for_rows(1)
         write_image(daemon.drop / "good.png", 200)
         daemon.wait_for_rows(2)
         assert daemon.stop() == 0
     assert "they stay where they are" in daemon.log.read_text()
     assert (daemon.drop / "bad.png").exists()
+
+
+def test_a_file_that_only_waits_when_the_service_stops_is_not_blamed_at_the_next_start(
+    daemon: DaemonProcess,
+) -> None:
+    daemon.start("--settle-seconds", 3600)
+    (daemon.drop / "half.png").write_text("no picture, yet")
+    daemon.wait_until(lambda: "half.png" in daemon.in_hand())  # read once, and waits
+    write_image(daemon.drop / "good.png", 200)
+    daemon.wait_for_rows(1)
+    assert daemon.stop() == 0
+    assert daemon.in_hand() == {}
+    daemon.start()
+    assert "was in hand" not in daemon.log.read_text()

@@ -1,5 +1,6 @@
 """The watch on a folder: what it hears of, and what it survives."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import mounted
 
+from pic_daemon import watch
 from pic_daemon.folders import Folder
 from pic_daemon.watch import FileHint, FolderWatch
 
@@ -127,3 +129,42 @@ def test_an_empty_folder_whose_disk_was_mounted_when_last_seen_is_offline(
     (drop / "a.jpg").write_bytes(b"x")
     assert moved_here.look() and moved_here.mount_point != str(drop)
     moved_here.end()
+
+
+def test_a_sub_folder_that_could_not_be_watched_is_tried_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _, _ = watched
+    # As watchdog keeps what the kernel refused (test_offline has a folder that is shut).
+    found._observer._inotify_fd._watch_for_wd[-1] = None  # type: ignore[union-attr]
+    assert not found.look()
+    monkeypatch.setattr(found, "_renew_at", 0.0)
+    assert found.look()
+    assert not found.look()
+    assert hears_of_a_new_file(watched, "new.jpg")
+
+
+def test_a_folder_that_goes_while_it_is_walked_is_watched_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    found = FolderWatch(Folder(tmp_path), lambda _: None, lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(watch, "watches_needed", gone)
+        assert not found.look() and not found.online
+    assert found.look() and found.online and not found.polled
+    found.end()
+
+
+def test_a_long_walk_is_told_from_a_disk_that_hangs(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+    told: list[int] = []
+    found = FolderWatch(
+        Folder(tmp_path), lambda _: None, lambda _: None, progress=lambda: told.append(1)
+    )
+    assert found.look()
+    found.end()
+    assert len(told) > 20
