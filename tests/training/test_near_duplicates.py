@@ -1,5 +1,5 @@
 from pictures import product
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
 
@@ -32,3 +32,17 @@ def test_thousands_of_frames_of_one_scene_are_one_group() -> None:
     look = look_of(product(5))
     frames = {f"{n:05d}": Look(look.hash, look.thumbnail) for n in range(10_000)}
     assert set(groups_of(frames).values()) == {"00000"}
+
+
+def test_another_colour_of_a_small_thing_before_a_plain_background_is_no_copy() -> None:
+    def thing(colour: str) -> Image.Image:
+        picture = Image.new("RGB", (200, 200), "white")
+        pen = ImageDraw.Draw(picture)
+        pen.ellipse((70, 60, 130, 140), fill=colour)
+        pen.rectangle((90, 90, 110, 105), fill="white")
+        return picture
+
+    green = thing("darkgreen")
+    copies = [green.resize((60, 60)), green.crop((2, 2, 198, 198))]
+    looks = [look_of(picture) for picture in (*copies, thing("maroon"))]
+    assert list(first_copies(looks, [look_of(green)])) == [0, 0, None]

@@ -132,6 +132,19 @@ def test_none_of_n_still_leaves_three_of_n_possible() -> None:
     assert nothing.recall.value is None
 
 
+def test_what_mixes_the_classes_promises_no_more_than_the_one_less_known() -> None:
+    # A thousand copies, each of a picture of its own, and as many samples of three decoys.
+    labels = np.arange(2000) < 1000
+    pictures = np.where(labels, np.arange(2000), 5000 + np.arange(2000) % 3)
+    result = confusion(labels.astype(float), labels, pictures, 0.5)
+    assert result.false_positive_rate.high == 1
+    assert (result.accuracy.value, result.precision.value) == (1, 1)
+    assert result.accuracy.low == result.precision.low == 0.5
+    known = confusion(labels.astype(float), labels, np.arange(2000), 0.5)
+    assert known.accuracy.low == pytest.approx(1 - 3 / 1000 / 2)
+    assert known.precision.low == pytest.approx(0.997, abs=1e-4)
+
+
 def test_the_gate_lets_all_but_a_thousandth_of_the_copies_through() -> None:
     draw = np.random.default_rng(3)
     labels = np.arange(8000) % 2 == 1

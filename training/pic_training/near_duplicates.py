@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 # A copy: perceptual hashes (64 bits) this near, and 32 x 32 thumbnails this alike
-# (mean absolute difference in levels). The hash alone would also take another
-# colour of the same product for a copy; the thumbnail keeps those as decoys.
+# (mean absolute difference in levels), none of whose 4 x 4 blocks differs by much in its
+# mean. The hash alone would also take another colour of the same product for a copy, and
+# the thumbnail one that is small before a plain background: those are decoys.
 _HASH_DISTANCE = 10
 _LEVELS = 10.0
+_BLOCK_LEVELS = 25.0
 _THUMBNAIL = 32
 _BLOCKS = 4 * 4 * 3
 _ROUNDING = 0.01  # levels: what means in float32 may be off by
@@ -79,8 +81,11 @@ class _Compared:
         The means of blocks differ by no more, on average, than the thumbnails do:
         another colour under the same hash is told here.
         """
-        levels = np.abs(self._blocks[positions] - _blocks(look)).mean(axis=1)
-        kept: NDArray[np.intp] = positions[levels <= _LEVELS + _ROUNDING]
+        levels = np.abs(self._blocks[positions] - _blocks(look))
+        near = (levels.mean(axis=1) <= _LEVELS + _ROUNDING) & (
+            levels.max(axis=1, initial=0) <= _BLOCK_LEVELS
+        )
+        kept: NDArray[np.intp] = positions[near]
         return kept
 
 

@@ -7,14 +7,21 @@ one picture are not independent.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pic_daemon.promise import Floats, Interval, Labels, interval, resample
+from pic_daemon.promise import (
+    Floats,
+    Interval,
+    Labels,
+    interval,
+    resample,
+    supported_rate,
+)
 from pic_training.logistic import logistic_regression
 
 GATE_LOSS = 0.001
@@ -122,7 +129,8 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
               threshold: float, seed: int = 0) -> Confusion:  # fmt: skip
     """Decisions at `threshold`, with intervals bootstrapped by source.
 
-    `sources` of shape (N,) numbers the picture that each sample was made from.
+    `sources` of shape (N,) numbers the picture that each sample was made from. What mixes
+    the classes promises no more than what is known of each alone.
     """
     predicted = scores >= threshold
     outcome = np.where(labels, np.where(predicted, 0, 2), np.where(predicted, 1, 3))
@@ -143,10 +151,22 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
             resampled[:, good].sum(axis=1) / np.maximum(1, resampled[:, of].sum(axis=1)),
         )
 
+    false_positive_rate = share([1], [1, 3])
+    # With no mistake at all the rule of three bounds each class by its own pictures; the
+    # mistakes that stay possible are the most where all are of the class less known.
+    unseen = max(
+        samples / max(1, len(labels)) * min(1.0, supported_rate(int(pictures.sum())))
+        for samples, pictures in ((tp + fn, is_catalog), (fp + tn, ~is_catalog))
+    )
+    let_in = false_positive_rate.high * (fp + tn)
     return Confusion(
         tp, fp, fn, tn,
-        accuracy=share([0, 3], [0, 1, 2, 3]),
-        precision=share([0], [0, 1]),
+        accuracy=_at_most(share([0, 3], [0, 1, 2, 3]), 1 - unseen),
+        precision=_at_most(share([0], [0, 1]), tp / max(1, tp + let_in)),
         recall=share([0], [0, 2]),
-        false_positive_rate=share([1], [1, 3]),
+        false_positive_rate=false_positive_rate,
     )  # fmt: skip
+
+
+def _at_most(found: Interval, low: float) -> Interval:
+    return replace(found, low=min(found.low, low))
