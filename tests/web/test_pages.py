@@ -29,7 +29,7 @@ from pic_daemon.corrections import read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import Outcome
-from pic_daemon.web import pages
+from pic_daemon.web import disk, pages
 from pic_daemon.web.server import make_app, prepare
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -472,16 +472,14 @@ def test_an_account_that_may_not_write_can_look_but_note_nothing(tmp_path: Path)
 
 
 def test_looks_at_a_folder_that_hangs_do_not_pile_up(tmp_path: Path) -> None:
-    site, back = pages.Site(tmp_path, None, None, None, True), threading.Event()
+    asked, back = disk.Disk(), threading.Event()
 
     async def look() -> None:
-        looks = [
-            pages._on_disk(site, tmp_path, back.wait) for _ in range(pages._MOST_LOOKS)
-        ]
+        looks = [asked.ask(tmp_path, back.wait) for _ in range(disk.MOST_LOOKS)]
         waiting = [asyncio.ensure_future(one) for one in looks]
         await asyncio.sleep(0)  # so that each has begun
         with pytest.raises(TimeoutError):
-            await pages._on_disk(site, tmp_path, back.wait)
+            await asked.ask(tmp_path, back.wait)
         back.set()
         assert all(await asyncio.gather(*waiting))
 

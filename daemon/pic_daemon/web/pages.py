@@ -2,11 +2,8 @@
 
 import asyncio
 import sqlite3
-import threading
-import time
-from collections import defaultdict
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +24,7 @@ from pic_daemon.match_formats import printer
 from pic_daemon.match_log import SILENT_S
 from pic_daemon.schema import open_read_only
 from pic_daemon.web import pictures, queries
+from pic_daemon.web.disk import Disk
 from pic_daemon.web.gate import STRICT_CSP, headers_of, is_bearer, same_text
 from pic_daemon.web.queries import Cursor, FilterError, Filters, Row
 
@@ -39,10 +37,7 @@ _QUERY_LIMIT_MS = 3000
 _PART_LIMIT_MS = 30_000  # of what nobody waits for in front of a page
 _LOOK_S = 1.0  # the longest that a record's page waits to hear what is missing
 _PICTURE_S = 10.0  # the longest that a picture is waited for, as of a mount that hangs
-_SILENT_S = 5.0  # after so long without an answer a folder is not asked for the next
-_AGAIN_S = 30.0  # until it is tried once more
-_MOST_LOOKS = 16  # at one folder at a time: those at a mount that hangs never end
-_AT_ONCE = 2  # pictures decoded at a time, and read from each folder
+_AT_ONCE = 2  # pictures decoded at a time
 _TAKEN_S = 60.0  # the longest that a part waits for the other side to take it
 _PART = 1000  # rows of a list read and sent at a time
 _KINDS = {"csv": "text/csv; charset=utf-8", "json": "application/x-ndjson"}
@@ -56,8 +51,7 @@ hookimpl = HookimplMarker("datasette")  # as datasette.hookimpl, with types
 @dataclass(frozen=True)
 class Site:
     """What the pages are about. `user` is the account that serves, None where a token
-    says who may. `writable`: whether this account may note corrections. Each folder gives
-    out pictures in `turns`; `unanswered`: since when (monotonic, s) one owes an answer."""
+    says who may. `writable`: whether this account may note corrections."""
 
     database: Path
     catalog: Path | None
@@ -68,10 +62,7 @@ class Site:
     decoding: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_AT_ONCE, "picture")
     )
-    turns: defaultdict[Path, asyncio.Semaphore] = field(
-        default_factory=lambda: defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
-    )
-    unanswered: dict[Path, float] = field(default_factory=dict)
+    disk: Disk = field(default_factory=Disk)
 
 
 @hookimpl
@@ -290,7 +281,7 @@ async def _missing(site: Site, row: Row, of: pictures.Of, folders: list[str]) ->
         folder, relative = pictures.place(row, of, folders, site.catalog)
         async with asyncio.timeout(_LOOK_S):
             look = partial(pictures.read, row, of, folder, relative, most=0)
-            await _on_disk(site, folder, look)
+            await site.disk.ask(folder, look)
     except TimeoutError:
         return "no answer yet"
     except pictures.NotShown as reason:
@@ -338,9 +329,9 @@ async def picture(request: Request, datasette: Datasette) -> Response:
         if row is None:
             raise pictures.NotShown("no such record")
         folder, relative = pictures.place(row, of, folders, site.catalog)
-        async with asyncio.timeout(_PICTURE_S), site.turns[folder]:
+        async with asyncio.timeout(_PICTURE_S), site.disk.turns[folder]:
             read = partial(pictures.read, row, of, folder, relative)
-            data = await _on_disk(site, folder, read)
+            data = await site.disk.ask(folder, read)
             loop = asyncio.get_running_loop()
             made = loop.run_in_executor(site.decoding, pictures.smaller, data, side)
             return _picture(await made, "image/jpeg", 200)
@@ -431,36 +422,6 @@ async def _ask(datasette: Datasette, question: Callable[[sqlite3.Connection], T]
 
     answer: T = await datasette.get_database(LOG).execute_fn(limited)
     return answer
-
-
-async def _on_disk(site: Site, folder: Path, work: Callable[[], T]) -> T:
-    """Have `work` done, which may hang as on a mount that is gone, in a thread of its own.
-
-    That thread does not keep the process from ending. Raises TimeoutError where the folder
-    has not answered for some seconds: it is not asked again at once.
-    """
-    name = f"look {folder}"
-    if sum(thread.name == name for thread in threading.enumerate()) >= _MOST_LOOKS:
-        raise TimeoutError
-    now = time.monotonic()
-    waiting = now - site.unanswered.setdefault(folder, now)
-    if _SILENT_S <= waiting < _AGAIN_S:
-        raise TimeoutError
-    if waiting >= _AGAIN_S:
-        site.unanswered[folder] = now
-    answer: Future[T] = Future()
-    answer.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except Exception as error:
-            answer.set_exception(error)
-        finally:
-            site.unanswered.pop(folder, None)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await asyncio.wrap_future(answer)
 
 
 def _trouble(error: sqlite3.OperationalError) -> str:
