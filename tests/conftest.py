@@ -28,7 +28,7 @@ from pic_daemon.model import ModelInfo
 sys.path.insert(0, str(Path(__file__).parent))  # pictures.py
 
 SLOWEST = (  # by how long they take, with the two that wait for one run apart
-    "test_export", "test_trouble", "test_device_samples", "test_training",
+    "test_export", "test_device_samples", "test_training", "test_offline", "test_trouble",
     "test_describing", "test_distributed", "test_line", "test_evaluation", "test_naming",
 )  # fmt: skip
 

@@ -266,9 +266,9 @@ class Backlog:
         if path in self.in_hand:
             return  # a hint was faster
         if stamp is None:
-            came_anew = expected and not self._settling.awaits(path, expected)
-            if path in self._settling and came_anew:
-                return  # while it was looked for
+            as_expected = expected and self._settling.awaits(path, expected)
+            if path in self._settling and not as_expected:
+                return  # it came anew while it was looked for
             if self._settling.release(path) is not None:
                 self._hold(path, -1)
             if self.online(path):

@@ -20,6 +20,9 @@ from pic_daemon.errors import InputError
 
 _REAP_S = 1.0  # the longest that a killed program is waited for
 
+_left: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+"""By command the process that was killed last; it may wait for a disk that hangs."""
+
 _HEADER = re.compile(r"([A-Za-z0-9-]+): ?([\x21-\x7e][\x20-\x7e]*)")
 
 
@@ -126,6 +129,9 @@ def run_command(command: Sequence[str], timeout: float, message: str) -> None:
     Raises NotDelivered. After `timeout` seconds it is killed with all it started; what
     it writes to stderr goes to the service's log, its stdout nowhere.
     """
+    left = _left.get(tuple(command))
+    if left and left.poll() is None:
+        raise NotDelivered("it was killed for taking too long, and has not ended yet")
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -141,9 +147,10 @@ def run_command(command: Sequence[str], timeout: float, message: str) -> None:
     try:
         process.communicate(message.encode() + b"\n", timeout)
     except subprocess.TimeoutExpired as error:
-        # It became another user, or waits for a disk that hangs, which nothing ends.
+        # It became another user, or nothing ends it.
         with suppress(PermissionError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGKILL)
+            _left[tuple(command)] = process
             process.wait(_REAP_S)
         raise NotDelivered(f"it took longer than {timeout:g} s") from error
     if process.returncode:

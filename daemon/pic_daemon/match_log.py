@@ -40,6 +40,8 @@ SILENT_S = 120.0
 
 _UNREAD_AGAIN_S = 600.0  # leave to read a file may be given without a trace in its stamp
 
+_NOT_KEPT = "strikes = 0 OR instr(path, '\\x')"  # of in_hand: see `struck`
+
 STALE = -1  # as mtime_ns: no file has it, so that the next scan reads the file again
 
 
@@ -196,7 +198,7 @@ class MatchLog:
     def put_all_down(self) -> None:
         """Note that no file is being read; those with strikes stay noted, as such."""
         with self._transaction(synchronous="NORMAL"):
-            self._db.execute("DELETE FROM in_hand WHERE strikes = 0")
+            self._db.execute(f"DELETE FROM in_hand WHERE {_NOT_KEPT}")
             self._db.execute("UPDATE in_hand SET since = ''")
 
     def left_in_hand(self) -> list[str]:
@@ -209,9 +211,7 @@ class MatchLog:
         ).fetchall()
         if rows:
             with self._transaction():
-                self._db.execute(
-                    "DELETE FROM in_hand WHERE strikes = 0 OR instr(path, '\\x')"
-                )
+                self._db.execute(f"DELETE FROM in_hand WHERE {_NOT_KEPT}")
         return [path for (path,) in rows]
 
     def struck(self) -> list[str]:

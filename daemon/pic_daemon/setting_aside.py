@@ -8,10 +8,7 @@ import queue
 import shutil
 import tempfile
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +18,6 @@ from pic_daemon.match_log import Outcome
 logger = logging.getLogger("pic_daemon")
 
 _PART = ".pic-daemon.part"
-_QUIET_S = 60.0  # since it was last written to: an upload that pauses is not to be moved
-_LOOK_S = 1.0  # between two looks at how long that is
 _END_S = 5.0  # the longest that the end of the service waits for what is to be moved
 
 
@@ -36,16 +31,12 @@ class SetAside:
 
 
 class Mover:
-    """Moves files into `folder`; `send` gets a SetAside of each, from its thread.
-
-    A file that was written to in the last minute waits: whoever writes may not be done.
-    """
+    """Moves files into `folder`; `send` gets a SetAside of each, from its thread."""
 
     def __init__(self, folder: Path, send: Callable[[SetAside], None]) -> None:
         self._folder = folder
         self._send = send
         self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
-        self._waiting: deque[Outcome] = deque()  # until nobody has written for a while
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
         self._thread.start()
@@ -58,7 +49,7 @@ class Mover:
         """Wait a little for what is asked for, and tell of what is not moved then."""
         self._asked.put(None)
         self._thread.join(_END_S)
-        if self._thread.is_alive() or self._waiting:
+        if self._thread.is_alive():
             self._ended = True  # no more are begun, as nobody would note them
             logger.warning(
                 "failed files could not be moved to %s before the end; they stay where "
@@ -66,25 +57,12 @@ class Mover:
             )  # fmt: skip
 
     def _run(self) -> None:
-        while not self._ended:
-            with suppress(queue.Empty):
-                outcome = self._asked.get(timeout=_LOOK_S if self._waiting else None)
-                if outcome is None:
-                    return
-                self._waiting.append(outcome)
-            for _ in range(len(self._waiting)):
-                outcome = self._waiting.popleft()
-                if abs(time.time() - outcome.stamp.mtime_ns / 1e9) < _QUIET_S:
-                    self._waiting.append(outcome)
-                elif not self._ended:
-                    self._move(outcome)
-
-    def _move(self, outcome: Outcome) -> None:
-        try:
-            target = set_aside(outcome.path, outcome.stamp, self._folder)
-            self._send(SetAside(outcome, target))
-        except OSError as error:
-            self._send(SetAside(outcome, None, error.strerror or str(error)))
+        while (outcome := self._asked.get()) and not self._ended:
+            try:
+                target = set_aside(outcome.path, outcome.stamp, self._folder)
+                self._send(SetAside(outcome, target))
+            except OSError as error:
+                self._send(SetAside(outcome, None, error.strerror or str(error)))
 
 
 def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ _COUNT_EVERY_S = 60.0  # between two looks at the watches that all processes hol
 
 _NO_WATCH = -1  # under which watchdog keeps a folder that it could not watch
 
-_RENEW_S = 300.0  # the least between two watches of a folder that is there all the time
+_RENEW_S = 300.0  # the least between two watches of a folder from which others are moved
 
 _EVENTS: list[type[FileSystemEvent]] = [
     FileCreatedEvent, FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent,
@@ -156,7 +157,7 @@ class FolderWatch:
         emitting = observer.is_alive() and any(e.is_alive() for e in observer.emitters)
         if not (emitting and _hears(observer)) or self._handler.overflowed:
             return True
-        stale = self._handler.moved_away or _was_shut_out(observer)
+        stale = self._handler.moved_away or _opened(observer)
         return stale and time.monotonic() >= self._renew_at
 
     def _inode_there(self) -> int | None:
@@ -229,6 +230,8 @@ def _observer() -> BaseObserver:
     if sys.platform == "linux":
         from watchdog.observers.inotify import InotifyObserver
 
+        # Of each folder that is shut, with the names of all that are watched.
+        warnings.filterwarnings("ignore", "Callback with id .* already exists")
         # Full events tell a file moved in from outside (complete) from a new one.
         return InotifyObserver(generate_full_events=True)
     return Observer()
@@ -269,10 +272,14 @@ def _hears(observer: BaseObserver) -> bool:
     return reader.is_alive() and any(number != _NO_WATCH for number in held)
 
 
-def _was_shut_out(observer: BaseObserver) -> bool:
-    """Whether one of the folders could not be watched; watchdog says nothing of it."""
-    reader = getattr(observer, "_inotify_fd", None)
-    return _NO_WATCH in getattr(reader, "_watch_for_wd", {})
+def _opened(observer: BaseObserver) -> bool:
+    """Whether a folder may be read that watchdog, without a word, could not watch."""
+    for emitter in observer.emitters:
+        group = getattr(emitter, "_inotify", None)
+        held = dict(getattr(group, "_active_callbacks_by_path", {}))
+        if any(wd == _NO_WATCH and os.access(path, os.R_OK) for path, wd in held.items()):
+            return True
+    return False
 
 
 class _Handler(FileSystemEventHandler):

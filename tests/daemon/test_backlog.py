@@ -7,23 +7,26 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import SIZE, write_image
 
 from pic_daemon import backlog, service
-from pic_daemon.backlog import Backlog
+from pic_daemon.backlog import Backlog, InHand
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
 from pic_daemon.folders import FileStamp, Folder, stamp_of
 from pic_daemon.health import Health
-from pic_daemon.match_log import MatchLog
+from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import load_model
 from pic_daemon.reading import read_image
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
+from pic_daemon.schema import Status
 from pic_daemon.service import Service
+from pic_daemon.setting_aside import SetAside
 from pic_daemon.watch import FileHint, HintsLost
 
 
@@ -210,3 +213,49 @@ def test_hints_beyond_what_fits_while_the_database_takes_nothing_cost_a_scan(
             running._look_around(0.0, decoders)
             running._look_around(0.0, decoders)
             assert asked == [True]
+
+
+def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, failed = tmp_path / "drop", tmp_path / "failed"
+    failed.mkdir()
+    paths = [str(write_image(drop / f"{name}.png", 25)) for name in ("fresh", "old")]
+    os.utime(paths[1], (1e9, 1e9))
+    folders = (Folder(drop),)
+    config = Config(folders, model_file, tmp_path / "log.db", failed_folder=failed)
+    with closing(MatchLog.open(config.database)) as log:
+        running = Service(config, load_model(model_file, "cpu"), log)
+        log.use_model(running.model)
+
+        def record(path: str, status: Status) -> None:
+            stamp = stamp_of(path)
+            assert stamp
+            running._backlog.in_hand[path] = InHand(0.0, stamp, settled=True)
+            outcome = Outcome(path, "", stamp, status, 0.0, 0.0)
+            if status == "failed":
+                outcome = replace(outcome, error="cut short")
+            else:
+                outcome = replace(outcome, score=0.1, threshold=0.5)
+            running._record([outcome], running.model)
+
+        def moved() -> Path | None:
+            message = running.inbox.get(timeout=30)
+            assert isinstance(message, SetAside)
+            return message.target
+
+        for path in paths:
+            record(path, "failed")
+        assert moved() == failed / "old.png"
+        record(paths[0], "no-match")  # it was completed
+        monkeypatch.setattr(service, "_QUIET_S", 0.0)
+        running._look_at_failed()
+        monkeypatch.undo()
+        record(paths[0], "failed")
+        running._look_at_failed()
+        assert Path(paths[0]).exists()
+        monkeypatch.setattr(service, "_QUIET_S", 0.0)
+        running._look_at_failed()
+        assert moved() == failed / "fresh.png"
+        running._end_moves()
+        assert running.inbox.empty()

@@ -1,5 +1,4 @@
 import os
-import queue
 import subprocess
 import tempfile
 from pathlib import Path
@@ -7,10 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import write_image
 
-from pic_daemon import setting_aside
 from pic_daemon.folders import Folder, mount_of, stamp_of, text_of
-from pic_daemon.match_log import Outcome
-from pic_daemon.setting_aside import Mover, SetAside, set_aside
+from pic_daemon.setting_aside import set_aside
 
 
 def names(folder: Folder) -> set[str]:
@@ -100,34 +97,3 @@ def test_a_name_that_is_not_utf8_becomes_readable_text() -> None:
 
 def test_the_file_system_is_named() -> None:
     assert mount_of(Path("/proc")).type == "proc"
-
-
-def failure(path: Path) -> Outcome:
-    stamp = stamp_of(str(path))
-    assert stamp
-    return Outcome(str(path), "", stamp, "failed", 0.0, 0.0, error="cut short")
-
-
-def test_a_failed_file_that_may_still_be_written_to_stays_until_it_is_quiet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    failed = tmp_path / "failed"
-    failed.mkdir()
-    fresh, old = (write_image(tmp_path / f"{name}.png", 25) for name in ("fresh", "old"))
-    os.utime(old, (1e9, 1e9))
-    moved: queue.Queue[SetAside] = queue.Queue()
-    mover = Mover(failed, moved.put)
-    for path in (fresh, old):
-        mover.move(failure(path))
-    assert moved.get(timeout=30).target == failed / "old.png"
-    mover.end()
-    assert "they stay where they are" in caplog.text
-    assert fresh.exists() and moved.empty()
-
-    monkeypatch.setattr(setting_aside, "_QUIET_S", 0.5)
-    mover = Mover(failed, moved.put)
-    mover.move(failure(fresh))
-    assert moved.get(timeout=30).target == failed / "fresh.png"
-    caplog.clear()
-    mover.end()
-    assert caplog.text == ""

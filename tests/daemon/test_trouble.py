@@ -379,6 +379,11 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     daemon.wait_until(lambda: (failed / "bad-1.png").exists())
     assert daemon.log.read_text().count("failed path=") == 2
     assert len(daemon.rows()) == 2
+    (daemon.drop / "half.png").write_text("an upload that pauses")
+    daemon.wait_for_rows(3)
+    assert daemon.stop() == 0
+    assert (daemon.drop / "half.png").exists()
+    assert "half.png' cannot be moved to" in daemon.log.read_text()
 
 
 def test_a_failed_folder_that_is_not_there_is_said_and_holds_nothing_up(

@@ -131,14 +131,18 @@ def test_an_empty_folder_whose_disk_was_mounted_when_last_seen_is_offline(
     moved_here.end()
 
 
-def test_a_sub_folder_that_could_not_be_watched_is_tried_again(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
+def test_a_sub_folder_that_could_not_be_watched_is_tried_once_it_is_opened(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, _, _ = watched
+    sub = tmp_path / "sub"  # shut, as far as root can have it: it is not there
+    assert found._observer
+    (emitter,) = found._observer.emitters
     # As watchdog keeps what the kernel refused (test_offline has a folder that is shut).
-    found._observer._inotify_fd._watch_for_wd[-1] = None  # type: ignore[union-attr]
-    assert not found.look()
+    emitter._inotify._active_callbacks_by_path[bytes(sub)] = -1  # type: ignore[attr-defined]
     monkeypatch.setattr(found, "_renew_at", 0.0)
+    assert not found.look()  # still shut
+    sub.mkdir()
     assert found.look()
     assert not found.look()
     assert hears_of_a_new_file(watched, "new.jpg")

@@ -10,8 +10,7 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_daemon.errors import InputError
-from pic_daemon.images import decode
-from pic_training.augmentation import Augmentation, augment, compress, sample, vary
+from pic_training.augmentation import Augmentation, augment, sample, vary
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig
 from pic_training.samples import SampleSet
@@ -135,14 +134,6 @@ def test_an_alteration_keeps_to_its_ranges() -> None:
         data = augment(image, np.random.default_rng(number), whole)
         width, height = Image.open(io.BytesIO(data)).size
         assert width * height >= 0.49 * 256 * 256
-
-
-@pytest.mark.parametrize("quality", [10, 50, 95])
-def test_a_compressed_sample_is_what_pillow_would_have_saved(quality: int) -> None:
-    saved = io.BytesIO()
-    product(2).save(saved, "JPEG", quality=quality)
-    ours = decode(compress(np.asarray(product(2)), quality), 64).pixels
-    assert np.array_equal(ours, decode(saved.getvalue(), 64).pixels)
 
 
 def test_both_classes_go_through_the_same_alterations(sources: Sources) -> None:

@@ -326,7 +326,7 @@ def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
 ) -> None:
     older = shutil.copytree(finished, tmp_path / "older")
     config = json.loads((older / "config.json").read_text())
-    del config["augmentation"]["resampling"]
+    del config["augmentation"]["variety"]
     (older / "config.json").write_text(json.dumps(config))
     result = run_here("pic-train", *options(folders, older), "--resume")
     assert result.returncode == 2

@@ -7,15 +7,13 @@ Decoys to train on are made into new ones besides, mirrored and recoloured: any 
 leaves a decoy a decoy. Those that measure never are.
 """
 
+import io
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from pic_daemon.images import Pixels, decode, to_pixels
-
-cv2.setNumThreads(1)  # as many processes as cores do this at the same time
 
 _UNCOMPRESSED = 95  # quality of a file that is not meant to lose anything
 
@@ -38,8 +36,7 @@ class Augmentation:
     `side` pixels (log-uniform, never enlarged), and half of the time the picture is
     then enlarged back to the size it had. Compress: JPEG at `quality`; where this one
     is not applied and a file is wanted, it is saved at quality 95. `variety`: decoys to
-    train on go through `vary`. `resampling` names how pixels are resized: no choice, but
-    by it a run is known that an earlier version began.
+    train on go through `vary`.
     """
 
     probability: float = 0.8
@@ -48,23 +45,22 @@ class Augmentation:
     side: tuple[int, int] = (48, 256)
     quality: tuple[int, int] = (10, 95)
     variety: bool = True
-    resampling: str = "area, back by cubic"
 
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
     """Alter an RGB picture; returns the bytes of a JPEG file."""
-    pixels, quality = alter(image, draw, ranges)
-    return compress(pixels, quality or _UNCOMPRESSED)
+    image, quality = alter(image, draw, ranges)
+    return compress(image, quality or _UNCOMPRESSED)
 
 
 def sample(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation, size: int
 ) -> Pixels:
     """An altered picture as the daemon would see it: uint8, shape (size, size, 3)."""
-    pixels, quality = alter(image, draw, ranges)
+    image, quality = alter(image, draw, ranges)
     if quality is None:  # nothing for a codec to leave behind
-        return to_pixels(Image.fromarray(pixels), size)
-    return decode(compress(pixels, quality), size).pixels
+        return to_pixels(image, size)
+    return decode(compress(image, quality), size).pixels
 
 
 def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
@@ -88,54 +84,47 @@ def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
 
 def alter(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation
-) -> tuple[Pixels, int | None]:
-    """An RGB picture cropped and resized, and the JPEG quality to save it at, if any.
-
-    The picture is uint8, shape (H, W, 3).
-    """
-    pixels = np.asarray(image)
+) -> tuple[Image.Image, int | None]:
+    """An RGB picture cropped and resized, and the JPEG quality to save it at, if any."""
     if draw.random() < ranges.probability:
-        pixels = _crop(pixels, draw, ranges)
+        image = _crop(image, draw, ranges)
     if draw.random() < ranges.probability:
-        pixels = _resize(pixels, draw, ranges)
+        image = _resize(image, draw, ranges)
     quality = None
     if draw.random() < ranges.probability:
         quality = int(draw.integers(ranges.quality[0], ranges.quality[1] + 1))
-    return pixels, quality
+    return image, quality
 
 
-def compress(pixels: Pixels, quality: int) -> bytes:
-    """The bytes of a JPEG file of RGB pixels, uint8, shape (H, W, 3)."""
-    # The very pixels that Pillow's encoder leaves, in two thirds of its time.
-    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    file = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return bytes(file)
+def compress(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
-def _crop(pixels: Pixels, draw: np.random.Generator, ranges: Augmentation) -> Pixels:
-    height, width = pixels.shape[:2]
+def _crop(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation
+) -> Image.Image:
     area = draw.uniform(*ranges.crop_area)
     stretch = ranges.crop_aspect ** draw.uniform(-1, 1)
-    columns = min(width, max(1, round(width * np.sqrt(area * stretch))))
-    rows = min(height, max(1, round(height * np.sqrt(area / stretch))))
-    left = int(draw.integers(0, width - columns + 1))
-    top = int(draw.integers(0, height - rows + 1))
-    return pixels[top : top + rows, left : left + columns]
+    width = min(image.width, max(1, round(image.width * np.sqrt(area * stretch))))
+    height = min(image.height, max(1, round(image.height * np.sqrt(area / stretch))))
+    left = int(draw.integers(0, image.width - width + 1))
+    top = int(draw.integers(0, image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
-def _resize(pixels: Pixels, draw: np.random.Generator, ranges: Augmentation) -> Pixels:
+def _resize(
+    image: Image.Image, draw: np.random.Generator, ranges: Augmentation
+) -> Image.Image:
     low, high = np.log(ranges.side)
     side = float(np.exp(draw.uniform(low, high)))
     back = draw.random() < 0.5
-    height, width = pixels.shape[:2]
-    factor = side / max(height, width)
+    original = image.size
+    factor = side / max(original)
     if factor >= 1:
-        return pixels
-    smaller = (max(1, round(width * factor)), max(1, round(height * factor)))
-    # Pillow's bicubic filter took three times as long, most of a sample's whole time.
-    pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
-    return (
-        cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
-        if back
-        else pixels
-    )
+        return image
+    smaller = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    image = image.resize(smaller, Image.Resampling.BICUBIC)
+    return image.resize(original, Image.Resampling.BICUBIC) if back else image

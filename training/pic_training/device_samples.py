@@ -161,12 +161,11 @@ def _version(
     longer = float((share * image.size[::-1]).max()) / max(image.size)
     low, high = (round(side / longer) for side in ranges.side)
     whole = replace(ranges, crop_area=(1, 1), crop_aspect=1, side=(low, high))
-    pixels, quality = alter(image, draw, whole)
+    image, quality = alter(image, draw, whole)
     if quality is not None:
-        saved = Image.open(io.BytesIO(compress(pixels, quality)))
-        pixels = np.asarray(saved.convert("RGB"))
-    height, width = (np.array(pixels.shape[:2]) * share).round().clip(1).astype(int)
-    return pixels, (int(height), int(width))
+        image = Image.open(io.BytesIO(compress(image, quality))).convert("RGB")
+    height, width = (np.array(image.size[::-1]) * share).round().clip(1).astype(int)
+    return np.asarray(image), (int(height), int(width))
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,14 @@ class _Compared:
         return np.flatnonzero(distance <= _HASH_DISTANCE) + first
 
     def closer(self, look: Look, positions: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Those of the positions that may be alike.
+        """Those of the positions that are alike by the means of their blocks.
 
-        The means of blocks differ by no more, on average, than the thumbnails do:
-        another colour under the same hash is told here.
+        These differ by no more, on average, than the thumbnails do, so that most of what
+        is another colour under the same hash need not be compared further.
         """
         levels = np.abs(self._blocks[positions] - _blocks(look))
         near = (levels.mean(axis=1) <= _LEVELS + _ROUNDING) & (
-            levels.max(axis=1, initial=0) <= _BLOCK_LEVELS
+            levels.max(axis=1) <= _BLOCK_LEVELS
         )
         kept: NDArray[np.intp] = positions[near]
         return kept

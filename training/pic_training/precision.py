@@ -109,8 +109,8 @@ def weigh(
         if read_json(folder / "digest.json")["sources"] != sources.digest:
             say_left_out(sources)  # perhaps they are among those
             raise InputError(
-                f"the pictures of {folder} changed since: another precision needs them "
-                "to measure what it costs."
+                f"the pictures of {folder} changed since, or are chosen otherwise by this "
+                "version: another precision needs them to measure what it costs."
             )
         samples = samples_of(config, sources, "val")
         batches = samples.load(0, _CALIBRATION_BATCH, workers=1)
@@ -122,9 +122,10 @@ def weigh(
     before, after, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
     test, groups = samples.is_test(), sources.groups()[samples.sources_drawn()]
     threshold = threshold_for(after[~test], labels[~test], config.target_fpr)
+    limit = threshold_for(before[~test], labels[~test], config.target_fpr)
     was, now = (
-        confusion(scores[test], labels[test], groups[test], limit)
-        for scores, limit in ((before, plain.info.threshold), (after, threshold))
+        confusion(scores[test], labels[test], groups[test], at)
+        for scores, at in ((before, limit), (after, threshold))
     )
     rate = now.false_positive_rate
     info = replace(

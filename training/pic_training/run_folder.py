@@ -221,7 +221,6 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
         stored = read_json(folder / "config.json")
         # Of an earlier version: how far decoys to train on were cropped, and no others.
         stored["augmentation"].pop("decoy_area", None)
-        stored["augmentation"].setdefault("resampling", "bicubic")
         ranges: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in stored.pop("augmentation").items()

@@ -181,8 +181,8 @@ def gather(
     Pictures that somebody called ours join the catalog's, those called not ours join the
     others, where their files still are what was judged.
 
-    Leaves out what cannot be decoded, what repeats another picture byte for byte, nearly
-    uniform catalog images, other images that are copies of a catalog image, and images
+    Leaves out what cannot be decoded, what repeats another picture byte for byte, what is
+    nearly uniform, other images that are copies of a catalog image, and images
     for validation with a near-duplicate among those trained on. Without `others_val`, a
     fifth of the other images is held back for validation, and with it a fifth of those
     called not ours: whole groups of near-duplicates, by content hash.
