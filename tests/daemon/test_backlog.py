@@ -255,7 +255,9 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
         running._look_at_failed()
         assert Path(paths[0]).exists()
         monkeypatch.setattr(service, "_QUIET_S", 0.0)
-        running._look_at_failed()
+        running._next_rescan = math.inf
+        with Decoders(1, 60, lambda _: None) as decoders:
+            running._look_around(0.0, decoders)
         assert moved() == failed / "fresh.png"
         running._end_moves()
         assert running.inbox.empty()
