@@ -50,7 +50,9 @@ def run_evaluation(
 
     with tempfile.TemporaryDirectory() as scratch:
         side = max(256, 2 * model.info.input_size)
-        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        working = Path(scratch) / "sources.rgb"
+        # With blank decoys: that none of them matches is seen here.
+        sources = gather(catalog, others, None, working, side, blanks=True)
         say_left_out(sources)
         _check_prefixes(general, sources)
         for run in runs:

@@ -151,6 +151,7 @@ class _Origin:
     split: Split | None
     folder: Path | None = None
     corrected: tuple[Correction, ...] = ()
+    blanks: bool = False  # whether nearly uniform pictures take part
 
     def paths(self, left_out: list[LeftOut]) -> list[str]:
         """The files; folders that cannot be read are added to `left_out`."""
@@ -175,6 +176,7 @@ def gather(
     file: Path,
     side: int,
     corrections: Sequence[Correction] = (),
+    blanks: bool = False,
 ) -> Sources:
     """Decode every picture below the folders into `file`, its longer side at most `side`.
 
@@ -182,10 +184,10 @@ def gather(
     others, where their files still are what was judged.
 
     Leaves out what cannot be decoded, what repeats another picture byte for byte, what is
-    nearly uniform, other images that are copies of a catalog image, and images
-    for validation with a near-duplicate among those trained on. Without `others_val`, a
-    fifth of the other images is held back for validation, and with it a fifth of those
-    called not ours: whole groups of near-duplicates, by content hash.
+    nearly uniform (with `blanks` only of the catalog), other images that are copies of a
+    catalog image, and images for validation with a near-duplicate among those trained on.
+    Without `others_val`, a fifth of the other images is held back for validation, and with
+    it a fifth of those called not ours: whole groups of near-duplicates, by content hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
@@ -195,11 +197,11 @@ def gather(
     origins = [
         _Origin("catalog", "train", catalog),
         _Origin("catalog", "train", corrected=ours),
-        _Origin("other", of_others, others),
-        _Origin("other", None, corrected=not_ours),
+        _Origin("other", of_others, others, blanks=blanks),
+        _Origin("other", None, corrected=not_ours, blanks=blanks),
     ]
     if others_val:
-        origins.append(_Origin("other", "val", others_val))
+        origins.append(_Origin("other", "val", others_val, blanks=blanks))
     found, left_out = _decode_into(file, origins, side)
     found = _without(found, _copies_among_others(found), left_out)
     groups: dict[str, str] = {}
@@ -279,7 +281,7 @@ def _reason_against(
         overlap = ": the folders overlap" if origin.folder else ""
         return f"it takes part already{overlap}"
     # The service never matches one, whatever the network: it is not to choose a threshold.
-    if is_blank(item.look.thumbnail):
+    if not origin.blanks and is_blank(item.look.thumbnail):
         return "nearly uniform picture: nothing to recognise"
     return None
 
