@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,3 +173,45 @@ def test_a_long_walk_is_told_from_a_disk_that_hangs(tmp_path: Path) -> None:
     assert found.look()
     found.end()
     assert len(told) > 20
+
+
+AUTOMOUNT = """
+import fcntl, os, struct, subprocess, sys
+disk, folder = sys.argv[1:]
+reading, writing = os.pipe()
+os.setpgid(0, 0)  # who mounts is told by its group
+options = f"fd={writing},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"
+mount = ["mount", "-t", "autofs", "-o", options, "auto", folder]
+if subprocess.run(mount, pass_fds=[writing], capture_output=True).returncode:
+    sys.exit("no automount here")
+os.close(writing)
+root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+print("ready", flush=True)
+while asked := os.read(reading, 304):  # auto_fs.h, autofs_v5_packet
+    subprocess.run(["mount", "--bind", disk, folder], check=True)
+    fcntl.ioctl(root, 0x9360, struct.unpack_from("I", asked, 8)[0])  # AUTOFS_IOC_READY
+"""
+
+
+def test_a_folder_that_is_mounted_when_it_is_used_is_online(tmp_path: Path) -> None:
+    disk, drop = tmp_path / "disk", tmp_path / "drop"
+    disk.mkdir()
+    drop.mkdir()
+    command = [sys.executable, "-c", AUTOMOUNT, disk, drop]
+    mounting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert mounting.stdout
+    if not mounting.stdout.readline():
+        pytest.skip("an automount point needs root, and a kernel with autofs")
+    try:
+        hints: list[FileHint] = []
+        found = FolderWatch(Folder(drop), hints.append, lambda _: None)
+        assert found.look()
+        assert not found.look() and found.online
+        (disk / "new.jpg").write_bytes(b"x")
+        until(lambda: bool(hints))
+        found.end()
+    finally:
+        for _ in range(2):  # what it mounted, and itself
+            subprocess.run(["umount", "--lazy", str(drop)], capture_output=True)
+        mounting.kill()
+        mounting.communicate()
