@@ -45,7 +45,6 @@ _BATCH_WAIT_S = 0.02  # the longest a decoded image waits for others to fill a b
 _BACKLOG_WAIT_S = 0.25  # the same while more files wait than are read: nobody is kept
 _LONGEST_WAIT_S = 60.0
 _MOST_MESSAGES = 100_000  # in the inbox: some 40 MB of hints
-_QUIET_S = 60.0  # since a file was written to: an upload that pauses is not to be moved
 _MESSAGES = 1000  # heeded before the loop looks at its other duties
 _STRIKES = 2  # attempts at a file that ends its worker
 _UNREAD_STRIKES = 3  # attempts at one that cannot be read
@@ -105,7 +104,6 @@ class Service:
     _retention: Retention = field(init=False)
     _recorder: Recorder = field(init=False)
     _mover: Mover | None = None
-    _to_move: dict[str, Outcome] = field(default_factory=dict)  # once nobody writes to them
     _missed: bool = False  # hints that found no room
     _stopping: bool = False
 
@@ -215,9 +213,6 @@ class Service:
         while not self.inbox.empty():
             if isinstance(message := self.inbox.get(), SetAside):
                 self._handle(message)
-        for outcome in self._to_move.values():
-            problem = f"the service ended less than {_QUIET_S:g} s after it was written to"
-            self._recorder.set_aside(SetAside(outcome, None, problem))
 
     def _busy(self) -> bool:
         """Whether files are with the worker processes, or wait for what comes after."""
@@ -263,7 +258,8 @@ class Service:
             for files in self._files:
                 files.look()
             decoders.look()
-            self._look_at_failed()
+            if self._mover:
+                self._mover.look()
             if self._backlog.look_at_folders():
                 decoders.leave_behind()
             self._note_folders()
@@ -482,23 +478,9 @@ class Service:
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
         self._recorder.record(outcomes, model)
         for outcome in outcomes:
-            self._to_move.pop(outcome.path, None)
-            if outcome.status == "failed":
-                self._set_aside(outcome)
+            if self._mover:
+                self._mover.heed(outcome)
             self._backlog.let_go(outcome.path)
-
-    def _set_aside(self, failed: Outcome) -> None:
-        """Have a file moved, if that is asked for, once nobody writes to it any more."""
-        quiet = abs(time.time() - failed.stamp.mtime_ns / 1e9) >= _QUIET_S
-        if self._mover and quiet:
-            self._mover.move(failed)
-        elif self._mover:
-            self._to_move[failed.path] = failed
-
-    def _look_at_failed(self) -> None:
-        waiting, self._to_move = self._to_move, {}
-        for outcome in waiting.values():
-            self._set_aside(outcome)
 
     def _outcome(
         self, reading: Reading, verdict: Verdict | None, threshold: float, now: float

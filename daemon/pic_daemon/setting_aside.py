@@ -8,6 +8,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pic_daemon.match_log import Outcome
 logger = logging.getLogger("pic_daemon")
 
 _PART = ".pic-daemon.part"
+_QUIET_S = 60.0  # since a file was written to: an upload that pauses is not to be moved
 _END_S = 5.0  # the longest that the end of the service waits for what is to be moved
 
 
@@ -31,22 +33,37 @@ class SetAside:
 
 
 class Mover:
-    """Moves files into `folder`; `send` gets a SetAside of each, from its thread."""
+    """Moves files that failed into `folder`, once nobody has written to them for a minute.
+
+    `send` gets a SetAside of each, most from the thread that moves.
+    """
 
     def __init__(self, folder: Path, send: Callable[[SetAside], None]) -> None:
         self._folder = folder
         self._send = send
+        self._waiting: dict[str, Outcome] = {}  # by path
         self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
         self._thread.start()
 
-    def move(self, outcome: Outcome) -> None:
-        """Ask for a file to be moved; returns at once."""
-        self._asked.put(outcome)
+    def heed(self, outcome: Outcome) -> None:
+        """Take note of what became of a file; returns at once."""
+        self._waiting.pop(outcome.path, None)
+        if outcome.status != "failed":
+            return
+        if abs(time.time() - outcome.stamp.mtime_ns / 1e9) >= _QUIET_S:
+            self._asked.put(outcome)
+        else:
+            self._waiting[outcome.path] = outcome
+
+    def look(self) -> None:
+        """Have those moved that nobody has written to since."""
+        for outcome in list(self._waiting.values()):
+            self.heed(outcome)
 
     def end(self) -> None:
-        """Wait a little for what is asked for, and tell of what is not moved then."""
+        """Wait a little for what is to be moved, and tell of what is not moved then."""
         self._asked.put(None)
         self._thread.join(_END_S)
         if self._thread.is_alive():
@@ -55,6 +72,9 @@ class Mover:
                 "failed files could not be moved to %s before the end; they stay where "
                 "they are", self._folder,
             )  # fmt: skip
+        for outcome in self._waiting.values():
+            problem = f"the service ended less than {_QUIET_S:g} s after it was written to"
+            self._send(SetAside(outcome, None, problem))
 
     def _run(self) -> None:
         while (outcome := self._asked.get()) and not self._ended:

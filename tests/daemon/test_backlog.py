@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import SIZE, write_image
 
-from pic_daemon import backlog, service
+from pic_daemon import backlog, service, setting_aside
 from pic_daemon.backlog import Backlog, InHand
 from pic_daemon.config import Config
 from pic_daemon.decoding import Decoders
@@ -226,6 +226,8 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
     config = Config(folders, model_file, tmp_path / "log.db", failed_folder=failed)
     with closing(MatchLog.open(config.database)) as log:
         running = Service(config, load_model(model_file, "cpu"), log)
+        mover = running._mover
+        assert mover
         log.use_model(running.model)
 
         def record(path: str, status: Status) -> None:
@@ -248,13 +250,13 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
             record(path, "failed")
         assert moved() == failed / "old.png"
         record(paths[0], "no-match")  # it was completed
-        monkeypatch.setattr(service, "_QUIET_S", 0.0)
-        running._look_at_failed()
+        monkeypatch.setattr(setting_aside, "_QUIET_S", 0.0)
+        mover.look()
         monkeypatch.undo()
         record(paths[0], "failed")
-        running._look_at_failed()
+        mover.look()
         assert Path(paths[0]).exists()
-        monkeypatch.setattr(service, "_QUIET_S", 0.0)
+        monkeypatch.setattr(setting_aside, "_QUIET_S", 0.0)
         running._next_rescan = math.inf
         with Decoders(1, 60, lambda _: None) as decoders:
             running._look_around(0.0, decoders)
