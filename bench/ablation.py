@@ -194,7 +194,7 @@ def prepare(data: Path, decoys: str, work: Path, samples: int, share: float,
         choose(others / split, work / f"others-{split}", decoys)
     sources = gather(
         data / "catalog", work / "others-train", work / "others-val",
-        work / "sources.rgb", 256,
+        work / "sources.rgb", 64,
     )  # fmt: skip
     every = round(1 / share)
     kept = [p for p in sources.pictures if p.split == "val"]

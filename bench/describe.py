@@ -76,7 +76,7 @@ def gathered(data: Path, work: Path) -> Sources:
     kept = work / "sources.pkl"
     if not kept.exists():
         folders = (data / "catalog", data / "other" / "train", data / "other" / "val")
-        kept.write_bytes(pickle.dumps(gather(*folders, work / "sources.rgb", 448)))
+        kept.write_bytes(pickle.dumps(gather(*folders, work / "sources.rgb", 224)))
     sources: Sources = pickle.loads(kept.read_bytes())
     return sources
 

@@ -33,7 +33,7 @@ from pic_training.learner import Learner  # noqa: E402
 from pic_training.networks import ARCHITECTURES  # noqa: E402
 from pic_training.preparation import samples_of  # noqa: E402
 from pic_training.samples import Batch  # noqa: E402
-from pic_training.sources import gather  # noqa: E402
+from pic_training.sources import gather, working_side  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, exists=True)
 
@@ -54,9 +54,9 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         stages=None, seed=0, precision="auto", task="classify", dimensions=None,
         naming=None, least_area=0.5, **options,
     )  # fmt: skip
-    side = 256
+    side = working_side(64)
     with tempfile.TemporaryDirectory() as scratch:
-        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", side)
+        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", 64)
         samples = samples_of(config, sources, "train")
         learner = Learner(config, ALONE, len(sources.of("catalog", "train")))
         learner.network.train()

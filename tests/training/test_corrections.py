@@ -31,7 +31,7 @@ def collect(
     home: Path, *corrections: Correction, others_val: Path | None = None
 ) -> Sources:
     folders = home / "catalog", home / "others", others_val
-    return gather(*folders, home / "work.rgb", 128, corrections)
+    return gather(*folders, home / "work.rgb", 64, corrections)
 
 
 def names(sources: Sources, kind: str) -> set[str]:
@@ -75,6 +75,26 @@ def test_what_is_not_ours_is_held_back_beside_a_folder_for_validation_too(
     )
     assert len(val) == 4 + 4 and len(val & {path.name for path in dropped}) == 4
     assert {twin.name for twin in twins} <= train
+
+
+def test_what_is_held_back_stays_so_although_it_was_called_not_ours(
+    dropped: list[Path], tmp_path: Path
+) -> None:
+    held_back = write_products(tmp_path / "val", range(300, 312))
+    copies = [tmp_path / "drop" / f"copy-{n}.jpg" for n in range(6)]
+    for copy, path in zip(copies, held_back, strict=False):
+        copy.write_bytes(path.read_bytes())
+    again = [tmp_path / "drop" / f"again-{n}.jpg" for n in range(306, 312)]
+    for n, path in enumerate(again, 306):
+        product(n).save(path, quality=50)
+    judged = [said(path, "not-ours") for path in (*copies, *again)]
+    sources = collect(tmp_path, *judged, others_val=tmp_path / "val")
+    train, val = (
+        {Path(p.path).name for p in sources.of("other", split)}
+        for split in ("train", "val")
+    )
+    assert val == {path.name for path in (*held_back, *again)}
+    assert train == names(collect(tmp_path), "other")
 
 
 def test_a_file_that_is_gone_or_is_another_now_is_named_and_passed_over(

@@ -27,7 +27,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     write_products(folder / "catalog", range(60))
     product(59).save(folder / "catalog" / "again.jpg", quality=40)  # has the same label
     write_products(folder / "others", range(100, 160))
-    sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
+    sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 64)
     return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
 
 

@@ -28,7 +28,7 @@ Config = Callable[..., RunConfig]
 @pytest.fixture(scope="module")
 def batches(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     work = tmp_path_factory.mktemp("naming") / "work.rgb"
-    sources = gather(folders / "catalog", folders / "others", None, work, 128)
+    sources = gather(folders / "catalog", folders / "others", None, work, 64)
     samples = SampleSet(sources, "train", 640, 64, 0, Augmentation())
     return list(samples.load(0, 32, 1))
 

@@ -98,5 +98,9 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         resnet50_trunk(str(file))
     with pytest.raises(InputError, match=r"missing.pth cannot be read: No such file"):
         resnet50_trunk(str(tmp_path / "missing.pth"))
+    for value in (0.5, torch.full((64, 3, 7, 7), float("nan"))):
+        torch.save({**resnet50_trunk("none").state_dict(), "conv1.weight": value}, file)
+        with pytest.raises(InputError, match=r"conv1\.weight holds no numbers"):
+            resnet50_trunk(str(file))
     with pytest.raises(InputError, match="no pretrained weights for the cnn"):
         cnn_trunk("imagenet")

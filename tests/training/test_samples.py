@@ -2,6 +2,7 @@ import io
 import multiprocessing
 from collections.abc import Callable
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     folder = tmp_path_factory.mktemp("sources")
     write_products(folder / "catalog", range(4))
     write_products(folder / "others", range(100, 110))
-    return gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 256)
+    return gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 64)
 
 
 def drawn(
@@ -62,6 +63,20 @@ def test_a_network_may_learn_from_further_crops_than_it_is_measured_by(
     splits: tuple[Split, ...] = ("train", "val")
     least = [samples_of(config, sources, s).augmentation.crop_area[0] for s in splits]
     assert least == [0.2, 0.5]
+
+
+@pytest.mark.parametrize("catalog", [4, 5])
+def test_every_picture_of_the_catalog_calibrates_and_tests(
+    tmp_path: Path, catalog: int
+) -> None:
+    write_products(tmp_path / "catalog", range(catalog))
+    write_products(tmp_path / "others", range(100, 110))
+    folders = tmp_path / "catalog", tmp_path / "others"
+    sources = gather(*folders, None, tmp_path / "work.rgb", 64)
+    samples = SampleSet(sources, "val", 4 * catalog, 64, 0, Augmentation())
+    drawn, test = samples.sources_drawn(), samples.is_test()
+    places = [n for n, p in enumerate(sources.pictures) if p.kind == "catalog"]
+    assert all(sorted(test[drawn == place]) == [False, True] for place in places)
 
 
 def test_training_draws_anew_each_epoch_and_validation_never(sources: Sources) -> None:

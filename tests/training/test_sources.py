@@ -11,7 +11,9 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_daemon.errors import InputError
-from pic_training.sources import Sources, gather, write_manifest
+from pic_daemon.images import decode, is_blank
+from pic_training.run_folder import read_manifest, write_manifest
+from pic_training.sources import Sources, gather
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def collect(folders: tuple[Path, Path], val: Path | None = None) -> Sources:
-    return gather(*folders, val, folders[0].parent / "work.rgb", 128)
+    return gather(*folders, val, folders[0].parent / "work.rgb", 64)
 
 
 def reasons(sources: Sources) -> dict[str, str]:
@@ -32,14 +34,15 @@ def reasons(sources: Sources) -> dict[str, str]:
 def test_every_picture_is_decoded_once_into_the_working_file(
     folders: tuple[Path, Path],
 ) -> None:
+    product(3).resize((512, 512)).save(folders[0] / "deep" / "product-00003.jpg")
     sources = collect(folders)
     assert len(sources.pictures) == 25
     data = np.memmap(sources.file, np.uint8, "r")
     picture = sources.of("catalog", "train")[3]
-    assert (picture.width, picture.height, picture.stored_width) == (128, 128, 256)
+    assert (picture.width, picture.height, picture.stored_width) == (256, 256, 512)
     size = picture.width * picture.height * 3
-    copy = data[picture.offset : picture.offset + size].reshape(128, 128, 3)
-    drawn = np.asarray(product(3).resize((128, 128)))
+    copy = data[picture.offset : picture.offset + size].reshape(256, 256, 3)
+    drawn = np.asarray(product(3))
     assert np.abs(copy.astype(int) - drawn).mean() < 3
 
 
@@ -134,6 +137,23 @@ def test_held_back_decoys_are_halved_by_group(folders: tuple[Path, Path]) -> Non
     assert len(test) == 2
 
 
+def test_near_duplicates_that_are_held_back_are_in_one_half_and_count_as_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for seed in range(300, 308):
+        write_products(tmp_path / "val", [seed])
+        product(seed).save(tmp_path / "val" / f"again-{seed}.jpg", quality=50)
+    sources = collect(folders, tmp_path / "val")
+    tested, number = sources.tested(), sources.groups()
+    halves: dict[int, set[bool]] = {}
+    for place, picture in enumerate(sources.pictures):
+        if picture.split == "val":
+            halves.setdefault(int(number[place]), set()).add(bool(tested[place]))
+    assert len(halves) == 8
+    assert all(len(half) == 1 for half in halves.values())
+    assert sum(half == {True} for half in halves.values()) == 4
+
+
 def test_a_name_that_is_not_utf8_stops_nothing(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -143,7 +163,7 @@ def test_a_name_that_is_not_utf8_stops_nothing(
     )
     sources = collect(folders)
     write_manifest(sources, tmp_path)
-    assert len(list(csv.DictReader((tmp_path / "manifest.csv").open()))) == 25
+    assert read_manifest(tmp_path) == {p.path: p.sha256 for p in sources.pictures}
 
 
 def test_folders_that_overlap_are_told_of(folders: tuple[Path, Path]) -> None:
@@ -164,6 +184,18 @@ def test_a_uniform_picture_takes_no_part_of_either_kind(folders: tuple[Path, Pat
     Image.new("RGB", (200, 200), "grey").save(folders[1] / "grey.png")
     reason = "nearly uniform picture: nothing to recognise"
     assert reasons(collect(folders)) == {"white.png": reason, "grey.png": reason}
+
+
+def test_a_pattern_so_fine_that_only_the_network_sees_it_takes_part(
+    folders: tuple[Path, Path],
+) -> None:
+    stripes = np.full((256, 256, 3), 200, np.uint8)
+    stripes[:, np.arange(256) % 8 < 4] = 180
+    Image.fromarray(stripes).save(folders[0] / "stripes.png")
+    pixels = decode((folders[0] / "stripes.png").read_bytes(), 64)
+    assert not pixels.blank
+    assert is_blank(np.asarray(Image.fromarray(stripes).resize((32, 32))))
+    assert not reasons(collect(folders))
 
 
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:

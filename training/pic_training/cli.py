@@ -1,7 +1,6 @@
 """The commands of the box that trains: pic-train, pic-export and pic-evaluate."""
 
 import os
-import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
 from pic_daemon.options import FiniteRange
-from pic_training.process import prepare_for_training
+from pic_training.process import cores, heed_sigterm, prepare_for_training
 
 if TYPE_CHECKING:
     from pic_training.run_folder import RunConfig
@@ -160,14 +160,14 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     """
     _need_the_train_extra()
     prepare_for_training()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    heed_sigterm()
     from pic_training.report import summary, write_report
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options | (_as_begun(out, options) if resume else {}))
     _check_place(out, config)
     if workers is None:
-        workers = os.cpu_count() or 1
+        workers = cores()
     try:
         result = run_training(config, out, workers, resume)
     except Interrupted:
@@ -184,7 +184,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
             "same command with --resume writes the report."
         ) from error
     click.echo(summary(report))
-    click.echo(f"report: {out / 'report.json'}")
+    click.echo(text_of(f"report: {out / 'report.json'}"))
 
 
 def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -192,17 +192,24 @@ def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     changed since."""
     from pic_training.run_folder import read_json
 
-    if not (out / "config.json").exists():
+    try:
+        stored = {"naming": 0.0} | read_json(out / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    stored = {"naming": 0.0} | read_json(out / "config.json")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be read: {error.strerror}.") from error
     defaults = ("arch", "naming", "lr")
     return {name: stored.get(name) for name in defaults if options[name] is None}
 
 
 def _check_place(out: Path, config: "RunConfig") -> None:
     """Refuse a run folder whose own pictures the next run would take for yours."""
+    try:
+        place = out.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to each other
+        raise InputError(f"--out {out} cannot be followed: {error}.") from error
     for folder in (config.catalog, config.others, config.others_val):
-        if folder and Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+        if folder and Path(folder).resolve() in (place, *place.parents):
             raise InputError(
                 f"--out {out} lies in {folder}, whose pictures are trained on, and would "
                 "get a plot of its own: choose a place outside."
@@ -369,14 +376,15 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     Example: pic-export runs/first --output model.onnx
     """
     _need_the_train_extra()
+    heed_sigterm()
     from pic_training.export import export_run
 
     parity, cost = export_run(run_dir, output, precision, max_loss)
     before = "before its conversion " if cost else ""
     click.echo(
-        f"{output}: {output.stat().st_size:,} bytes; {before}{parity.samples} real samples "
-        f"{parity.verb} as in PyTorch, largest difference {parity.max_difference:.1e}, "
-        f"{parity.flipped} decisions flipped"
+        f"{text_of(str(output))}: {output.stat().st_size:,} bytes; {before}"
+        f"{parity.samples} real samples {parity.verb} as in PyTorch, largest difference "
+        f"{parity.max_difference:.1e}, {parity.flipped} decisions flipped"
     )
     if cost:
         click.echo(f"{precision} against fp32, on the run's test pictures: {cost}")
@@ -441,6 +449,7 @@ def evaluate(
     Example: pic-evaluate model.onnx --catalog products --others strangers --output report
     """
     _need_the_train_extra()
+    heed_sigterm()
     from pic_training.evaluation_run import run_evaluation
 
     if bool(describe) != bool(index):

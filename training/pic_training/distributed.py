@@ -66,6 +66,12 @@ def join(device: str) -> Processes:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE
+    told = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in told if name not in os.environ]:
+        raise InputError(
+            f"the environment says WORLD_SIZE={count}, but not {', '.join(missing)}: unset "
+            "it to train in one process, or start pic-train with torchrun."
+        )
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():

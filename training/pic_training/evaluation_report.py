@@ -56,7 +56,7 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
     rate = f"{plan.target_fpr:g}"
     counts = ", ".join(f"{n:,} {name}" for name, n in evaluation.counts.items())
     sections = [
-        f"<h1>Evaluation of {html.escape(model.path.name)}</h1>",
+        f"<h1>Evaluation of {html.escape(text_of(model.path.name))}</h1>",
         f"<p>{html.escape(model.info.architecture)}, {model.sha256[:12]}. {counts}.</p>",
         "<h2>Published protocol: augmentations against "
         f"{'general pictures' if evaluation.counts['general pictures'] else 'look-alikes'}"

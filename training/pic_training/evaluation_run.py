@@ -1,6 +1,5 @@
 """pic-evaluate from its arguments to its files."""
 
-import csv
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from pic_daemon.cascade import load_identifier
 from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
 from pic_daemon.model import load_model
 from pic_daemon.promise import check_support
 from pic_training.edits import EDITS
@@ -22,7 +22,7 @@ from pic_training.evaluation import Evaluation, Plan, evaluate, halves
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.near_duplicates import first_copies, look_of
 from pic_training.preparation import note_support, say_left_out
-from pic_training.run_folder import replacing
+from pic_training.run_folder import read_manifest, replacing
 from pic_training.sources import Source, Sources, gather, looks_at
 
 
@@ -49,14 +49,12 @@ def run_evaluation(
         return Path(source.path).name.startswith(tuple(general)) if general else False
 
     with tempfile.TemporaryDirectory() as scratch:
-        side = max(256, 2 * model.info.input_size)
-        working = Path(scratch) / "sources.rgb"
-        # With blank decoys: that none of them matches is seen here.
-        sources = gather(catalog, others, None, working, side, blanks=True)
+        size = model.info.input_size
+        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", size)
         say_left_out(sources)
-        _check_prefixes(general, sources)
         for run in runs:
-            sources = _unseen(sources, run, side)
+            sources = _unseen(sources, run, size)
+        _check_prefixes(general, sources)
         if sources.catalog_digest != model.info.catalog_digest:
             problem = "for another catalog, or with corrections of it"
             click.echo(f"note: the model was trained {problem}", err=True)
@@ -99,7 +97,7 @@ def run_evaluation(
                 else ""
             )
         )
-    click.echo(f"report: {output / 'evaluation.html'}")
+    click.echo(text_of(f"report: {output / 'evaluation.html'}"))
     return evaluation
 
 
@@ -115,7 +113,7 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
     names = [Path(p.path).name for p in sources.pictures if p.kind == "other"]
     for prefix in general:
         if not any(name.startswith(prefix) for name in names):
-            raise InputError(f"--general {prefix}: no name among the others begins so.")
+            raise InputError(f"--general {prefix}: no name of the others left begins so.")
     if not general:
         click.echo(
             "note: none of the others is said to be --general, so the published protocol "
@@ -124,29 +122,24 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
         )
 
 
-def _unseen(sources: Sources, run: Path, side: int) -> Sources:
+def _unseen(sources: Sources, run: Path, size: int) -> Sources:
     """Without the others that the run has seen, as either kind, or near-duplicates of."""
-    try:
-        with (run / "manifest.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-            seen, paths = ({row[name] for row in rows} for name in ("sha256", "path"))
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{run} is not a run folder of pic-train: {error}.") from error
-    among = list(looks_at(sorted(paths), side))
-    if missing := len(paths) - len(among):
+    seen = read_manifest(run)
+    among = list(looks_at(seen, size))
+    if missing := len(seen) - len(among):
         click.echo(
-            f"note: {missing} of the pictures that {run} has seen are not there any more; "
-            "of those only the very files are left out, not their near-duplicates",
+            f"note: {missing} of the pictures that {run} has seen are not there any more, "
+            "or not the same; of those only the very files are left out, not their "
+            "near-duplicates",
             err=True,
         )
     others = [p for p in sources.pictures if p.kind == "other"]
+    hashes = set(seen.values())
     looks = [look_of(sources.image(p)) for p in others]
     twins = first_copies(looks, among) if among else repeat(None)
     alike = {p.path for p, twin in zip(others, twins) if twin is not None}  # noqa: B905
-    kept = tuple(
-        p for p in sources.pictures
-        if p.kind == "catalog" or (p.sha256 not in seen and p.path not in alike)
-    )  # fmt: skip
+    alike |= {p.path for p in others if p.sha256 in hashes}
+    kept = tuple(p for p in sources.pictures if p.kind == "catalog" or p.path not in alike)
     if all(p.kind == "catalog" for p in kept):
         raise InputError(f"{run} has seen every one of the others; give others it has not.")
     left_out = len(sources.pictures) - len(kept)

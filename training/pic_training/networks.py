@@ -380,7 +380,11 @@ def _load_file(network: nn.Module, path: Path) -> None:
             f"missing, among them {', '.join(wrong[:3])}."
         )
     for key, value in wanted.items():
-        if key in given and given[key].shape != value.shape:
+        if key not in given:
+            continue
+        if not isinstance(given[key], torch.Tensor) or not given[key].isfinite().all():
+            raise InputError(f"weights {path}: {key} holds no numbers, or not only such.")
+        if given[key].shape != value.shape:
             raise InputError(
                 f"weights {path}: {key} has shape {tuple(given[key].shape)}, "
                 f"not {tuple(value.shape)}."

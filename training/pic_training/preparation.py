@@ -19,9 +19,10 @@ from pic_training.run_folder import (
     held,
     read_json,
     write_json,
+    write_manifest,
 )
 from pic_training.samples import SampleSet
-from pic_training.sources import Sources, Split, gather, write_manifest
+from pic_training.sources import Sources, Split, gather
 
 _FEW = 100  # between the 50 and the 460 that bench/results/first-run.md compares
 
@@ -66,7 +67,7 @@ def pictures_of(config: RunConfig, folder: Path, working_file: Path) -> Sources:
         Path(config.others),
         Path(config.others_val) if config.others_val else None,
         working_file,
-        max(256, 2 * config.architecture.size),
+        config.architecture.size,
         [Correction(**fields) for fields in read_json(corrections)]
         if config.corrections
         else [],

@@ -1,15 +1,26 @@
-"""Settings of this process that make training steps faster on a CPU.
-
-They take effect only where they are made before PyTorch is imported.
-"""
+"""What a process may use, and how it is set up before PyTorch is imported."""
 
 import ctypes
 import os
 import platform
+import signal
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEPT_BYTES = 2**31 - 1
+
+
+def cores() -> int:
+    """Cores for this process, of those it may run on: its share where torchrun started
+    several on this machine."""
+    return max(
+        1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
+
+
+def heed_sigterm() -> None:
+    """Make SIGTERM end the program as Ctrl-C does, which leaves no working copies."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def prepare_for_training() -> None:

@@ -33,9 +33,10 @@ PLOT = "TrainingLossAccuracyPlot.png"
 def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Write report.json and the plot into `folder`; returns the report.
 
-    Half of the validation pictures (whole groups of near-duplicates) calibrate scores
-    and threshold; accuracy, precision, recall and false positive rate come from the
-    other half, and so does what `calibrated` says of scores decided at one half.
+    Half of the validation samples calibrate scores and threshold: of the others whole
+    groups of near-duplicates, of the catalog every other sample of each picture. Accuracy,
+    precision, recall and false positive rate come from the other half, and so does what
+    `calibrated` says of scores decided at one half.
     `at_one_half`, `top_1` and `loss` are of all validation samples, on which the best
     epoch was chosen, of whole pictures and before the calibration; all else, where the
     run classifies, counts the second look within margins, as the service does. Where it
@@ -49,7 +50,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     calibrating = ~labels & ~test
     specific: dict[str, Any] = {}
     if describes:
-        specific["top_1"] = asdict(_top_1(result))
+        specific["top_1"] = asdict(_top_1(result, groups))
     else:
         specific, scores = _calibrated(scores, labels, test, groups)
     threshold = threshold_for(scores[~test], labels[~test], target_fpr)
@@ -105,7 +106,7 @@ def summary(report: dict[str, Any]) -> str:
         )
     return (
         f"best epoch {report['best_epoch']}: {first}; at threshold "
-        f"{report['threshold']:.4g}, on pictures held back for the test, recall "
+        f"{report['threshold']:.4g}, on the half that tests, recall "
         f"{recall['value']:.2%} (95% {recall['low']:.2%} to {recall['high']:.2%}), false "
         f"positive rate {rate['value']:.3%} ({rate['low']:.3%} to {rate['high']:.3%})"
     )
@@ -132,13 +133,11 @@ def _calibrated(
     }, scores
 
 
-def _top_1(result: RunResult) -> Interval:
+def _top_1(result: RunResult, groups: NDArray[np.int64]) -> Interval:
     """The share of copies whose nearest catalog picture is theirs: a recall."""
     copies = result.val_labels > 0.5
     right = result.val_right[copies].astype(np.float64)
-    return confusion(
-        right, np.ones(len(right), bool), result.val_sources[copies], 0.5
-    ).recall
+    return confusion(right, np.ones(len(right), bool), groups[copies], 0.5).recall
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,6 +26,7 @@ from pic_training.networks import (
     Normalised,
     Recogniser,
 )
+from pic_training.sources import Sources
 
 _VALIDATION = "validation.npz"
 
@@ -172,7 +173,8 @@ def _was_killed_early(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     left = {path.name for path in folder.iterdir()}
-    if not left & _WORKING or not left <= _WORKING | _BEFORE_CONFIG:
+    begun = {name.removesuffix(".tmp") for name in left - _WORKING}
+    if not left & _WORKING or not begun <= _BEFORE_CONFIG:
         return False
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -309,6 +311,34 @@ def write_metrics(history: list[EpochMetrics], folder: Path) -> None:
         writer.writerows(rows)
 
 
+def write_manifest(sources: Sources, folder: Path) -> None:
+    """Write manifest.csv and left_out.csv into `folder`."""
+    columns = ["path", "sha256", "kind", "split", "group", "stored_width", "stored_height"]
+    rows = [[getattr(p, c) for c in columns] for p in sources.pictures]
+    _write_table(folder / "manifest.csv", columns, rows)
+    left_out = [[item.path, item.reason] for item in sources.left_out]
+    _write_table(folder / "left_out.csv", ["path", "reason"], left_out)
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every picture of a run; raises InputError where it is none."""
+    try:
+        with _table(folder / "manifest.csv", "r") as file:
+            return {row["path"]: row["sha256"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
+
+
+def _write_table(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
+    with replacing(path) as temporary, _table(temporary, "w") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def _table(path: Path, mode: Literal["r", "w"]) -> TextIO:
+    # So that every name is found again, whether it is UTF-8 or not.
+    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; raises InputError where it is damaged."""
     try:
@@ -325,10 +355,12 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` once it is written in full."""
+    """A temporary name that becomes `path` once it is written in full, on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ _ENDED = ("is killed by signal", "exited unexpectedly")
 """What PyTorch says where a worker process was ended, mostly for want of memory."""
 
 _TO = (
-    "for so many processes that render samples: give this machine or container more "
-    "(docker: --shm-size, --memory), or name fewer --workers."
+    "for the processes that render samples: give this machine or container more "
+    "(docker: --shm-size, --memory), or, to train, name fewer --workers."
 )
 
 _SPLIT_NUMBER = {"train": 0, "val": 1}
@@ -86,11 +86,12 @@ class SampleSet:
         """Which validation samples test rather than calibrate, shape (N,).
 
         Decoys go by their picture. The catalog is known to training anyway, so that
-        every other of its samples tests.
+        every other sample of each of its pictures tests.
         """
         by_picture = self.sources.tested()[self.sources_drawn()]
         number = np.arange(self.count)
-        return np.where(number % 2 == 1, number // 2 % 2 == 1, by_picture)
+        turn, place = np.divmod(number // 2, len(self.sources.of("catalog", self.split)))
+        return np.where(number % 2 == 1, (turn + place) % 2 == 1, by_picture)
 
     def order(self, kind: Kind, epoch: int) -> list[Source]:
         """The pictures of a kind as an epoch goes round them."""

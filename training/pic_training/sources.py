@@ -4,12 +4,10 @@ Every picture is decoded once, by the daemon's decoder, into a working copy in o
 flat file that the sample workers read from.
 """
 
-import csv
 import hashlib
-import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,9 +21,10 @@ from PIL import Image
 from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder
-from pic_daemon.images import ImageError, is_blank, open_rgb
+from pic_daemon.images import ImageError, is_blank, open_rgb, to_pixels
 from pic_daemon.reading import read_bytes
 from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
+from pic_training.process import cores
 
 Split = Literal["train", "val"]
 Kind = Literal["catalog", "other"]
@@ -123,6 +122,7 @@ class _Decoded:
     pixels: NDArray[np.uint8]
     stored: tuple[int, int]
     look: Look
+    blank: bool
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,6 @@ class _Origin:
     split: Split | None
     folder: Path | None = None
     corrected: tuple[Correction, ...] = ()
-    blanks: bool = False  # whether nearly uniform pictures take part
 
     def paths(self, left_out: list[LeftOut]) -> list[str]:
         """The files; folders that cannot be read are added to `left_out`."""
@@ -169,25 +168,30 @@ class _Origin:
         return found
 
 
+def working_side(size: int) -> int:
+    """The longest side, in pixels, of working copies for a network that sees `size`."""
+    return max(256, 2 * size)
+
+
 def gather(
     catalog: Path,
     others: Path,
     others_val: Path | None,
     file: Path,
-    side: int,
+    size: int,
     corrections: Sequence[Correction] = (),
-    blanks: bool = False,
 ) -> Sources:
-    """Decode every picture below the folders into `file`, its longer side at most `side`.
+    """Decode every picture below the folders into `file`, for a network that sees `size`.
 
     Pictures that somebody called ours join the catalog's, those called not ours join the
     others, where their files still are what was judged.
 
     Leaves out what cannot be decoded, what repeats another picture byte for byte, what is
-    nearly uniform (with `blanks` only of the catalog), other images that are copies of a
-    catalog image, and images for validation with a near-duplicate among those trained on.
-    Without `others_val`, a fifth of the other images is held back for validation, and with
-    it a fifth of those called not ours: whole groups of near-duplicates, by content hash.
+    nearly uniform, other images that are copies of a catalog image, and images for
+    validation with a near-duplicate among those trained on. Without `others_val`, a fifth
+    of the other images is held back for validation, and with it a fifth of those called not
+    ours, and what is like others held back: whole groups of near-duplicates, by content
+    hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
     `file` is not there.
     """
@@ -197,12 +201,13 @@ def gather(
     origins = [
         _Origin("catalog", "train", catalog),
         _Origin("catalog", "train", corrected=ours),
-        _Origin("other", of_others, others, blanks=blanks),
-        _Origin("other", None, corrected=not_ours, blanks=blanks),
+        _Origin("other", of_others, others),
     ]
     if others_val:
-        origins.append(_Origin("other", "val", others_val, blanks=blanks))
-    found, left_out = _decode_into(file, origins, side)
+        origins.append(_Origin("other", "val", others_val))
+    # Last: one that was held back stays so, although it was called not ours.
+    origins.append(_Origin("other", None, corrected=not_ours))
+    found, left_out = _decode_into(file, origins, size)
     found = _without(found, _copies_among_others(found), left_out)
     groups: dict[str, str] = {}
     for kind in get_args(Kind):
@@ -236,7 +241,7 @@ def gather(
 
 
 def _decode_into(
-    file: Path, origins: Sequence[_Origin], side: int
+    file: Path, origins: Sequence[_Origin], size: int
 ) -> tuple[list[_Found], list[LeftOut]]:
     found: list[_Found] = []
     left_out: list[LeftOut] = []
@@ -247,7 +252,7 @@ def _decode_into(
             for origin in origins:
                 before = len(found)
                 judged = {c.path: c.sha256 for c in origin.corrected}
-                for item in _decode_all(origin.paths(left_out), side):
+                for item in _decode_all(origin.paths(left_out), size):
                     if isinstance(item, LeftOut):
                         left_out.append(item)
                     elif reason := _reason_against(item, origin, judged, seen):
@@ -281,7 +286,7 @@ def _reason_against(
         overlap = ": the folders overlap" if origin.folder else ""
         return f"it takes part already{overlap}"
     # The service never matches one, whatever the network: it is not to choose a threshold.
-    if not origin.blanks and is_blank(item.look.thumbnail):
+    if item.blank:
         return "nearly uniform picture: nothing to recognise"
     return None
 
@@ -294,23 +299,11 @@ def _without(
     return [f for f in found if f.path not in reasons]
 
 
-def looks_at(paths: Iterable[str], side: int) -> Iterator[Look]:
-    """How the pictures at these paths look, of those that are there and can be decoded."""
-    found = _decode_all(paths, side)
-    return (item.look for item in found if isinstance(item, _Decoded))
-
-
-def write_manifest(sources: Sources, folder: Path) -> None:
-    """Write manifest.csv and left_out.csv into `folder`."""
-    columns = ["path", "sha256", "kind", "split", "group", "stored_width", "stored_height"]
-    with (folder / "manifest.csv").open("w", newline="", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([getattr(p, c) for c in columns] for p in sources.pictures)
-    with (folder / "left_out.csv").open("w", newline="", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "reason"])
-        writer.writerows([item.path, item.reason] for item in sources.left_out)
+def looks_at(pictures: Mapping[str, str], size: int) -> Iterator[Look]:
+    """How pictures look that are where they were, given path -> sha256, and still those."""
+    for item in _decode_all(pictures, size):
+        if isinstance(item, _Decoded) and item.sha256 == pictures[item.path]:
+            yield item.look
 
 
 def _files(folder: Path, refused: Callable[[str, OSError], None]) -> list[str]:
@@ -337,26 +330,28 @@ def _first_left_out(folder: Path, left_out: Sequence[LeftOut]) -> str:
     return f"; left out: {len(inside)}, first {inside[0].path}: {inside[0].reason}"
 
 
-def _decode_all(paths: Iterable[str], side: int) -> Iterator[_Decoded | LeftOut]:
-    workers = os.cpu_count() or 1
+def _decode_all(paths: Iterable[str], size: int) -> Iterator[_Decoded | LeftOut]:
+    workers = cores()
     remaining = iter(paths)
     with ThreadPoolExecutor(workers) as pool:
         # In slices, so that no more than one of them is in memory at a time.
         while chunk := list(islice(remaining, 64 * workers)):
-            yield from pool.map(lambda path: _decode(path, side), chunk)
+            yield from pool.map(lambda path: _decode(path, size), chunk)
 
 
-def _decode(path: str, side: int) -> _Decoded | LeftOut:
+def _decode(path: str, size: int) -> _Decoded | LeftOut:
     reading, data = read_bytes(path)
     if not reading.sha256:
         gone = "changed while it was read" if reading.changed else "no longer there"
         return LeftOut(path, reading.error or gone)
+    side = working_side(size)
     try:
         image, stored = open_rgb(data, side)
     except ImageError as error:
         return LeftOut(path, str(error))
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    return _Decoded(path, reading.sha256, np.asarray(image), stored, look_of(image))
+    pixels, blank = np.asarray(image), is_blank(to_pixels(image, size))
+    return _Decoded(path, reading.sha256, pixels, stored, look_of(image), blank)
 
 
 def _without_pixels(item: _Decoded) -> _Decoded:
@@ -379,11 +374,14 @@ def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
 
 def _split(found: Sequence[_Found], groups: dict[str, str]) -> list[_Found]:
     """The same, where none was said: to train on, or held back."""
-    trained_on = {
-        groups[f.sha256] for f in found if f.kind == "other" and f.split == "train"
-    }
+    trained_on, measured = (
+        {groups[f.sha256] for f in found if f.kind == "other" and f.split == split}
+        for split in get_args(Split)
+    )
     open_groups = [groups[f.sha256] for f in found if f.split is None]
-    held_back = _held_back([group for group in open_groups if group not in trained_on])
+    settled = trained_on | measured
+    held_back = _held_back([group for group in open_groups if group not in settled])
+    held_back |= measured - trained_on
     return [
         replace(f, split=f.split or ("val" if groups[f.sha256] in held_back else "train"))
         for f in found

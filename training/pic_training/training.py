@@ -38,7 +38,7 @@ from pic_training.run_folder import (
     write_metrics,
 )
 from pic_training.samples import Batch, labels_of, saying_who_was_killed
-from pic_training.sources import Sources
+from pic_training.sources import Sources, working_side
 from pic_training.tasks import Judged
 
 PARITY_SAMPLES = 256
@@ -127,8 +127,8 @@ def run_training(
         raise InputError(f"{folder}: {error}.") from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the GPU's memory does not hold a step of {config.batch_size} images: start "
-            "again with a smaller --batch-size."
+            f"the GPU's memory does not hold what a step of {config.batch_size} images "
+            "needs: free some, or start again with a smaller --batch-size."
         ) from error
 
 
@@ -245,7 +245,7 @@ class _Run:
             self.progress.head_fitted = True
 
     def _move_samples(self) -> None:
-        side = max(256, 2 * self.train_set.size)
+        side = working_side(self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
         if (versions := self.progress.versions) is None:
             versions = versions_for(self.train_set, side, free // 2)
