@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -18,12 +19,20 @@ from pic_daemon.model import Model
 from pic_daemon.service import Service
 
 
+@dataclass(frozen=True)
+class Done:
+    """How many of the `files` of an archive got which status, or were gone before they were
+    read, and what could not be looked at."""
+
+    files: int
+    outcomes: Counter[str]
+    refused: list[str]
+
+
 def classify_folder(
     folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None
-) -> Counter[str]:
-    """Record every image below `folder` that the log does not hold yet.
-
-    Returns how many got which status, or were gone before they were read. Ctrl-C or
+) -> Done:
+    """Record every image below `folder` that the log does not hold yet. Ctrl-C or
     SIGTERM finishes what is in hand and raises click.Abort, a folder that goes away
     click.ClickException; the same call goes on from there.
     """
@@ -31,7 +40,8 @@ def classify_folder(
     place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
     config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
     mount = mount_of(place.path)
-    total = sum(1 for _ in place.scan())
+    refused: dict[str, OSError] = {}
+    total = sum(1 for found in place.walk(str(place.path), refused.__setitem__) if found)
     with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
         cascade = Cascade(identifier, config) if identifier else None
         service = Service(config, model, log, cascade, until_done=True, passed=bar.update)
@@ -49,5 +59,6 @@ def classify_folder(
             f"{text_of(str(folder))} went away, or does not answer. When it is back, the "
             "same command goes on from here."
         )
-    counts = Counter(service.health.outcomes)
-    return counts + Counter({"gone before they were read": service.gone})
+    outcomes = Counter(service.health.outcomes)
+    outcomes += Counter({"gone before they were read": service.gone})
+    return Done(total, outcomes, list(refused))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import click
 
 from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Identifier, load_identifier
-from pic_daemon.cli import PROVIDERS, opened
+from pic_daemon.cli import PROVIDERS, alone_with, opened
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
+from pic_daemon.match_formats import escape_what_it_cannot_encode, one_line
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.reading import Reading, read_image
 
@@ -61,20 +64,22 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
             raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
         _classify_archive(recursive, database, loaded, identifier)
         return
+    escape_what_it_cannot_encode(sys.stdout)
     failures = 0
     for start in range(0, len(images), _BATCH):
         for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
             failures += row["status"] == "failed"
-            if as_json:
-                click.echo(json.dumps(row))
-            else:
-                score = "" if row["score"] is None else f"{row['score']:.6f}"
-                tail = f"  ({row['error']})" if row["error"] else ""
-                if item := row.get("catalog_item"):
-                    tail += f"  {item!r} ({row['joint_score']:.3f})"
-                click.echo(f"{row['status']:<8}  {score:>8}  {row['path']}{tail}")
+            click.echo(json.dumps(row) if as_json else _line(row))
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
+
+
+def _line(row: dict[str, Any]) -> str:
+    score = "" if row["score"] is None else f"{row['score']:.6f}"
+    tail = f"  ({row['error']})" if row["error"] else ""
+    if item := row.get("catalog_item"):
+        tail += f"  {item!r} ({row['joint_score']:.3f})"
+    return f"{row['status']:<8}  {score:>8}  {one_line(row['path'])}{tail}"
 
 
 def _classify_archive(
@@ -82,19 +87,24 @@ def _classify_archive(
 ) -> None:
     if not os.path.isdir(folder):  # before a database is made for it; never raises
         raise InputError(f"{folder} is not a folder.")
-    log = opened(database)
-    try:
-        if log.is_served():
-            raise InputError(
-                f"{database} is the log of a service that runs (or was killed within two "
-                "minutes): give the archive a log of its own, or stop the service."
-            )
-        counts = classify_folder(folder, model, log, identifier)
-    finally:
-        log.close()
-    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    with closing(opened(database)) as log, alone_with(database):
+        done = classify_folder(folder, model, log, identifier)
+        outdated = log.outdated()
+    told = ", ".join(f"{n} {status}" for status, n in sorted(done.outcomes.items()))
     shown = text_of(str(database))
-    click.echo(f"{told or 'nothing new'}; pic-matches --database {shown}")
+    nothing = "nothing new" if done.files else f"no image files in {text_of(str(folder))}"
+    click.echo(f"{told or nothing}; pic-matches --database {shown}")
+    if outdated:
+        click.echo(
+            f"note: {outdated} were decided by another model or index: pic-daemon "
+            f"reclassify --database {shown}, and the same command again",
+            err=True,
+        )
+    if done.refused:
+        raise click.ClickException(
+            f"{len(done.refused)} folders or files cannot be looked at, first "
+            f"{text_of(done.refused[0])}: what lies there was left out."
+        )
 
 
 def _classify_batch(

@@ -27,13 +27,14 @@ from pic_daemon.inotify_limits import watches_left, watches_needed
 from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
+from pic_daemon.options import Place
 from pic_daemon.schema import check as check_log
 from pic_daemon.served_files import state_of
 from pic_daemon.service import Service
 from pic_daemon.systemd import log_format
 
 _OVERDUE_S = 900.0
-_PATH = Path  # click.Path asks the disk, which may be a mount that hangs
+_PATH = Place()
 PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph")
 
@@ -133,7 +134,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         signal.signal(number, lambda *_: service.stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
     try:
-        with _alone_with(settings.database), dispatching(settings, service.health):
+        with alone_with(settings.database), dispatching(settings, service.health):
             service.run()
     except sqlite3.Error as error:
         raise click.ClickException(f"database {settings.database}: {error}") from error
@@ -142,10 +143,10 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 
 
 @contextmanager
-def _alone_with(database: Path) -> Iterator[None]:
-    """Keep a second service off the log: it would give up what hooks of this one wait for,
-    and say that it lives when this one does not."""
-    name = f"{database}.lock"
+def alone_with(database: Path) -> Iterator[None]:
+    """Keep a second program that classifies off the log: a service would give up what hooks
+    of this one wait for, and say that it lives when this one does not."""
+    name = f"{os.path.realpath(database)}.lock"  # as SQLite goes by the file, not its links
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -157,7 +158,9 @@ def _alone_with(database: Path) -> Iterator[None]:
         except OSError as error:
             problem = error.strerror
             if isinstance(error, BlockingIOError):
-                problem = "another pic-daemon serves it; stop that first"
+                problem = (
+                    "another pic-daemon serves it, or pic-classify fills it; stop that"
+                )
             raise click.ClickException(f"database {database}: {problem}.") from error
         yield
     finally:
@@ -186,7 +189,7 @@ def _check_missing(settings: Config) -> None:
 def check(config: Path | None, **overrides: Any) -> None:
     """Try config, folders, models, index, database and hooks without starting.
 
-    Exit code 2 if one fails, 1 if the database is locked. Hooks are not told anything;
+    Exit code 2 if one fails, 1 if that may pass. Hooks are not told anything;
     a webhook that cannot be reached is only named. What the unit allows is not seen from
     here, nor whether the port of --metrics is free.
 
@@ -209,7 +212,7 @@ def check(config: Path | None, **overrides: Any) -> None:
         with suppress(OSError):
             os.scandir(folder.path).close()  # which mounts what is mounted when it is used
         kind = mount_of(folder.path).type or "unknown"
-        remote = kind in _NO_EVENTS or kind.startswith("fuse.")
+        remote = kind in _NO_EVENTS or kind.split(".")[0] == "fuse"
         silent = remote and folder.mode == "events"
         note = ', announces nothing: set mode = "poll"' if silent else ""
         click.echo(f"folder {text_of(str(folder.path))}: file system {kind}{note}")
@@ -283,7 +286,8 @@ def retry(database: Path, deliveries: bool, forget: bool) -> None:
         if deliveries:
             click.echo(f"{log.deliver_again()} deliveries will be tried again")
             return
-        click.echo(f"{log.mark_failed()} failed images will be tried again")
+        found = log.mark_failed()
+        click.echo(f"{found} failed images will be tried again, as far as they are there")
 
 
 @daemon.command()
@@ -299,7 +303,7 @@ def reclassify(database: Path) -> None:
     with _open_log(database) as log:
         found, served = log.mark_outdated(), log.served()
         by = f" (present model: {served[0][:12]}, at {served[1]})" if served else ""
-        click.echo(f"{found} images will be scored again{by}")
+        click.echo(f"{found} images will be scored again, as far as they are there{by}")
 
 
 @contextmanager

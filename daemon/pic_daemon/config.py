@@ -95,6 +95,7 @@ _MINIMUM: dict[str, float] = {
     "keep_no_match_days": 1,
     "gate_threshold": 0,
 }
+_MAXIMUM = {"seconds": 1e9, "hours": 1e6, "days": 1e5}  # beyond which the clock ends
 _ANSWER_S = 10.0  # watch folders that do not answer within it start as offline
 _LEAST_S = 1.0  # for each, though those before it took all of it
 MISSING = "does not exist or is no folder"
@@ -121,13 +122,14 @@ def load_config(
             f"known are watch, {', '.join(sorted(_KEYS))}."
         )
     for name in _PATHS:
-        if isinstance(values.get(name), str):
+        if isinstance(values.get(name), str) and values[name]:  # '' would be the folder
             values[name] = base / values[name]
     tables = values.pop("watch", [])
     if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
         raise InputError(f"{where}: write every folder as a [[watch]] table.")
     given = {k: v for k, v in overrides.items() if v is not None and k != "watch"}
-    settings = {name: _typed(where, name, v) for name, v in {**values, **given}.items()}
+    settings = {name: _typed(where, name, v) for name, v in values.items()}
+    settings |= {name: _typed("the command line", name, v) for name, v in given.items()}
     for name, option in (("model", "--model"), ("database", "--database")):
         if name not in settings:
             raise InputError(f"no {name} given: set {name} in the config or {option}.")
@@ -141,7 +143,7 @@ def load_config(
         raise InputError(f"watch folder {path} {MISSING}.")
     config = Config(tuple(f for f, _ in folders), **settings, missing=missing)
     _check_second_stage(config)
-    _keep_apart("database", config.database.resolve().parent, config)
+    _keep_apart("database", Path(os.path.realpath(config.database)).parent, config)
     _check_webhook(config)
     if config.failed_folder:
         return _failing_to(config.failed_folder, config, until, may_miss)
@@ -162,7 +164,7 @@ def _typed(where: str, name: str, value: Any) -> Any:
     if name in ("webhook", "command"):
         return _web_address(where, value) if name == "webhook" else _command(where, value)
     if name in _PATHS:
-        if not isinstance(value, str | Path) or not str(value):
+        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
             raise InputError(f"{where}: {name} must be a path, not {value!r}.")
         return Path(value).absolute()
     if name == "provider":
@@ -170,15 +172,25 @@ def _typed(where: str, name: str, value: Any) -> Any:
             raise InputError(f"{where}: provider must be one of auto, cpu, cuda.")
         return value
     if name == "metrics":
-        if not isinstance(value, str):
-            raise InputError(f'{where}: metrics must be text such as "127.0.0.1:9465".')
-        return value
+        return _host_and_port(where, value)
     wrong_kind = isinstance(value, bool) or (kind is int and isinstance(value, float))
     if wrong_kind or not isinstance(value, int | float):
-        raise InputError(f"{where}: {name} must be a number, not {value!r}.")
-    if not _MINIMUM[name] <= value < math.inf:
-        raise InputError(f"{where}: {name} must be at least {_MINIMUM[name]} and finite.")
+        number = "a whole number" if kind is int else "a number"
+        raise InputError(f"{where}: {name} must be {number}, not {value!r}.")
+    least, most = _MINIMUM[name], _MAXIMUM.get(name.rpartition("_")[2], math.inf)
+    if not least <= value <= most or value == math.inf:
+        upwards = "finite" if most == math.inf else f"at most {most:g}"
+        raise InputError(f"{where}: {name} must be at least {least} and {upwards}.")
     return value
+
+
+def _host_and_port(where: str, value: Any) -> str:
+    """HOST:PORT as given, the host perhaps in brackets; '' for none."""
+    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    is_port = port.isascii() and port.isdigit() and int(port) < 2**16
+    if value != "" and (not host or "/" in host or not is_port):
+        raise InputError(f'{where}: metrics must be HOST:PORT such as "127.0.0.1:9465".')
+    return str(value)
 
 
 def _web_address(where: str, value: Any) -> str:
@@ -228,10 +240,12 @@ def _folder(
     where: str, base: Path, table: Mapping[str, Any], until: float
 ) -> tuple[Folder, bool]:
     """The folder of a table, and whether it is there (or does not answer)."""
-    unknown = set(table) - _FOLDER_KEYS
-    if unknown:
-        raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r} in [[watch]].")
-    if not isinstance(table.get("path"), str | Path):
+    for key in sorted(set(table) - _FOLDER_KEYS):
+        hint = f"known are {', '.join(sorted(_FOLDER_KEYS))}"
+        if key in _KEYS:
+            hint = "it belongs above the first of these tables"
+        raise InputError(f"{where}: unknown key {key!r} in [[watch]]; {hint}.")
+    if not isinstance(table.get("path"), str | Path) or not str(table["path"]):
         raise InputError(f"{where}: a [[watch]] table needs a path.")
     path = base / table["path"]
     known = [path.absolute()]
@@ -243,6 +257,18 @@ def _folder(
     recursive = table.get("recursive", True)
     if not isinstance(recursive, bool):
         raise InputError(f"{where}: recursive must be true or false.")
+    patterns = _patterns(where, table)
+    mode, poll_seconds = table.get("mode", "events"), table.get("poll_seconds", 10.0)
+    if mode not in ("events", "poll"):
+        raise InputError(f'{where}: mode must be "events" or "poll".')
+    is_number = isinstance(poll_seconds, int | float) and not isinstance(poll_seconds, bool)
+    if not is_number or not 0.1 <= poll_seconds <= _MAXIMUM["seconds"]:
+        raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
+    folder = Folder(known[-1], recursive, **patterns, mode=mode, poll_seconds=poll_seconds)
+    return folder, problem != MISSING
+
+
+def _patterns(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     patterns = {}
     for name, default in (("include", PATTERNS), ("exclude", EXCLUDED)):
         value = table.get(name, default)
@@ -250,15 +276,20 @@ def _folder(
             isinstance(pattern, str) for pattern in value
         ):
             raise InputError(f"{where}: {name} must be a list of file name patterns.")
+        for pattern in value:
+            if os.sep in pattern:
+                raise InputError(
+                    f"{where}: {name}: {pattern!r} fits nothing, as patterns are for names "
+                    "alone, of files and of folders: leave the '/' out."
+                )
         patterns[name] = tuple(value)
-    mode, poll_seconds = table.get("mode", "events"), table.get("poll_seconds", 10.0)
-    if mode not in ("events", "poll"):
-        raise InputError(f'{where}: mode must be "events" or "poll".')
-    is_number = isinstance(poll_seconds, int | float) and not isinstance(poll_seconds, bool)
-    if not is_number or not 0.1 <= poll_seconds < math.inf:
-        raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
-    folder = Folder(known[-1], recursive, **patterns, mode=mode, poll_seconds=poll_seconds)
-    return folder, problem != MISSING
+    for pattern in patterns["include"]:
+        if not set(pattern) & set("*?[."):
+            raise InputError(
+                f"{where}: include: {pattern!r} fits no file but one of just that name; "
+                f'write "*.{pattern}".'
+            )
+    return patterns
 
 
 def _about_folder(path: Path, known: list[Path]) -> str:

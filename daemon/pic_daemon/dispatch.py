@@ -91,8 +91,13 @@ class Dispatcher:
             attempt = self._attempt(delivery)
             made.append(attempt)
             self.health.delivered(self.hook, not attempt.error)
+            was_down = self._failures >= _DOWN_AFTER
             self._failures = self._failures + 1 if attempt.error else 0
+            if was_down and not attempt.error:
+                logger.info("%s: works again", self.hook)
             if self._failures >= _DOWN_AFTER:
+                if not was_down:
+                    logger.warning("%s: down; nothing is lost, tried on", self.hook)
                 break
         return made
 

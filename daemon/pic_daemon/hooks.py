@@ -148,9 +148,9 @@ def run_command(command: Sequence[str], timeout: float, message: str) -> None:
         process.communicate(message.encode() + b"\n", timeout)
     except subprocess.TimeoutExpired as error:
         # It became another user, or nothing ends it.
+        _left[tuple(command)] = process
         with suppress(PermissionError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGKILL)
-            _left[tuple(command)] = process
             process.wait(_REAP_S)
         raise NotDelivered(f"it took longer than {timeout:g} s") from error
     if process.returncode:

@@ -189,8 +189,9 @@ def open_or_empty(
 ) -> CatalogIndex:
     """The index to be brought up to date, or an empty one where there is none of these.
 
-    Raises InputError where the file is there and bad, and where its measured threshold
-    would be lost, as that of another descriptor, with none `to_measure` for it.
+    Raises InputError where the file is there and bad or of quite another catalog, and
+    where its measured threshold would be lost, as that of another descriptor, with none
+    `to_measure` for it.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     default = Promise(DEFAULT_THRESHOLD, "default: no decoys were given", now, 0)
@@ -204,14 +205,20 @@ def open_or_empty(
     if not os.path.exists(output):
         return CatalogIndex.empty(output, about)
     earlier = load_index(output)
+    shut: dict[str, str] = {}
+    found = {name for name, _ in files_in(catalog, shut)}
+    before = {item.name for item in earlier.items.values()}
+    if earlier.about.catalog != about.catalog and found and not found & before:
+        raise InputError(
+            f"{output} is the index of {earlier.about.catalog}, and {catalog} has none of "
+            "its items: name that folder, or remove the file to begin anew."
+        )
     if earlier.about.descriptor != descriptor.sha256:
         if earlier.about.promise.rate and not to_measure:
             raise InputError(
                 f"{output} was made with another descriptor, to which its threshold "
                 "belongs: give --others, to measure one for this, or remove the file."
             )
-        shut: dict[str, str] = {}
-        list(files_in(catalog, shut))
         check_shut(earlier.items.values(), catalog, shut)
         shown = text_of(str(output))
         click.echo(f"{shown} was made with another descriptor: every item is made anew")

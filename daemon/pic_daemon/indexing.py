@@ -194,7 +194,11 @@ def update(
     if not index.items:
         raise InputError(
             f"no picture in {folder} can be indexed"
-            + (f"; the first is {_first(refused)}" if refused else ": it holds none")
+            + (
+                f"; the first is {_first(refused)}"
+                if refused
+                else ": it holds none (links, and names of no picture format, do not count)"
+            )
             + "".join(f"; {folder / name} {why}" for name, why in done.shut.items())
             + "."
         )

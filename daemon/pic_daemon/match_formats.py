@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Literal, TextIO
 
 from pic_daemon.match_queries import COLUMNS, Row
@@ -58,9 +59,9 @@ class _Table:
                 row["classified_at"],
                 "-" if row["score"] is None else f"{row['score']:.6f}",
                 row["status"],
-                _one_line(row.get("catalog_item") or "-"),
-                _one_line(row["path"])
-                + (f"  ({_one_line(row['error'])})" if row["error"] else ""),
+                one_line(row.get("catalog_item") or "-"),
+                one_line(row["path"])
+                + (f"  ({one_line(row['error'])})" if row["error"] else ""),
             )
             for row in rows
         ]
@@ -72,6 +73,12 @@ class _Table:
         return f"{time:<24}  {score:>8}  {verdict:<8}  {named}{path}"
 
 
-def _one_line(text: str) -> str:
+def escape_what_it_cannot_encode(stream: TextIO) -> None:
+    """Have names that the stream's encoding lacks printed all the same."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def one_line(text: str) -> str:
     """Text with line breaks or control characters must not break the table."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

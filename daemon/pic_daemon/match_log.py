@@ -88,6 +88,16 @@ class OldRow:
     classified_at: str
 
 
+def _bring_up_to_date(db: Database) -> None:
+    while waiting := len(migrations.pending(db)):
+        try:
+            migrations.apply(db)
+        except sqlite3.OperationalError:
+            db.conn.rollback()
+            if len(migrations.pending(db)) == waiting:  # else another program was first
+                raise
+
+
 class MatchLog:
     """An open match log. Not shared between threads."""
 
@@ -114,8 +124,7 @@ class MatchLog:
                     f"{path}: SQLite cannot use its write-ahead log here (it stays in "
                     f"mode {mode!r}). Put the database on a local disk."
                 )
-            if migrations.pending(db):
-                migrations.apply(db)
+            _bring_up_to_date(db)
             db.execute(f"PRAGMA busy_timeout = {_WRITE_TIMEOUT_S * 1000:.0f}")
             # What a long transaction or a listing left open made of it is given back.
             db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
@@ -339,14 +348,12 @@ class MatchLog:
                 [now, json.dumps(figures)],
             )
 
-    def is_served(self) -> bool:
-        """Whether a service has lately said that it lives, and not that it has ended."""
-        row = self._db.execute(
-            "SELECT 1 FROM heartbeat WHERE abs(julianday(at) - julianday('now')) < ?"
-            " AND json_extract(figures, '$.stopped') IS NULL",
-            [SILENT_S / 86400],
+    def silent_for(self) -> float | None:
+        """Seconds since a service last said how it is doing, by the clock; None: never."""
+        found = self._db.execute(
+            "SELECT (julianday('now') - julianday(at)) * 86400 FROM heartbeat"
         ).fetchone()
-        return row is not None
+        return float(found[0]) if found else None
 
     def mark_moved(self, path: str, sha256: str) -> None:
         """Note that a file is gone from `path`: should it come back, it is read again."""
@@ -381,6 +388,14 @@ class MatchLog:
         Returns how many. Which these are, and from which score on the index is asked, the
         heartbeat says; without one, the model is that used last, by the clock.
         """
+        return self._mark(self._outdated())
+
+    def outdated(self) -> int:
+        """How many images `mark_outdated` would have done again."""
+        found = self._db.execute(f"SELECT count(*) FROM images WHERE {self._outdated()}")
+        return int(found.fetchone()[0])
+
+    def _outdated(self) -> str:
         model, index, gate = (
             f"(SELECT json_extract(figures, '$.{name}') FROM heartbeat)"
             for name in ("model", "catalog_index", "gate_threshold")
@@ -388,7 +403,7 @@ class MatchLog:
         last = "SELECT sha256 FROM models ORDER BY last_used_at DESC LIMIT 1"
         # With an error it was not judged by its score, and no index was asked.
         asked = f"(catalog_index IS NOT NULL OR (score >= {gate} AND error IS NULL))"
-        return self._mark(
+        return (
             f"(model <> coalesce({model}, ({last})) "
             f"OR (catalog_index IS NOT {index} AND {asked})) AND status <> 'failed'"
         )

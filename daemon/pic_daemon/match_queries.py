@@ -116,8 +116,9 @@ def read_status(path: Path) -> dict[str, Any]:
         rows = db.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
         # Without the table, the service of this version has not run yet.
         if _one(db, "SELECT count(*) FROM sqlite_master WHERE name = 'deliveries'"):
-            told["pending"] = _one(db, "SELECT count(due_at) FROM deliveries")
-            told["given up"] = _one(db, "SELECT count(*) FROM deliveries") - told["pending"]
+            # In one statement: the queue moves between two.
+            found = "SELECT count(due_at), count(*) - count(due_at) FROM deliveries"
+            told = dict(zip(told, db.execute(found).fetchone(), strict=True))
     if not beat:
         raise InputError(f"no service has used {path} yet.")
     age = datetime.now(UTC) - datetime.fromisoformat(beat["at"])

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pic_daemon.backup import back_up
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_daemon.match_formats import printer
+from pic_daemon.match_formats import escape_what_it_cannot_encode, printer
 from pic_daemon.match_queries import Row, follow_images, read_images
 from pic_daemon.options import FiniteRange
 from pic_daemon.web.queries import STATUSES, Filters, moment_of
@@ -118,17 +118,29 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         text_of(os.path.realpath(folder)) if folder else "",
         text_of(narrowed["product"] or ""),
     )
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that it cannot encode is escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_what_it_cannot_encode(sys.stdout)
     show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
     if follow:
         _follow(database, filters, limit, show)
         return
     count = 0
-    for rows in read_images(database, filters, limit):
-        show(rows)
-        count += len(rows)
-    if not count and not as_json and not as_csv:
+    try:
+        for rows in read_images(database, filters, limit):
+            show(rows)
+            count += len(rows)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # click ends it quietly
+    except OSError as error:  # such as a full disk
+        raise click.ClickException(f"cannot print: {error.strerror}") from error
+    if (
+        limit
+        and count == limit
+        and click.get_current_context().get_parameter_source("limit")
+        == ParameterSource.DEFAULT
+    ):
+        click.echo(f"note: at most {limit} are shown; --limit says how many", err=True)
+    if limit and not count and not as_json and not as_csv:
         click.echo(
             "no matches" if filters.status == "match" else "no such images", err=True
         )

@@ -1,9 +1,24 @@
 """Types of command-line options that click lacks."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
+
+
+class Place(click.ParamType[Path]):
+    """A path that the disk is not asked about, which may be a mount that hangs."""
+
+    name = "path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        """The path; fails where it is empty, which would mean the current folder."""
+        if not str(value) or "\0" in str(value):
+            self.fail("an empty path, or one with a NUL, names nothing.", param, ctx)
+        return Path(value)
 
 
 class FiniteRange(click.FloatRange):

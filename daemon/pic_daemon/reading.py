@@ -6,6 +6,7 @@ import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 from pic_daemon.folders import FileStamp
 from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, decode
@@ -63,9 +64,7 @@ def read_bytes(path: str) -> tuple[Reading, bytes]:
     """Read and hash one file; without a sha256 in the Reading there are no bytes."""
     stamp = None
     try:
-        # O_NONBLOCK: opening a FIFO that was swapped in must not hang the reader.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb") as file:
+        with _opened(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return Reading(path, None), b""
@@ -84,6 +83,16 @@ def read_bytes(path: str) -> tuple[Reading, bytes]:
     if after != stamp or len(data) != stamp.bytes:
         return Reading(path, after, changed=True), b""
     return Reading(path, stamp, hashlib.sha256(data).hexdigest()), data
+
+
+def _opened(path: str) -> BinaryIO:
+    # O_NONBLOCK: opening a FIFO that was swapped in must not hang the reader.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return open(handle, "rb")
+    except BaseException:  # as of a folder
+        os.close(handle)
+        raise
 
 
 def _stamp_unread(path: str) -> FileStamp | None:

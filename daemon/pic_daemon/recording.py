@@ -87,7 +87,7 @@ class Recorder:
         elif target:
             name, sha256 = moved.outcome.path, moved.outcome.sha256
             self.write(lambda: self.log.mark_moved(name, sha256))
-            logger.info("moved path=%r to %s", path, text_of(str(target)))
+            logger.info("moved path=%r to %r", path, text_of(str(target)))
 
 
 def _report(outcome: Outcome) -> None:

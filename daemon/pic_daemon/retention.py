@@ -20,6 +20,7 @@ logger = logging.getLogger("pic_daemon")
 
 _BATCH = 100  # rows looked at between two looks into the service's inbox
 _PASS_EVERY_S = 3600.0
+_DOUBTFUL_S = 86_400.0  # since the service last lived: or the clock has jumped
 _LOOK_S = 0.05  # between two questions whether a batch of files was looked at
 _PATIENCE_S = 10.0  # for a single file; after it the thread hangs, and another begins
 
@@ -81,6 +82,15 @@ class Retention:
     def __post_init__(self) -> None:
         if self.keep_days is None:
             self.next_due = float("inf")
+
+    def begin(self, silent: float | None, now: float) -> None:
+        """Take note for how long nobody served the log, by the clock, in seconds.
+
+        Where it was long the clock may be ahead, as before it is set from the network; it
+        is given an hour, as what is deleted is gone.
+        """
+        if silent is not None and abs(silent) > _DOUBTFUL_S:
+            self.next_due = max(self.next_due, now + _PASS_EVERY_S)
 
     def step(
         self,

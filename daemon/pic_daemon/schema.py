@@ -274,14 +274,8 @@ def check(path: Path, for_writing: bool = True) -> None:
     only locked or its disk is full, which passes, sqlite3.OperationalError is raised
     `for_writing`.
     """
-    if not os.path.isdir(path.parent):  # unlike Path, never raises
-        raise InputError(f"database {path}: its folder does not exist; create it.")
-    if not os.path.exists(path):
-        if for_writing and not os.access(path.parent, os.W_OK):
-            raise InputError(f"database {path}: its folder is not writable.")
+    if not _is_there(path, for_writing):
         return
-    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-        raise InputError(f"database {path}: it or its folder is not writable.")
     try:
         with closing(open_read_only(path)) as db:
             tables = set(db.table_names())
@@ -299,9 +293,9 @@ def check(path: Path, for_writing: bool = True) -> None:
                 f"{path} is in use by nobody, and SQLite shows it then only to an account "
                 "that may write in its folder: start the service, or ask as its account."
             ) from error
+        hint = " Name a SQLite file or one that does not exist yet." if for_writing else ""
         raise InputError(
-            f"{path} cannot be used as the match log: {error}. "
-            "Name a SQLite file or one that does not exist yet."
+            f"{path} cannot be used as the match log: {error}.{hint}"
         ) from error
     unknown = applied - {m.name for m in migrations._migrations}
     if unknown:
@@ -315,6 +309,20 @@ def check(path: Path, for_writing: bool = True) -> None:
             f"{path} is the database of another program (it holds "
             f"{', '.join(sorted(tables)[:3])}). Name another file."
         )
+
+
+def _is_there(path: Path, for_writing: bool) -> bool:
+    if not os.path.isdir(path.parent):  # unlike Path, never raises
+        raise InputError(f"database {path}: its folder does not exist; create it.")
+    if not os.path.exists(path):
+        if for_writing and not os.access(path.parent, os.W_OK):
+            raise InputError(f"database {path}: its folder is not writable.")
+        return False
+    if not os.path.isfile(path):
+        raise InputError(f"database {path} is a folder or a device; name a file.")
+    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        raise InputError(f"database {path}: it or its folder is not writable.")
+    return True
 
 
 def _ours(path: Path) -> bool:

@@ -194,6 +194,8 @@ class Service:
     def _take_over(self) -> None:
         """Tell the log who serves, and what the service before left undone."""
         self._recorder.write(lambda: self.log.use_model(self.model))
+        silent = self._recorder.write(self.log.silent_for)
+        self._retention.begin(silent, time.monotonic())
         if not self.until_done:  # a single pass is not the service whose log it may be
             lost = self._recorder.write(lambda: self.log.deliver_only_to(self.config.hooks))
             if lost:
@@ -293,6 +295,8 @@ class Service:
         waiting = self.health.waiting(len(self._backlog), waited, self.offline)
         waiting["scanning"] = self._backlog.scanning()
         waiting["model"] = self.model.sha256
+        if self.until_done:  # what is not there afterwards is no service that is down
+            waiting["stopped"] = 1
         if not self.cascade:
             return waiting
         index = self.cascade.identifier.index.sha256

@@ -85,7 +85,7 @@ def test_an_address_that_cannot_be_had_is_refused(
             ("not-yet.invalid:9465", 1),
         ):
             result = run_tool("pic-daemon", "run", *service, "--metrics", address)
-            assert (result.returncode, address in result.stderr) == (code, True)
+            assert (result.returncode, "metrics" in result.stderr) == (code, True)
             assert "Traceback" not in result.stderr
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import nn
 
@@ -84,6 +86,7 @@ def export_run(
     the test half may fall by at most `max_loss`. Raises InputError where `folder` is no
     finished run or a proof fails; then no file is left behind.
     """
+    _check_output(output)
     config, network = load_network(folder)
     report_file, parity_file = folder / "report.json", folder / "parity.npy"
     if not report_file.exists():
@@ -110,6 +113,8 @@ def export_run(
             cost = _convert(temporary, info, images, folder, config, max_loss)
         if cost:
             write_json(folder / f"export-{precision}.json", cost.to_json())
+        with temporary.open("rb") as file:
+            os.fsync(file)
         temporary.replace(output)
     except OSError as error:
         where = error.filename or output
@@ -118,6 +123,20 @@ def export_run(
         with suppress(OSError):  # its folder is none
             temporary.unlink()
     return parity, cost
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to replace what is no model: a match log, an index, a device."""
+    if not os.path.lexists(output):
+        return
+    try:
+        replaceable = os.path.isfile(output) and (
+            not output.stat().st_size or bool(onnx.load(output).graph.node)
+        )
+    except (DecodeError, OSError):
+        replaceable = False
+    if not replaceable:
+        raise InputError(f"--output {output} is there and no ONNX file; name another.")
 
 
 def _classifier(
