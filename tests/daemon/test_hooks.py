@@ -328,7 +328,8 @@ def test_an_answer_that_never_ends_is_cut_off() -> None:
 @pytest.mark.parametrize(
     ("text", "mode", "sentence"),
     [
-        ("Authorization: x", 0o644, "every user may use it"),
+        ("Authorization: x", 0o604, "every user may use it"),
+        ("Authorization: x", 0o602, "every user may use it"),
         ("only a secret", 0o600, "one line such as"),
         ("Name: a\nOther: b", 0o600, "one line such as"),
     ],
@@ -342,6 +343,12 @@ def test_a_header_file_that_will_not_do_is_named(
         read_header(tmp_path / "header")
 
 
+def test_a_header_file_may_be_read_by_a_group(tmp_path: Path) -> None:
+    (tmp_path / "header").write_text("Authorization: x")
+    (tmp_path / "header").chmod(0o640)
+    assert read_header(tmp_path / "header") == ("Authorization", "x")
+
+
 def test_a_program_gets_the_message_on_its_stdin(tmp_path: Path) -> None:
     run_command(["/usr/bin/tee", str(tmp_path / "told")], 10, '{"a": 1}')
     assert (tmp_path / "told").read_text() == '{"a": 1}\n'
@@ -350,6 +357,17 @@ def test_a_program_gets_the_message_on_its_stdin(tmp_path: Path) -> None:
         run_command(["/bin/false"], 10, "{}")
     with pytest.raises(NotDelivered, match="No such file"):
         run_command([str(tmp_path / "none")], 10, "{}")
+
+
+def test_a_program_cannot_speak_to_systemd_for_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+    for name in (*ours, "SHOP"):
+        monkeypatch.setenv(name, "1")
+    run_command(["/bin/sh", "-c", f"env > {tmp_path / 'env'}"], 10, "{}")
+    given = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert "SHOP" in given and not given & ours
 
 
 def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:

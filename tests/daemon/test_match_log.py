@@ -114,6 +114,35 @@ def test_a_path_and_content_has_one_row_however_often_it_is_recorded(
     assert len(query(log, "SELECT * FROM images")) == 3
 
 
+def test_an_image_scored_again_keeps_of_its_row_when_it_was_first_noticed_alone(
+    log: MatchLog, model: Model
+) -> None:
+    before = Outcome(
+        "/drop/a.png", "a" * 64, STAMP, "match", 99.75, 100.0, 40, 30, "PNG", 0.9, 0.5,
+        None, "shoes.jpg", 0.95, "hats.jpg", 0.4, "i" * 64, 0.8, 0.6,
+    )  # fmt: skip
+    after = Outcome(
+        "/drop/a.png", "a" * 64, FileStamp(2000, 6, 8), "no-match", 199.0, 200.0, 80, 60,
+        "JPEG", 0.2, 0.3, "uniform", "boots.jpg", 0.7, "caps.jpg", 0.25, "j" * 64, 0.1, 0.7,
+    )  # fmt: skip
+    present = replace(model, sha256="c" * 64)
+    log.use_model(present)
+    log.record([before], model)
+    log.record([after], present)
+    (row,) = query(log, "SELECT * FROM images")
+    del row["id"]
+    assert row == {
+        "path": "/drop/a.png", "sha256": "a" * 64, "bytes": 2000, "width": 80,
+        "height": 60, "format": "JPEG", "status": "no-match", "score": 0.2,
+        "threshold": 0.3, "model": present.sha256, "seen_at": "1970-01-01T00:01:39.750Z",
+        "classified_at": "1970-01-01T00:03:20.000Z", "latency_ms": 250.0,
+        "error": "uniform", "mtime_ns": 6, "inode": 8, "catalog_item": "boots.jpg",
+        "similarity": 0.7, "runner_up": "caps.jpg", "runner_up_similarity": 0.25,
+        "catalog_index": "j" * 64, "joint_score": 0.1, "joint_threshold": 0.7,
+        "revision": 2,
+    }  # fmt: skip
+
+
 def test_what_was_recorded_is_known_until_the_file_changes(
     log: MatchLog, model: Model
 ) -> None:
@@ -297,6 +326,27 @@ def test_what_waits_for_a_hook_that_was_taken_out_is_given_up_until_asked(
     log.deliver_only_to([])
     assert query(log, pending) == []
     assert log.deliver_again() == 2
+
+
+def test_what_is_tried_again_is_as_if_just_queued_and_what_waits_is_left_alone(
+    log: MatchLog, model: Model
+) -> None:
+    log.record([match("/drop/a.png"), match("/drop/b.png")], model, ["webhook"])
+    log._db.execute("UPDATE deliveries SET attempts = 3, due_at = NULL WHERE id = 1")
+    log._db.execute("UPDATE deliveries SET attempts = 4, due_at = 108 WHERE id = 2")
+    log._db.conn.commit()
+    assert log.deliver_again() == 1
+    again, waiting = query(log, "SELECT attempts, queued_at, due_at FROM deliveries")
+    assert again["attempts"] == 0
+    assert again["queued_at"] == again["due_at"] != 100.0
+    assert waiting == {"attempts": 4, "queued_at": 100.0, "due_at": 108.0}
+
+
+def test_the_longest_due_is_told_first(log: MatchLog, model: Model) -> None:
+    at = {"/drop/c.png": 300.0, "/drop/a.png": 100.0, "/drop/b.png": 200.0}
+    log.record([match(path, at=due_at) for path, due_at in at.items()], model, ["webhook"])
+    told = due(log._db.conn, "webhook", now=400, limit=2)
+    assert [delivery.queued_at for delivery in told] == [100.0, 200.0]
 
 
 def test_what_was_given_up_can_be_forgotten(

@@ -62,12 +62,14 @@ def whole_pass(
     online: Callable[[str], bool],
     there: Callable[[str], bool] = lambda _: True,
     days: float = 30,
-) -> None:
+) -> float:
+    """Returns after how many seconds the next one is due."""
     retention, now = Retention(days), time.monotonic()
     while retention.next_due < now + 60:
         assert time.monotonic() < now + 60
         retention.step(log, online, there, now)
         time.sleep(0.001)
+    return retention.next_due - now
 
 
 def names(log: MatchLog) -> list[str]:
@@ -148,6 +150,18 @@ def test_a_row_that_was_written_again_since_its_file_was_missed_stays(
     assert names(log) == ["back"]
 
 
+@pytest.mark.parametrize("changed", [{"mtime_ns": 5}, {"inode": 7}])
+def test_a_row_whose_file_is_back_since_it_was_missed_stays(
+    log: MatchLog, model: Model, tmp_path: Path, changed: dict[str, int]
+) -> None:
+    row = recorded(tmp_path / "drop" / "back.png", 31)
+    log.record([row], model)
+    missed = log.no_matches_before(time.time(), ("", 0), 1)
+    log.recognise(row.path, row.sha256, replace(row.stamp, **changed))
+    assert log.delete(missed) == 0
+    assert names(log) == ["back"]
+
+
 def test_rows_stay_where_the_folder_went_while_it_was_looked_into(
     log: MatchLog, model: Model, tmp_path: Path
 ) -> None:
@@ -208,6 +222,28 @@ def test_a_file_that_cannot_be_looked_at_keeps_its_row(
     # Too long for the file system: lstat fails, though not for want of the file.
     log.record([replace(long, path=str(tmp_path / "drop" / ("x" * 300)))], model)
     assert len(kept(log, tmp_path / "drop")) == 1
+
+
+def test_a_file_whose_name_is_not_utf8_keeps_its_row(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    log.record([recorded(tmp_path / "drop" / name, 31)], model)
+    assert kept(log, tmp_path / "drop") == ["caf\\xe9"]
+
+
+def test_a_file_whose_folder_gave_way_to_a_file_is_gone(
+    log: MatchLog, model: Model, tmp_path: Path
+) -> None:
+    drop = tmp_path / "drop"
+    log.record([recorded(drop / "deep" / "gone.png", 31)], model)
+    shutil.rmtree(drop / "deep")
+    (drop / "deep").touch()
+    assert kept(log, drop) == []
+
+
+def test_a_pass_is_made_every_hour(log: MatchLog) -> None:
+    assert whole_pass(log, lambda _: True) == pytest.approx(3600)
 
 
 def test_many_rows_go_in_batches(log: MatchLog, model: Model, tmp_path: Path) -> None:
