@@ -311,9 +311,20 @@ def test_a_file_that_is_another_by_the_second_look_is_read_anew(tmp_path: Path) 
     assert seen.changed
 
 
-@pytest.mark.parametrize("gate", [-0.1, 1.5, "x"])
+@pytest.mark.parametrize(
+    ("gate", "sentence"),
+    [
+        (-0.1, "gate_threshold must be at least 0"),
+        (1.5, "gate_threshold must be at most 1"),
+        ("x", "'--gate-threshold': 'x' is not a valid float"),
+    ],
+)
 def test_a_gate_outside_0_to_1_is_refused(
-    gate: object, daemon: DaemonProcess, run_here: Tool, descriptor_file: Path
+    gate: object,
+    sentence: str,
+    daemon: DaemonProcess,
+    run_here: Tool,
+    descriptor_file: Path,
 ) -> None:
     result = run_here(
         "pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model,
@@ -321,4 +332,4 @@ def test_a_gate_outside_0_to_1_is_refused(
         "--index", descriptor_file, "--gate-threshold", gate,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "gate" in result.stderr
+    assert sentence in result.stderr

@@ -5,11 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import pytest
 from conftest import BIN, DaemonProcess, write_image
+from shop import Shop
 from sqlite_utils import Database
 
+from pic_daemon.folders import Mount, stamp_of
 from pic_daemon.match_log import MatchLog
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -63,6 +67,44 @@ def test_check_tells_what_the_service_would_run_on(
     )
     polled = run_tool("pic-daemon", "check", "--config", tmp_path / "pic.toml")
     assert "inotify: 0 watches needed, " in polled.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "note"),
+    [
+        ("nfs4", "events", ', announces nothing: set mode = "poll"'),
+        ("fuse.sshfs", "events", ', announces nothing: set mode = "poll"'),
+        ("nfs4", "poll", ""),
+        ("ext4", "events", ""),
+    ],
+)
+def test_check_says_of_a_folder_whether_its_file_system_announces_nothing(
+    kind: str, mode: str, note: str, run_here: Run, model_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pic_daemon.cli.mount_of", lambda _: Mount("/mnt", kind))
+    (tmp_path / "drop").mkdir()
+    (tmp_path / "pic.toml").write_text(
+        f'model = "{model_file}"\ndatabase = "l.db"\n'
+        f'[[watch]]\npath = "drop"\nmode = "{mode}"\n'
+    )
+    result = run_here("pic-daemon", "check", "--config", tmp_path / "pic.toml")
+    line = f"folder {tmp_path / 'drop'}: file system {kind}{note}"
+    assert line in result.stdout.splitlines()
+
+
+def test_check_refuses_folders_that_need_more_watches_than_are_left(
+    run_here: Run, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drop" / "sub").mkdir(parents=True)
+    check = ["check", "--watch", tmp_path / "drop", "--model", model_file]
+    check += ["--database", tmp_path / "l.db"]
+    for left, code in ((2, 0), (1, 2)):
+        monkeypatch.setattr("pic_daemon.cli.watches_left", lambda left=left: left)
+        result = run_here("pic-daemon", *check)
+        assert result.returncode == code
+        assert f"inotify: 2 watches needed, {left} left" in result.stdout
+    assert "raise fs.inotify.max_user_watches with sysctl" in result.stderr
 
 
 def test_wrong_input_ends_with_a_sentence_and_exit_code_2(
@@ -155,6 +197,29 @@ def test_an_archive_is_classified_once_and_what_is_new_later(
     assert mistyped.returncode == 2 and "is not a folder" in mistyped.stderr
     assert not (tmp_path / "other.db").exists()
     assert len(list(Database(tmp_path / "log.db").query("SELECT * FROM images"))) == 22
+
+
+def test_a_retry_counts_failed_attempts_anew(run_here: Run, tmp_path: Path) -> None:
+    with closing(MatchLog.open(tmp_path / "log.db")) as log:
+        log.take_in_hand(["/drop/a.png"])
+        assert [log.strike("/drop/a.png") for _ in range(2)] == [1, 2]
+        run_here("pic-daemon", "retry", "--database", log.path)
+        assert log.struck() == []
+        log.take_in_hand(["/drop/a.png"])
+        assert log.strike("/drop/a.png") == 1
+
+
+def test_failed_images_are_not_scored_again_by_reclassify(
+    run_here: Run, tmp_path: Path
+) -> None:
+    shop = Shop(tmp_path / "shop")
+    good, bad = shop.copy_of(1, "a.jpg"), shop.broken("b.jpg", "the file is empty")
+    shop.log.beat({"model": "another"})
+    result = run_here("pic-daemon", "reclassify", "--database", shop.database)
+    assert result.stdout.startswith("1 images will be scored again")
+    for path, known in ((good, False), (bad, True)):
+        stamp = stamp_of(str(path))
+        assert stamp and shop.log.knows(str(path), stamp) == known
 
 
 def test_a_link_to_itself_is_no_file(

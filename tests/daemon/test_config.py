@@ -6,6 +6,8 @@ import pytest
 from pic_daemon.config import load_config, resolving
 from pic_daemon.errors import InputError
 
+WHOLE = "model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\n"
+
 
 @pytest.fixture
 def drop(tmp_path: Path) -> Path:
@@ -65,6 +67,8 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
             "model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ninclude = ['jpg']",
             r'write "\*\.jpg"',
         ),
+        ("batch_size = true", "batch_size must be a whole number"),
+        ("settle_seconds = true", "settle_seconds must be a number"),
         ("provider = 'tpu'", "one of auto, cpu, cuda"),
         ("model = 5", "model must be a path"),
         ("webhook = 'example.org'", "must be an address"),
@@ -90,6 +94,14 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
         ("model = 'm'\ndatabase = 'd'\n[[watch]]\ninclude = ['*']", "needs a path"),
         ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'no'", "does not exist"),
         ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ninclude = 'x'", "a list"),
+        *(
+            (f"{WHOLE}poll_seconds = {value}", "poll_seconds must be a number of at least")
+            for value in ("0", "inf", "nan", "true", "'10'")
+        ),
+        (
+            f"describe = 'v'\nindex = 'i'\ngate_threshold = 1.01\n{WHOLE}",
+            "gate_threshold must be at most 1",
+        ),
         ("model = ", "not valid TOML"),
         ("model = 'm'", "no database given"),
         ("model = 'm'\ndatabase = 'd'", "no folder to watch"),
@@ -111,6 +123,16 @@ def test_the_database_may_not_lie_in_a_watch_folder(
     (drop / "deep").mkdir()
     with pytest.raises(InputError, match="lies in the watch folder"):
         load_config(None, given(watch=(drop,), model="m", database=tmp_path / place))
+
+
+@pytest.mark.parametrize("place", ["drop", "drop/deep", "drop/none"])
+def test_failed_files_may_not_go_into_a_watch_folder(
+    tmp_path: Path, drop: Path, place: str
+) -> None:
+    (drop / "deep").mkdir()
+    service = given(watch=(drop,), model="m", database=tmp_path / "log.db")
+    with pytest.raises(InputError, match=r"the failed_folder .* lies in the watch folder"):
+        load_config(None, {**service, "failed_folder": tmp_path / place})
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 from conftest import DaemonProcess, free_address, write_image
+
+from pic_daemon.match_log import MatchLog
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -142,6 +146,21 @@ def test_status_tells_a_service_that_lives_from_one_that_does_not(
     log.close()
     set_back = run_tool("pic-daemon", *asked)
     assert (set_back.returncode, "clock was set back" in set_back.stdout) == (1, True)
+
+
+def test_status_says_how_long_a_file_has_been_waiting_for_too_long(
+    run_here: Run, tmp_path: Path
+) -> None:
+    asked = "status", "--database", tmp_path / "log.db"
+    with closing(MatchLog.open(tmp_path / "log.db")) as log:
+        log.beat({"backlog": 3, "oldest_waiting_s": 899.0})
+        assert run_here("pic-daemon", *asked).stdout == "healthy; 3 waiting; rows: 0\n"
+        log.beat({"backlog": 3, "oldest_waiting_s": 901.0})
+        overdue = run_here("pic-daemon", *asked)
+    assert (overdue.returncode, overdue.stdout) == (
+        1,
+        "a file has been waiting for 901 s; 3 waiting; rows: 0\n",
+    )
 
 
 def test_a_file_from_the_future_is_classified(daemon: DaemonProcess) -> None:

@@ -18,13 +18,15 @@ from typing import Any
 
 import pytest
 from conftest import BIN
+from sqlite_utils import Database
 
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_formats import printer
 from pic_daemon.match_log import MatchLog, Outcome
-from pic_daemon.match_queries import Row
+from pic_daemon.match_queries import Row, follow_images
 from pic_daemon.model import Model, load_model
-from pic_daemon.schema import open_read_only
+from pic_daemon.schema import iso_time, migrations, open_read_only
+from pic_daemon.web.queries import Filters
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -330,3 +332,59 @@ def test_a_damaged_log_makes_no_backup(
     assert result.returncode == 1
     assert "the copy is damaged" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.glob("*copy*")) == []
+
+
+def test_a_backup_clears_away_the_halves_of_its_own_name_alone(
+    filled: MatchLog, run_here: Run, tmp_path: Path
+) -> None:
+    place = tmp_path / "backup"
+    place.mkdir()
+    own, other = place / ".copy[1].db.abc.part", place / ".copy1.db.abc.part"
+    for half in (own, other):
+        half.write_bytes(b"half a copy")
+        os.utime(half, (0, 0))
+    output = place / "copy[1].db"
+    backup = "backup", "--database", filled.path, "--output", output
+    assert run_here("pic-matches", *backup).returncode == 0
+    assert set(place.iterdir()) == {other, output}
+
+
+@pytest.mark.parametrize(
+    "options", [("--json", "--csv"), ("--follow", "--until", "2999-01-01")]
+)
+def test_options_that_exclude_each_other_are_refused(
+    options: tuple[str, ...], run_here: Run, tmp_path: Path
+) -> None:
+    result = run_here("pic-matches", "--database", tmp_path / "log.db", *options)
+    assert result.returncode == 2
+    assert f"{options[0]} and {options[1]} exclude each other" in result.stderr
+
+
+def test_a_log_of_an_earlier_version_is_followed_in_the_order_of_its_rows(
+    model: Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.db"
+    with closing(Database(path)) as earlier:
+        migrations.apply(earlier, stop_before="add_revision")
+        for number in (1, 2, 7):
+            earlier["images"].insert(
+                {"id": number, "path": f"/drop/{number}.png", "sha256": "", "bytes": 9,
+                 "status": "match", "score": 0.9, "seen_at": "", "latency_ms": 0.0,
+                 "classified_at": iso_time(number), "mtime_ns": 5, "inode": 7}
+            )  # fmt: skip
+    with closing(MatchLog.open(path)) as log:
+        log.use_model(model)
+        more = iter(["/drop/8.png", "/drop/9.png"])
+
+        def recorded() -> bool:
+            if new := next(more, None):
+                log.record([match(new, 3)], model)
+            return new is not None
+
+        looks = list(follow_images(path, Filters(), 50, recorded))
+    assert [[Path(row["path"]).stem for row in rows] for rows in looks] == [
+        ["1", "2", "7"],
+        ["8"],
+        ["9"],
+    ]
+    assert [row["revision"] for rows in looks for row in rows] == [1, 2, 7, 8, 9]

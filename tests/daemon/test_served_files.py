@@ -25,8 +25,13 @@ class Served:
         self.files.look()
         if not self.files._loading:
             return False
-        self._loaded.get(timeout=60).hand_over()
+        self.take()
         return True
+
+    def take(self) -> None:
+        """Take what is being loaded."""
+        assert self.files._loading
+        self._loaded.get(timeout=60).hand_over()
 
     def _load(self) -> str:
         text = self._path.read_text()
@@ -65,3 +70,15 @@ def test_a_file_that_could_not_be_read_is_tried_again_once_it_may_be(
     (tmp_path / "file").chmod(0o644)
     assert served.look()
     assert served.text == "second"
+
+
+def test_a_load_asked_for_during_another_follows_it(served: Served, tmp_path: Path) -> None:
+    served.files.load()
+    loaded = served._loaded.get(timeout=60)
+    (tmp_path / "file").write_text("second")
+    served.files.load()
+    loaded.hand_over()
+    assert served.text == "replaced while it was loaded"
+    served.take()
+    assert served.text == "second"
+    assert not served.files._loading

@@ -37,3 +37,10 @@ def test_a_released_file_is_never_due() -> None:
     tracker.release("a")
     assert tracker.due(200.0) == []
     assert tracker.next_due() is None
+
+
+def test_a_file_that_met_trouble_waits_longer() -> None:
+    tracker = SettleTracker(2.0)
+    tracker.wait("a", SMALL, now=100.0, seen_at=5.0, longer=30.0)
+    assert tracker.due(131.9) == []
+    assert tracker.due(132.0) == [("a", SMALL)]

@@ -14,6 +14,7 @@ from conftest import mounted
 
 from pic_daemon import watch
 from pic_daemon.folders import Folder
+from pic_daemon.inotify_limits import _watches_of
 from pic_daemon.watch import FileHint, FolderWatch
 
 Watched = tuple[FolderWatch, Path, list[FileHint]]
@@ -215,3 +216,13 @@ def test_a_folder_that_is_mounted_when_it_is_used_is_online(tmp_path: Path) -> N
             subprocess.run(["umount", "--lazy", str(drop)], capture_output=True)
         mounting.kill()
         mounting.communicate()
+
+
+def test_watches_of_another_users_processes_are_not_counted(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = Path("/proc", str(os.getpid()))
+    assert _watches_of(this) == inotify_watches() > 0
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
+    assert _watches_of(this) == 0

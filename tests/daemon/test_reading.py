@@ -1,0 +1,27 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from pic_daemon.folders import FileStamp, stamp_of
+from pic_daemon.reading import Reading, read_bytes
+
+
+@pytest.mark.parametrize("length", [1000, 2000, 10])
+def test_what_is_written_to_while_it_is_read_has_no_content(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"a" * 1000)
+    os.utime(path, (0, 0))
+    of = FileStamp.of
+
+    def written_once_looked_at(status: os.stat_result) -> FileStamp:
+        if not status.st_mtime:
+            path.write_bytes(b"b" * length)
+        return of(status)
+
+    monkeypatch.setattr(FileStamp, "of", written_once_looked_at)
+    reading, data = read_bytes(str(path))
+    assert reading == Reading(str(path), stamp_of(str(path)), changed=True)
+    assert data == b""
