@@ -327,6 +327,22 @@ def test_a_picture_is_not_refused_for_what_an_item_was_before_a_stop(
     ]  # fmt: skip
 
 
+def test_an_index_is_not_filled_from_quite_another_folder(
+    make: Tool, run_tool: Tool, tmp_path: Path, descriptor_file: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    write_products(tmp_path / "wrong", range(50, 53))
+    make()
+    kept = (tmp_path / "catalog.index").read_bytes()
+    options = ("--model", descriptor_file, "--output", tmp_path / "catalog.index")
+    refused = run_tool("pic-index", "--catalog", tmp_path / "wrong", *options)
+    assert refused.returncode == 2
+    assert f"is the index of {tmp_path / 'catalog'}, and " in refused.stderr
+    assert (tmp_path / "catalog.index").read_bytes() == kept
+    (tmp_path / "catalog").rename(tmp_path / "moved")
+    assert run_tool("pic-index", "--catalog", tmp_path / "moved", *options).returncode == 0
+
+
 def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(
     make: Tool, tmp_path: Path, descriptor_file: Path
 ) -> None:

@@ -1,15 +1,17 @@
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import BIN, DaemonProcess, write_image
+from conftest import BIN, INFO, DaemonProcess, write_image, write_model
 from shop import Shop
 from sqlite_utils import Database
 
@@ -322,6 +324,119 @@ def test_an_archive_does_not_go_into_the_log_of_a_service_that_runs(
     assert "another pic-daemon serves it" in refused.stderr
     assert daemon.stop() == 0
     assert run_tool("pic-classify", "--model", daemon.model, *bulk).returncode == 0
+
+
+def test_a_service_does_not_go_into_the_log_that_an_archive_fills(
+    daemon: DaemonProcess, run_tool: Run, tmp_path: Path
+) -> None:
+    archive = write_archive(tmp_path, 900, side=1_200)
+    link = tmp_path / "link.db"  # another name of the same log
+    link.symlink_to(tmp_path / "log.db")
+    command = [BIN / "pic-classify", "--model", daemon.model, "--recursive", archive]
+    command += ["--database", tmp_path / "log.db"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    rows = Database(tmp_path / "log.db")["images"]
+    while not rows.count:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    service = ("--watch", daemon.drop, "--model", daemon.model, "--database", link)
+    refused = run_tool("pic-daemon", "run", *service)
+    assert refused.returncode == 1
+    assert "or pic-classify fills it" in refused.stderr
+    process.kill()
+    process.wait()
+    status = run_tool("pic-daemon", "status", "--database", link)
+    assert status.returncode == 1
+    assert status.stdout.startswith("the service was stopped")
+    again = subprocess.run([*map(str, command)], capture_output=True)
+    assert (again.returncode, rows.count) == (0, 900)
+
+
+def test_an_archive_says_what_another_model_decided(
+    model_file: Path, run_tool: Run, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "archive" / "a.png", 200)
+    bulk = ("--recursive", tmp_path / "archive", "--database", tmp_path / "log.db")
+    first = run_tool("pic-classify", "--model", model_file, *bulk)
+    assert (first.stdout.startswith("1 match;"), first.stderr) == (True, "")
+    other = write_model(
+        tmp_path / "other.onnx", replace(INFO, threshold=0.9999).to_metadata()
+    )
+    second = run_tool("pic-classify", "--model", other, *bulk)
+    assert second.stdout.startswith("nothing new;")
+    assert "1 were decided by another model or index" in second.stderr
+    run_tool("pic-daemon", "reclassify", "--database", tmp_path / "log.db")
+    third = run_tool("pic-classify", "--model", other, *bulk)
+    assert (third.stdout.startswith("1 no-match;"), third.stderr) == (True, "")
+
+
+def test_an_archive_of_which_a_part_may_not_be_read_is_not_done(
+    model_file: Path, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "archive" / "a.png", 200)
+    shut = write_image(tmp_path / "archive" / "shut" / "b.png", 200).parent
+    shut.chmod(0)
+    # Root may read everything, but for these two rights.
+    bounds = "--bounding-set=-dac_override,-dac_read_search"
+    under = ["setpriv", bounds, "--inh-caps=-all"] if os.geteuid() == 0 else []
+    command = [*under, BIN / "pic-classify", "--model", model_file]
+    command += ["--recursive", tmp_path / "archive", "--database", tmp_path / "log.db"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    shut.chmod(0o755)
+    assert done.returncode == 1
+    assert done.stdout.startswith("1 match;")
+    assert f"1 folders or files cannot be looked at, first {shut}" in done.stderr
+
+
+def test_an_archive_without_pictures_is_said_to_be(
+    model_file: Path, run_tool: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "archive").mkdir()
+    bulk = ("--recursive", tmp_path / "archive", "--database", tmp_path / "log.db")
+    result = run_tool("pic-classify", "--model", model_file, *bulk)
+    assert result.stdout.startswith(f"no image files in {tmp_path / 'archive'};")
+
+
+def test_a_name_breaks_no_line_and_needs_no_encoding(
+    model_file: Path, tmp_path: Path
+) -> None:
+    names = ("\n".join(["a", "match vip.png"]), "写真.png")
+    paths = [write_image(tmp_path / name, 200) for name in names]
+    command = [str(BIN / "pic-classify"), "--model", str(model_file), *map(str, paths)]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("option", ["--watch", "--failed-folder", "--database"])
+def test_an_empty_path_is_not_the_current_folder(
+    model_file: Path, run_here: Run, tmp_path: Path, option: str
+) -> None:
+    options = ("--watch", tmp_path, "--model", model_file, "--database", tmp_path / "l.db")
+    result = run_here("pic-daemon", "check", *options, option, "")
+    assert result.returncode == 2
+    assert "an empty path" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "null"])
+def test_a_log_is_a_file(
+    model_file: Path, run_here: Run, tmp_path: Path, name: str
+) -> None:
+    database = tmp_path / "home" / name
+    database.parent.mkdir(exist_ok=True)
+    if name:
+        os.mkfifo(database)
+    (tmp_path / "drop").mkdir()
+    options = ("--watch", tmp_path / "drop", "--model", model_file, "--database", database)
+    result = run_here("pic-daemon", "check", *options)
+    assert result.returncode == 2
+    assert "is a folder or a device; name a file" in result.stderr
 
 
 def test_matches_without_a_commands_name_are_the_list(

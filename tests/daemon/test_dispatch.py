@@ -67,8 +67,9 @@ def waiting(database: Path) -> int:
 
 
 def test_a_hook_that_is_down_is_tried_once_after_each_pause_until_it_takes_one(
-    queued: Callable[[int], Path],
+    queued: Callable[[int], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pic_daemon")
     asked: list[str] = []
     asked_before_pause: list[int] = []
 
@@ -84,6 +85,8 @@ def test_a_hook_that_is_down_is_tried_once_after_each_pause_until_it_takes_one(
     assert asked_before_pause[:8] == [5, 6, 7, 8, 9, 10, 11, 12]
     assert asked_before_pause[8] >= 30
     assert waiting(database) <= 12
+    told = [text for text in caplog.messages if "delivery" not in text]
+    assert told == ["webhook: down; nothing is lost, tried on", "webhook: works again"]
 
 
 def test_what_was_told_is_not_told_again_however_long_the_log_is_locked(

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from conftest import DaemonProcess, free_address, hung_mount, write_image
 
+from pic_daemon import hooks
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
 from pic_daemon.hooks import NotDelivered, describe_hooks, post, read_header, run_command
@@ -409,6 +410,23 @@ def test_a_program_that_no_signal_ends_holds_nothing_up(tmp_path: Path) -> None:
         "it took longer than 1 s",
         "it was killed for taking too long, and has not ended yet",
     ]
+
+
+def test_a_program_that_became_another_user_is_not_started_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    command = ["/bin/sh", "-c", f"echo x >> {tmp_path / 'runs'}; exec sleep 30"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", refused)
+        for problem in ("took longer", "has not ended yet"):
+            with pytest.raises(NotDelivered, match=problem):
+                run_command(command, 1.0, "{}")
+    assert (tmp_path / "runs").read_text() == "x\n"
+    for process in hooks._left.values():
+        process.kill()
 
 
 def test_check_says_what_the_hooks_are_and_tells_them_nothing(

@@ -360,6 +360,53 @@ def test_options_that_exclude_each_other_are_refused(
     assert f"{options[0]} and {options[1]} exclude each other" in result.stderr
 
 
+def test_two_programs_may_bring_a_log_up_to_date_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, apply = tmp_path / "log.db", migrations.apply
+    with closing(Database(path)) as earlier:
+        apply(earlier, stop_before="add_revision")
+
+    def second(db: Database) -> None:
+        """As `apply` is when another has just done what it found to do."""
+        with closing(Database(path)) as other:
+            apply(other)
+        db.execute("ALTER TABLE images ADD COLUMN revision INTEGER")
+
+    monkeypatch.setattr(migrations, "apply", second)
+    with closing(MatchLog.open(path)) as log:
+        assert not migrations.pending(log._db)
+
+
+def test_a_list_that_cannot_be_printed_is_said_to_be(run_tool: Run, tmp_path: Path) -> None:
+    MatchLog.open(tmp_path / "log.db").close()
+    command = [str(BIN / "pic-matches"), "--database", str(tmp_path / "log.db"), "--csv"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert "Error: cannot print: No space left on device" in result.stderr
+
+
+def test_a_list_that_is_cut_short_says_so(
+    model: Model, run_tool: Run, tmp_path: Path
+) -> None:
+    with closing(MatchLog.open(tmp_path / "log.db")) as log:
+        log.use_model(model)
+        log.record([match(f"/drop/{number}.png", 3) for number in range(60)], model)
+    command = ("pic-matches", "--database", tmp_path / "log.db", "--csv")
+    assert "at most 50 are shown" in run_tool(*command).stderr
+    assert run_tool(*command, "--limit", 50).stderr == ""
+
+
+def test_a_backup_replaces_nothing_but_a_file(run_tool: Run, tmp_path: Path) -> None:
+    MatchLog.open(tmp_path / "log.db").close()
+    os.mkfifo(tmp_path / "pipe")
+    command = ("pic-matches", "backup", "--database", tmp_path / "log.db", "--output")
+    result = run_tool(*command, tmp_path / "pipe")
+    assert result.returncode == 2
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_log_of_an_earlier_version_is_followed_in_the_order_of_its_rows(
     model: Model, tmp_path: Path
 ) -> None:

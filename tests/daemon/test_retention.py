@@ -22,6 +22,7 @@ from pic_daemon.model import Model, load_model
 from pic_daemon.recording import Recorder
 from pic_daemon.retention import Retention
 from pic_daemon.scanning import scanning
+from pic_daemon.service import Service
 
 
 @pytest.fixture
@@ -244,6 +245,23 @@ def test_a_file_whose_folder_gave_way_to_a_file_is_gone(
 
 def test_a_pass_is_made_every_hour(log: MatchLog) -> None:
     assert whole_pass(log, lambda _: True) == pytest.approx(3600)
+
+
+@pytest.mark.parametrize(("silent_days", "at_once"), [(0.5, True), (2, False), (-2, False)])
+def test_a_clock_that_may_have_jumped_is_given_an_hour(
+    log: MatchLog, model: Model, tmp_path: Path, silent_days: float, at_once: bool
+) -> None:
+    log.beat({})
+    with closing(sqlite3.connect(log.path)) as db:
+        db.execute(
+            "UPDATE heartbeat SET at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)",
+            [f"{-silent_days} days"],
+        )
+        db.commit()
+    config = Config((), model.path, log.path, keep_no_match_days=30)
+    service, now = Service(config, model, log), time.monotonic()
+    service._take_over()
+    assert (service._retention.next_due < now + 3600) == at_once
 
 
 def test_many_rows_go_in_batches(log: MatchLog, model: Model, tmp_path: Path) -> None:

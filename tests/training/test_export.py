@@ -1,6 +1,7 @@
 """pic-export as a user runs it, on a small scale."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import onnx
 import pytest
 from small_run import options
 
+from pic_daemon.match_log import MatchLog
 from pic_daemon.model import load_model
+from pic_training.export import _check_output
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,6 +37,23 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
         report["temperature"], report["bias"],
     )  # fmt: skip
     assert len(labels) == 256
+
+
+def test_an_export_replaces_nothing_but_a_model(
+    run_here: Run, finished: Path, exported: Path, tmp_path: Path
+) -> None:
+    log, pipe, model = (tmp_path / name for name in ("log.db", "pipe", "model.onnx"))
+    MatchLog.open(log).close()
+    os.mkfifo(pipe)
+    kept = log.read_bytes()
+    for output in (log, pipe):
+        refused = run_here("pic-export", finished, "--output", output)
+        assert refused.returncode == 2
+        assert "is there and no ONNX file" in refused.stderr
+    assert log.read_bytes() == kept and pipe.is_fifo()
+    for content in (b"", exported.read_bytes()):
+        model.write_bytes(content)
+        _check_output(model)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

@@ -128,6 +128,9 @@ def test_a_record_and_a_list_are_given_as_json_and_csv(site: Site) -> None:
     for name, count in {"today": 2, "toda_": 0, "TODAY": 0}.items():
         found = csv_rows(site.get(f"/matches.csv?folder={site.shop.drop / name}"))
         assert len(found) == count
+    refused = site.get("/matches.csv?min_score=0.9")
+    assert refused.status_code == 400
+    assert refused.text.startswith("'min_score' is none; filters are status, from, to,")
 
 
 def test_a_list_of_many_parts_is_given_whole_or_broken_off(tmp_path: Path) -> None:

@@ -199,7 +199,11 @@ async def export(request: Request, datasette: Datasette) -> Response | AsgiStrea
     site: Site = datasette.pic_site
     kind: Literal["csv", "json"] = request.url_vars["format"]
     try:
-        filters = Filters.of({name: request.args.get(name) or "" for name in request.args})
+        given = {name: request.args.get(name) or "" for name in request.args}
+        if unknown := given.keys() - set(queries.NAMES):
+            known = f"filters are {', '.join(queries.NAMES)}"
+            raise FilterError(f"{sorted(unknown)[0]!r} is none; {known}")
+        filters = Filters.of(given)
         parts = _parts(site.database, filters)
         first = await asyncio.to_thread(next, parts)
     except FilterError as error:

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 from pic_daemon.schema import Status, iso_time
 
 STATUSES: tuple[Status, ...] = get_args(Status)
+NAMES = ("status", "from", "to", "min", "max", "folder", "product")
+"""What the filters are called in the address of a page."""
 PAGE = 30
 """Rows on a page: with two pictures each, what a browser loads in one go."""
 
