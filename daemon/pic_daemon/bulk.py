@@ -61,4 +61,6 @@ def classify_folder(
         )
     outcomes = Counter(service.health.outcomes)
     outcomes += Counter({"gone before they were read": service.gone})
-    return Done(total, outcomes, list(refused))
+    # On each disk of its own, and root's alone.
+    shut = [path for path in refused if os.path.basename(path) != "lost+found"]
+    return Done(total, outcomes, shut)

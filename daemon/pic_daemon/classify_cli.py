@@ -19,10 +19,11 @@ from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import escape_what_it_cannot_encode, one_line
 from pic_daemon.model import Model, Verdict, load_model
+from pic_daemon.options import Place
 from pic_daemon.reading import Reading, read_image
 
 _BATCH = 32
-_PATH = click.Path(path_type=Path)
+_PATH = Place()
 
 
 @click.command()
@@ -47,7 +48,8 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
              images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
-    With --recursive the results go into a match log, those that failed among them.
+    With --recursive the results go into a match log, those that failed among them; exit 1
+    if it was stopped, or a part of DIR cannot be looked at.
 
     Example: pic-classify --model model.onnx --json photo.jpg
 
@@ -89,7 +91,7 @@ def _classify_archive(
         raise InputError(f"{folder} is not a folder.")
     with closing(opened(database)) as log, alone_with(database):
         done = classify_folder(folder, model, log, identifier)
-        outdated = log.outdated()
+        outdated = log.outdated(folder.resolve())
     told = ", ".join(f"{n} {status}" for status, n in sorted(done.outcomes.items()))
     shown = text_of(str(database))
     nothing = "nothing new" if done.files else f"no image files in {text_of(str(folder))}"

@@ -185,10 +185,10 @@ def _typed(where: str, name: str, value: Any) -> Any:
 
 
 def _host_and_port(where: str, value: Any) -> str:
-    """HOST:PORT as given, the host perhaps in brackets; '' for none."""
+    """HOST:PORT as given; the host may be in brackets, or left out. '' is for nobody."""
     host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     is_port = port.isascii() and port.isdigit() and int(port) < 2**16
-    if value != "" and (not host or "/" in host or not is_port):
+    if value != "" and ("/" in host or not is_port):
         raise InputError(f'{where}: metrics must be HOST:PORT such as "127.0.0.1:9465".')
     return str(value)
 
@@ -276,15 +276,16 @@ def _patterns(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]
             isinstance(pattern, str) for pattern in value
         ):
             raise InputError(f"{where}: {name} must be a list of file name patterns.")
+        value = [pattern.rstrip("/") for pattern in value]  # as one writes a folder
         for pattern in value:
-            if os.sep in pattern:
+            if "/" in pattern and "[" not in pattern:
                 raise InputError(
                     f"{where}: {name}: {pattern!r} fits nothing, as patterns are for names "
                     "alone, of files and of folders: leave the '/' out."
                 )
         patterns[name] = tuple(value)
     for pattern in patterns["include"]:
-        if not set(pattern) & set("*?[."):
+        if f"*.{pattern.lower()}" in PATTERNS:
             raise InputError(
                 f"{where}: include: {pattern!r} fits no file but one of just that name; "
                 f'write "*.{pattern}".'

@@ -84,7 +84,7 @@ class Health:
         """Answer Prometheus at ``host:port``. Raises what `not_listening` makes of it."""
         host, _, port = address.rpartition(":")
         try:
-            start_http_server(int(port), host.strip("[]"), self.registry)
+            start_http_server(int(port), host.strip("[]") or "127.0.0.1", self.registry)
         except (OSError, ValueError, OverflowError) as error:
             raise not_listening(f"metrics at {address!r}", error) from error
 

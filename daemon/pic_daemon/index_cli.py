@@ -21,10 +21,10 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
-from pic_daemon.options import FiniteRange
+from pic_daemon.options import FiniteRange, Place
 from pic_daemon.promise import supported_rate
 
-_PATH = click.Path(path_type=Path)
+_PATH = Place()
 _SAVE_S = 600.0
 _NAMED = 20  # files named of each kind; the others are counted (--list has the refused)
 _NEARLY_COPIES = 0.9  # joint score; look-alikes asked for 0.75 (bench/results/cascade.md)
@@ -206,12 +206,12 @@ def open_or_empty(
         return CatalogIndex.empty(output, about)
     earlier = load_index(output)
     shut: dict[str, str] = {}
-    found = {name for name, _ in files_in(catalog, shut)}
-    before = {item.name for item in earlier.items.values()}
+    found = {(Path(name).name, stamp.bytes) for name, stamp in files_in(catalog, shut)}
+    before = {(Path(item.name).name, item.bytes) for item in earlier.items.values()}
     if earlier.about.catalog != about.catalog and found and not found & before:
         raise InputError(
             f"{output} is the index of {earlier.about.catalog}, and {catalog} has none of "
-            "its items: name that folder, or remove the file to begin anew."
+            "its files: name that folder, or remove the index to begin anew."
         )
     if earlier.about.descriptor != descriptor.sha256:
         if earlier.about.promise.rate and not to_measure:

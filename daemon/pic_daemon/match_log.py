@@ -390,9 +390,15 @@ class MatchLog:
         """
         return self._mark(self._outdated())
 
-    def outdated(self) -> int:
-        """How many images `mark_outdated` would have done again."""
-        found = self._db.execute(f"SELECT count(*) FROM images WHERE {self._outdated()}")
+    def outdated(self, folder: Path) -> int:
+        """How many images below `folder` `mark_outdated` would have done again, besides
+        those that it was asked for already."""
+        below = text_of(f"{folder}/")
+        found = self._db.execute(
+            f"SELECT count(*) FROM images WHERE {self._outdated()} "
+            "AND mtime_ns <> ? AND substr(path, 1, ?) = ?",
+            [STALE, len(below), below],
+        )
         return int(found.fetchone()[0])
 
     def _outdated(self) -> str:

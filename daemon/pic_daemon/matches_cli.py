@@ -6,7 +6,8 @@ import select
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +21,11 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.match_formats import escape_what_it_cannot_encode, printer
 from pic_daemon.match_queries import Row, follow_images, read_images
-from pic_daemon.options import FiniteRange
+from pic_daemon.options import FiniteRange, Place
 from pic_daemon.web.queries import STATUSES, Filters, moment_of
 
 _LOOK_MS = 500  # between two looks for new rows
-_PATH = click.Path(path_type=Path)
+_PATH = Place()
 
 _SPANS = {
     "s": timedelta(seconds=1),
@@ -119,20 +120,16 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         text_of(narrowed["product"] or ""),
     )
     escape_what_it_cannot_encode(sys.stdout)
-    show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
-    if follow:
-        _follow(database, filters, limit, show)
-        return
-    count = 0
-    try:
+    with _printing():
+        show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
+        if follow:
+            _follow(database, filters, limit, show)
+            return
+        count = 0
         for rows in read_images(database, filters, limit):
             show(rows)
             count += len(rows)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # click ends it quietly
-    except OSError as error:  # such as a full disk
-        raise click.ClickException(f"cannot print: {error.strerror}") from error
     if (
         limit
         and count == limit
@@ -144,6 +141,22 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         click.echo(
             "no matches" if filters.status == "match" else "no such images", err=True
         )
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # click ends it quietly
+    except OSError as error:  # such as a full disk
+        _let_go()
+        raise click.ClickException(f"cannot print: {error.strerror}") from error
+
+
+def _let_go() -> None:
+    """What Python still holds for stdout has nowhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _follow(
@@ -161,8 +174,8 @@ def _follow(
         sys.exit(130)
     except BrokenPipeError:
         pass
-    if reader.poll(0):  # what Python still holds for stdout has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if reader.poll(0):
+        _let_go()
 
 
 @matches.command()
@@ -195,7 +208,7 @@ def backup(database: Path, output: Path) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True)
 @click.option(
     "--token-file",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     metavar="FILE",
     help="Holds the word that people must know; needed unless --host is loopback.",
 )

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-class Place(click.ParamType[Path]):
+class Place(click.ParamType):  # type: ignore[type-arg]  # before click 8.4 it has none
     """A path that the disk is not asked about, which may be a mount that hangs."""
 
     name = "path"

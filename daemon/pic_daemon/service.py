@@ -179,8 +179,7 @@ class Service:
             notify("STOPPING=1")
             self._end_moves()
             with suppress(sqlite3.OperationalError):  # every row is recorded already
-                if not self.until_done:  # else a service beside it may be reading
-                    self.log.put_all_down()
+                self.log.put_all_down()
                 self.log.beat({**self._figures(), "stopped": 1})
 
     def _hear(self, sight: Sight) -> None:

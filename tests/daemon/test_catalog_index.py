@@ -340,7 +340,11 @@ def test_an_index_is_not_filled_from_quite_another_folder(
     assert f"is the index of {tmp_path / 'catalog'}, and " in refused.stderr
     assert (tmp_path / "catalog.index").read_bytes() == kept
     (tmp_path / "catalog").rename(tmp_path / "moved")
-    assert run_tool("pic-index", "--catalog", tmp_path / "moved", *options).returncode == 0
+    for place in (tmp_path / "moved", tmp_path):  # and a level added to all names
+        shutil.rmtree(tmp_path / "wrong", ignore_errors=True)
+        again = run_tool("pic-index", "--catalog", place, *options)
+        assert again.returncode == 0, again.stderr
+    assert "3 renamed" in again.stdout
 
 
 def test_items_in_a_folder_that_may_not_be_read_are_not_dropped(

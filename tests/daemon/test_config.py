@@ -49,7 +49,6 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
         ("settle_seconds = nan", "at most"),
         ("hook_seconds = 1e300", "at most"),
         ("metrics = '127.0.0.1'", "metrics must be HOST:PORT"),
-        ("metrics = ':9465'", "metrics must be HOST:PORT"),
         ("metrics = '127.0.0.1:99999'", "metrics must be HOST:PORT"),
         ("metrics = 'http://127.0.0.1:9465'", "metrics must be HOST:PORT"),
         ("failed_folder = ''", "failed_folder must be a path"),

@@ -8,14 +8,6 @@ from pic_daemon.reading import Reading, read_bytes
 
 
 @pytest.mark.parametrize("length", [1000, 2000, 10])
-def test_a_folder_under_a_pictures_name_costs_no_descriptor(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        reading, data = read_bytes(str(tmp_path))
-        assert (data, reading.sha256) == (b"", "")
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def test_what_is_written_to_while_it_is_read_has_no_content(
     length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,3 +25,11 @@ def test_what_is_written_to_while_it_is_read_has_no_content(
     reading, data = read_bytes(str(path))
     assert reading == Reading(str(path), stamp_of(str(path)), changed=True)
     assert data == b""
+
+
+def test_a_folder_under_a_pictures_name_costs_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        reading, data = read_bytes(str(tmp_path))
+        assert (data, reading.sha256) == (b"", "")
+    assert len(os.listdir("/proc/self/fd")) == before

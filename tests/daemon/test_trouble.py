@@ -220,7 +220,8 @@ def test_recorded_images_are_scored_again_under_the_present_model(
     daemon.wait_until(lambda: "now serving model" in daemon.log.read_text())
     result = run_tool("pic-daemon", "reclassify", "--database", daemon.database)
     assert re.fullmatch(
-        r"5 images will be scored again \(present model: [0-9a-f]{12}, at .*Z\)\n",
+        r"5 images will be scored again, as far as they are there "
+        r"\(present model: [0-9a-f]{12}, at .*Z\)\n",
         result.stdout,
     )
     daemon.reload()
@@ -239,7 +240,9 @@ def test_failed_images_are_tried_again_when_asked(
     assert row["status"] == "failed"
     daemon.stop()
     result = run_tool("pic-daemon", "retry", "--database", daemon.database)
-    assert result.stdout == "1 failed images will be tried again\n"
+    assert (
+        result.stdout == "1 failed images will be tried again, as far as they are there\n"
+    )
     daemon.start()
     daemon.wait_until(lambda: daemon.rows()[0]["status"] == "no-match")
 

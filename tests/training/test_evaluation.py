@@ -308,7 +308,7 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
         return result.stderr
 
     assert "cannot write" in refusal(output=tmp_path / "file", **{"target-fpr": 0.1})
-    assert "no name of the others left begins so" in refusal(general="generl")
+    assert "no name among the others begins so" in refusal(general="generl")
     assert "no two look-alikes that differ" in refusal(general="product")
     assert "is left to use as a decoy" in refusal(others=tmp_path / "alone")
 

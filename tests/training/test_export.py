@@ -46,7 +46,9 @@ def test_an_export_replaces_nothing_but_a_model(
     MatchLog.open(log).close()
     os.mkfifo(pipe)
     kept = log.read_bytes()
-    for output in (log, pipe):
+    notes = tmp_path / "notes.json"
+    notes.write_text("mine")
+    for output in (log, pipe, notes):
         refused = run_here("pic-export", finished, "--output", output)
         assert refused.returncode == 2
         assert "is there and no ONNX file" in refused.stderr

@@ -278,7 +278,7 @@ def test_a_number_of_processes_that_torchrun_did_not_start_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run_here("pic-train", *options(folders, tmp_path / "run"))
     assert result.returncode == 2
-    assert "WORLD_SIZE=2, but not RANK, LOCAL_RANK" in result.stderr
+    assert "WORLD_SIZE=2, but not RANK, MASTER_ADDR" in result.stderr
 
 
 def test_another_run_is_never_overwritten(

@@ -66,7 +66,8 @@ def join(device: str) -> Processes:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE
-    told = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    told = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    told += ["LOCAL_RANK"] if device == "cuda" else []
     if missing := [name for name in told if name not in os.environ]:
         raise InputError(
             f"the environment says WORLD_SIZE={count}, but not {', '.join(missing)}: unset "

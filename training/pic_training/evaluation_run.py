@@ -52,9 +52,15 @@ def run_evaluation(
         size = model.info.input_size
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", size)
         say_left_out(sources)
+        _check_prefixes(general, sources)
         for run in runs:
             sources = _unseen(sources, run, size)
-        _check_prefixes(general, sources)
+        if not any(p.kind == "other" and is_general(p) for p in sources.pictures):
+            click.echo(
+                "note: none of the others is --general, or left so, and the published "
+                "protocol is asked against look-alikes",
+                err=True,
+            )
         if sources.catalog_digest != model.info.catalog_digest:
             problem = "for another catalog, or with corrections of it"
             click.echo(f"note: the model was trained {problem}", err=True)
@@ -113,13 +119,7 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
     names = [Path(p.path).name for p in sources.pictures if p.kind == "other"]
     for prefix in general:
         if not any(name.startswith(prefix) for name in names):
-            raise InputError(f"--general {prefix}: no name of the others left begins so.")
-    if not general:
-        click.echo(
-            "note: none of the others is said to be --general, so the published protocol "
-            "is asked against look-alikes",
-            err=True,
-        )
+            raise InputError(f"--general {prefix}: no name among the others begins so.")
 
 
 def _unseen(sources: Sources, run: Path, size: int) -> Sources:

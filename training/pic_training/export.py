@@ -125,15 +125,25 @@ def export_run(
     return parity, cost
 
 
+def _is_network(path: Path) -> bool:
+    if path.stat().st_size >= 2**31:  # protobuf knows no larger ones
+        return False
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError:
+        return False
+    return bool(model.graph.node)
+
+
 def _check_output(output: Path) -> None:
     """Refuse to replace what is no model: a match log, an index, a device."""
     if not os.path.lexists(output):
         return
     try:
         replaceable = os.path.isfile(output) and (
-            not output.stat().st_size or bool(onnx.load(output).graph.node)
+            not output.stat().st_size or _is_network(output)
         )
-    except (DecodeError, OSError):
+    except OSError:
         replaceable = False
     if not replaceable:
         raise InputError(f"--output {output} is there and no ONNX file; name another.")

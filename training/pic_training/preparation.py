@@ -92,7 +92,8 @@ def _identify(config: RunConfig, sources: Sources, folder: Path, is_new: bool) -
     begun = read_json(folder / "digest.json")
     if begun["sources"] != sources.digest:
         raise InputError(
-            f"the images changed since {folder} was begun; start a new run folder."
+            f"the images changed since {folder} was begun, or are chosen otherwise by this "
+            "version; start a new run folder."
         )
     fresh = not (folder / "last.pt").exists()
     if fresh and begun.get("weights") != _weights_digest(config.weights):
