@@ -26,12 +26,14 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
     file.write_text(
         'model = "m.onnx"\ndatabase = "log.db"\nbatch_size = 8\nsettle_seconds = 1\n'
         '[[watch]]\npath = "drop"\nrecursive = false\ninclude = ["*.png"]\n'
+        'exclude = ["thumbs/"]\n'
     )
     config = load_config(file, given(batch_size=16))
     assert config.model == tmp_path / "m.onnx"
     assert config.batch_size == 16
     (folder,) = config.folders
     assert (folder.path, folder.recursive, folder.include) == (drop, False, ("*.png",))
+    assert folder.exclude == ("thumbs",)
 
 
 @pytest.mark.parametrize(

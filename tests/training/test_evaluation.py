@@ -65,7 +65,10 @@ def test_every_edit_does_what_its_name_says() -> None:
         cut = edited(f"crop to area {area}", whole)
         assert cut.width * cut.height == pytest.approx(area * 256**2, rel=0.02)
     assert edited("crop, scale, JPEG", whole).width < 256
-    assert apart(edited("flip", whole), ImageOps.mirror(whole)) < 3
+    lopsided = whole.copy()
+    lopsided.paste("navy", (0, 0, 80, 256))
+    flipped = edited("flip", lopsided)
+    assert apart(flipped, ImageOps.mirror(lopsided)) < 3 < apart(flipped, lopsided)
     for degrees in (2, 5):
         turned = edited(f"rotation {degrees} deg", whole)
         either = [whole.rotate(s * degrees, fillcolor="white") for s in (1, -1)]
