@@ -13,9 +13,11 @@ _KEPT_BYTES = 2**31 - 1
 def cores() -> int:
     """Cores for this process, of those it may run on: its share where torchrun started
     several on this machine."""
-    return max(
-        1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
+    try:
+        mine = len(os.sched_getaffinity(0))
+    except AttributeError:  # a system that binds no process to cores
+        mine = os.cpu_count() or 1
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def heed_sigterm() -> None:
