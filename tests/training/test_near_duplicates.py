@@ -46,3 +46,31 @@ def test_another_colour_of_a_small_thing_before_a_plain_background_is_no_copy() 
     copies = [green.resize((60, 60)), green.crop((2, 2, 198, 198))]
     looks = [look_of(picture) for picture in (*copies, thing("maroon"))]
     assert list(first_copies(looks, [look_of(green)])) == [0, 0, None]
+
+
+def test_another_thin_outline_on_white_is_no_copy() -> None:
+    def outline(width: int, height: int, radius: int) -> Image.Image:
+        picture = Image.new("RGB", (400, 400), "white")
+        box = (200 - width, 200 - height, 200 + width, 200 + height)
+        pen = ImageDraw.Draw(picture)
+        pen.rounded_rectangle(box, radius, outline="#c8a03c", width=6)
+        return picture
+
+    ring, oval, square = (
+        outline(150, 150, 150),
+        outline(150, 140, 140),
+        outline(140, 140, 100),
+    )
+    copies = [ring.resize((90, 90)), ring.crop((3, 3, 397, 397))]
+    looks = [look_of(picture) for picture in (*copies, oval, square)]
+    assert list(first_copies(looks, [look_of(ring)])) == [0, 0, None, None]
+
+
+def test_copies_of_a_picture_of_one_colour_are_copies() -> None:
+    plain, other = (
+        Image.new("RGB", (100, 100), "beige"),
+        Image.new("RGB", (100, 100), "navy"),
+    )
+    compressed = look_of(Image.new("RGB", (40, 40), (245, 244, 220)))  # a level off
+    looks = [compressed, look_of(other)]
+    assert list(first_copies(looks, [look_of(plain)])) == [0, None]

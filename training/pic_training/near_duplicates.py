@@ -1,5 +1,6 @@
 """Which pictures are copies of each other, as far as decoys and splits must know."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,16 @@ from PIL import Image
 
 # A copy: perceptual hashes (64 bits) this near, and 32 x 32 thumbnails this alike
 # (mean absolute difference in levels), none of whose 4 x 4 blocks differs by much in its
-# mean. The hash alone would also take another colour of the same product for a copy, and
-# the thumbnail one that is small before a plain background: those are decoys.
+# mean, and whose difference is small beside what they vary by themselves (root mean
+# squares). The hash alone would also take another colour of the same product for a copy,
+# the thumbnail one that is small before a plain background, and all of these another thin
+# outline on white: those are decoys. Of what the others accept copies come to 0.49 of their
+# variation at most, pairs of outlines to 0.9 on average.
 _HASH_DISTANCE = 10
 _LEVELS = 10.0
 _BLOCK_LEVELS = 25.0
+_VARIATION = 0.6
+_NOISE = 1.0  # levels: what copies of one colour may differ by
 _THUMBNAIL = 32
 _BLOCKS = 4 * 4 * 3
 _ROUNDING = 0.01  # levels: what means in float32 may be off by
@@ -97,5 +103,9 @@ def _blocks(look: Look) -> NDArray[np.float32]:
 
 
 def _alike(one: Look, other: Look) -> bool:
-    difference = one.thumbnail.astype(np.int16) - other.thumbnail
-    return bool(np.abs(difference).mean() <= _LEVELS)
+    a, b = one.thumbnail.astype(np.float64), other.thumbnail.astype(np.float64)
+    varies = max((a - a.mean((0, 1))).std(), (b - b.mean((0, 1))).std())
+    return bool(
+        np.abs(a - b).mean() <= _LEVELS
+        and math.sqrt(((a - b) ** 2).mean()) <= max(_NOISE, _VARIATION * varies)
+    )
