@@ -355,12 +355,14 @@ class MatchLog:
         ).fetchone()
         return float(found[0]) if found else None
 
-    def mark_moved(self, path: str, sha256: str) -> None:
-        """Note that a file is gone from `path`: should it come back, it is read again."""
+    def mark_moved(self, path: str, sha256: str, target: str) -> None:
+        """Note that a failed file is at `target` now: should it come back to `path`, it is
+        read again."""
         with self._transaction():
             self._db.execute(
-                "UPDATE images SET mtime_ns = ? WHERE path = ? AND sha256 = ?",
-                [STALE, text_of(path), sha256],
+                "UPDATE images SET mtime_ns = ?, error = error || '; moved to ' || ? "
+                "WHERE path = ? AND sha256 = ? AND status = 'failed'",
+                [STALE, text_of(target), text_of(path), sha256],
             )
 
     def mark_failed(self) -> int:

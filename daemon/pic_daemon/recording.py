@@ -85,9 +85,9 @@ class Recorder:
             problem = "path=%r cannot be moved to %s: %s"
             logger.warning(problem, path, folder, moved.problem)
         elif target:
-            name, sha256 = moved.outcome.path, moved.outcome.sha256
-            self.write(lambda: self.log.mark_moved(name, sha256))
-            logger.info("moved path=%r to %r", path, text_of(str(target)))
+            name, sha256, to = moved.outcome.path, moved.outcome.sha256, str(target)
+            self.write(lambda: self.log.mark_moved(name, sha256, to))
+            logger.info("moved path=%r to %r", path, text_of(to))
 
 
 def _report(outcome: Outcome) -> None:

@@ -378,10 +378,14 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     daemon.wait_for_rows(2)
     daemon.wait_until(lambda: (failed / "bad-1.png").exists())
     assert [path.name for path in daemon.drop.iterdir()] == ["good.png"]
+    moved = f"; moved to {failed}/bad-1.png"
+    daemon.wait_until(lambda: str(daemon.rows()[0]["error"]).endswith(moved))
     (failed / "bad-1.png").rename(daemon.drop / "bad.png")  # a new file again
     daemon.wait_until(lambda: (failed / "bad-1.png").exists())
     assert daemon.log.read_text().count("failed path=") == 2
+    daemon.wait_until(lambda: daemon.log.read_text().count("moved path=") == 2)
     assert len(daemon.rows()) == 2
+    assert str(daemon.rows()[0]["error"]).count("; moved to ") == 1
     (daemon.drop / "half.png").write_text("an upload that pauses")
     daemon.wait_for_rows(3)
     assert daemon.stop() == 0
