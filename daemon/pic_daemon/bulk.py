@@ -22,11 +22,12 @@ from pic_daemon.service import Service
 @dataclass(frozen=True)
 class Done:
     """How many of the `files` of an archive got which status, or were gone before they were
-    read, and what could not be looked at."""
+    read, what could not be looked at, and what its names passed over (`Folder.walk`)."""
 
     files: int
     outcomes: Counter[str]
     refused: list[str]
+    passed_over: Counter[str]
 
 
 def classify_folder(
@@ -41,7 +42,9 @@ def classify_folder(
     config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
     mount = mount_of(place.path)
     refused: dict[str, OSError] = {}
-    total = sum(1 for found in place.walk(str(place.path), refused.__setitem__) if found)
+    passed_over: Counter[str] = Counter()
+    found = place.walk(str(place.path), refused.__setitem__, passed_over)
+    total = sum(1 for file in found if file)
     with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
         cascade = Cascade(identifier, config) if identifier else None
         service = Service(config, model, log, cascade, until_done=True, passed=bar.update)
@@ -63,4 +66,4 @@ def classify_folder(
     outcomes += Counter({"gone before they were read": service.gone})
     # On each disk of its own, and root's alone.
     shut = [path for path in refused if os.path.basename(path) != "lost+found"]
-    return Done(total, outcomes, shut)
+    return Done(total, outcomes, shut, passed_over)

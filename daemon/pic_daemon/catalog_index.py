@@ -12,6 +12,7 @@ import os
 import weakref
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -259,17 +260,20 @@ class CatalogIndex:
             archive.writestr(_ABOUT, json.dumps({**about, **asdict(self.about)}))
 
 
-def files_in(folder: Path, shut: dict[str, str]) -> Iterator[tuple[str, FileStamp]]:
+def files_in(
+    folder: Path, shut: dict[str, str], passed_over: Counter[str] | None = None
+) -> Iterator[tuple[str, FileStamp]]:
     """Every picture of a catalog folder by its path within, links passed over.
 
-    `shut` gets what could not be looked at, folders mostly, the same way, and why.
+    `shut` gets what could not be looked at, folders mostly, the same way, and why;
+    `passed_over` as in `Folder.walk`.
     """
     home = folder.resolve()
 
     def refuse(below: str, error: OSError) -> None:
         shut[os.path.relpath(below, home)] = f"cannot be read: {error.strerror}"
 
-    for found in Folder(home).walk(str(home), refuse):
+    for found in Folder(home).walk(str(home), refuse, passed_over):
         if found:
             yield os.path.relpath(found[0], home), found[1]
 

@@ -14,7 +14,7 @@ from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Identifier, load_identifier
 from pic_daemon.cli import PROVIDERS, alone_with, opened
 from pic_daemon.errors import InputError
-from pic_daemon.folders import text_of
+from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import escape_what_it_cannot_encode, one_line
@@ -96,6 +96,8 @@ def _classify_archive(
     shown = text_of(str(database))
     nothing = "nothing new" if done.files else f"no image files in {text_of(str(folder))}"
     click.echo(f"{told or nothing}; pic-matches --database {shown}")
+    if done.passed_over:
+        click.echo(f"note: {about_names(done.passed_over)}", err=True)
     if outdated:
         click.echo(
             f"note: {outdated} were decided by another model or index: pic-daemon "

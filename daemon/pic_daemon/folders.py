@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -13,6 +14,8 @@ from pic_daemon.images import PATTERNS
 
 EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
 """Names left alone by default: hidden files and downloads that are not finished."""
+
+_ENDINGS = 5  # named where files are told that were passed over
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,17 @@ class Folder:
         return (found for found in self.walk(str(self.path)) if found)
 
     def walk(
-        self, below: str, refused: Callable[[str, OSError], None] = lambda *_: None
+        self,
+        below: str,
+        refused: Callable[[str, OSError], None] = lambda *_: None,
+        passed_over: Counter[str] | None = None,
     ) -> Iterator[tuple[str, FileStamp] | None]:
         """Every wanted regular file under `below` now, and None for everything else there.
 
         Symbolic links are not followed. What vanishes meanwhile is passed over; `refused`
         is told of what cannot be looked at, and why: of a folder that may be listed but not
-        entered once for each file, but by the folder's own path.
+        entered once for each file, but by the folder's own path. `passed_over` counts, by
+        ending, the files that `include` does not name.
         """
         pending = [below]
         while pending:
@@ -85,6 +92,10 @@ class Folder:
                             pending.append(entry.path)
                     elif self.wants(entry.path) and entry.is_file(follow_symlinks=False):
                         found = entry.path, FileStamp.of(entry.stat(follow_symlinks=False))
+                    elif passed_over is not None and not (
+                        _fits(entry.name, self.include) or _fits(entry.name, self.exclude)
+                    ):
+                        passed_over[os.path.splitext(entry.name)[1].lower()] += 1
                 except (FileNotFoundError, NotADirectoryError):
                     pass
                 except PermissionError as error:
@@ -113,6 +124,19 @@ def stamp_of(path: str) -> FileStamp | None:
     except OSError:
         return None
     return FileStamp.of(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def about_names(passed_over: Counter[str]) -> str:
+    """What `walk` passed over: "3 files are no images by their names: 2 .heic, 1 .txt"."""
+    shown = [
+        f"{count} {ascii(text_of(ending))[1:-1] or 'without an ending'}"
+        for ending, count in passed_over.most_common(_ENDINGS)
+    ]
+    more = ", ..." if len(passed_over) > _ENDINGS else ""
+    return (
+        f"{passed_over.total()} files are no images by their names: "
+        f"{', '.join(shown)}{more}"
+    )
 
 
 def text_of(path: str) -> str:

@@ -18,7 +18,7 @@ from pic_daemon.catalog_index import About, CatalogIndex, Promise, files_in, loa
 from pic_daemon.decoys import Measured, decoys_in, measure
 from pic_daemon.descriptor import Descriptor, load_descriptor
 from pic_daemon.errors import InputError
-from pic_daemon.folders import text_of
+from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
 from pic_daemon.options import FiniteRange, Place
@@ -230,6 +230,8 @@ def open_or_empty(
 def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None:
     for folder, reason in done.shut.items():
         click.echo(f"left out {_shown(folder)}: {reason}")
+    if done.passed_over:
+        click.echo(f"note: {about_names(done.passed_over)}")
     still = {item.name for item in made.items.values()}  # with other content, perhaps
     _say_some(f"removed {_shown(name)}" for name in done.removed if name not in still)
     _say_some(

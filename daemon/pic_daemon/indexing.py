@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -57,7 +58,7 @@ class Update:
     """What was done to an index, by item; `refused` are files seen for the first time.
 
     `fresh` has a vector of each new item by its number, for `find_twins`; `shut` are the
-    folders that could not be read, and why.
+    folders that could not be read, and why; `passed_over` as in `Folder.walk`.
     """
 
     added: list[str] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Update:
     fresh: dict[int, Vectors] = field(default_factory=dict)
     twins: list[Twins] = field(default_factory=list)
     shut: dict[str, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def update(
     """
     folder = Path(index.about.catalog)
     done = Update()
-    there = dict(sorted(files_in(folder, done.shut)))
+    there = dict(sorted(files_in(folder, done.shut, done.passed_over)))
     check_shut(index.items.values(), folder, done.shut)
     before = {item.name: n for n, item in index.items.items()}
     kept = {

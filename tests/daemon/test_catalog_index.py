@@ -169,7 +169,9 @@ def test_blank_unreadable_and_repeated_files_are_refused_by_name(
     with (catalog / "huge.jpg").open("wb") as huge:
         huge.truncate(2 << 30)
     shutil.copy(first, catalog / "twice.jpg")
+    (catalog / "phone.HEIC").touch()
     output = make().stdout
+    assert "note: 1 files are no images by their names: 1 .heic\n" in output
     assert "refused white.png: nearly uniform picture" in output
     assert "refused broken.jpg: not an image" in output
     assert "refused huge.jpg: larger than" in output

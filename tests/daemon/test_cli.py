@@ -184,11 +184,13 @@ def test_an_archive_is_classified_once_and_what_is_new_later(
     for number in range(20):
         write_image(tmp_path / "archive" / "deep" / f"{number}.png", 100 + 5 * number)
     (tmp_path / "archive" / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "archive" / "a.heic").touch()
     options = ["--model", model_file, "--recursive", tmp_path / "archive"]
     options += ["--database", tmp_path / "log.db"]
     first = run_tool("pic-classify", *options)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("1 failed, 14 match, 6 no-match;")
+    assert "note: 1 files are no images by their names: 1 .heic\n" in first.stderr
     write_image(tmp_path / "archive" / "late.png", 200)
     second = run_tool("pic-classify", *options)
     assert second.stdout.startswith("1 match;")

@@ -201,9 +201,13 @@ def test_a_pattern_so_fine_that_only_the_network_sees_it_takes_part(
 def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path]) -> None:
     (folders[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
     (folders[1] / "empty.png").touch()
+    for name in ("a.heic", "b.HEIC", "README", "half.part", ".hidden.heic"):
+        (folders[0] / name).touch()
     sources = collect(folders)
     assert len(sources.pictures) == 25
-    assert set(reasons(sources)) == {"broken.jpg", "empty.png"}
+    assert set(reasons(sources)) == {"broken.jpg", "empty.png", "catalog"}
+    names = "3 files are no images by their names: 2 .heic, 1 without an ending"
+    assert reasons(sources)["catalog"] == names
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -220,8 +224,11 @@ def test_a_folder_without_a_usable_image_is_refused(
         collect((pair[0], pair[1]))
     (empty / "broken.jpg").write_text("text")
     with pytest.raises(
-        InputError, match=r"none of the image files .* can be used; left out: 1, first"
+        InputError, match=r"none of the files .* can be used; left out: 1, first"
     ):
+        collect((pair[0], pair[1]))
+    (empty / "broken.jpg").rename(empty / "phone.HEIC")
+    with pytest.raises(InputError, match=r"can be used; .* 1 files are no .*: 1 \.heic"):
         collect((pair[0], pair[1]))
     assert not list(folders[0].parent.glob("work.*"))
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
-from pic_daemon.folders import Folder
+from pic_daemon.folders import Folder, about_names
 from pic_daemon.images import ImageError, is_blank, open_rgb, to_pixels
 from pic_daemon.reading import read_bytes
 from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
@@ -163,8 +163,11 @@ class _Origin:
             problem = f"this cannot be looked at: {error.strerror}"
             refused[path] = LeftOut(path, problem)
 
-        found = _files(self.folder, refuse)
+        passed_over: Counter[str] = Counter()
+        found = _files(self.folder, refuse, passed_over)
         left_out += refused.values()
+        if passed_over:
+            left_out.append(LeftOut(str(self.folder.resolve()), about_names(passed_over)))
         return found
 
 
@@ -306,11 +309,14 @@ def looks_at(pictures: Mapping[str, str], size: int) -> Iterator[Look]:
             yield item.look
 
 
-def _files(folder: Path, refused: Callable[[str, OSError], None]) -> list[str]:
+def _files(
+    folder: Path, refused: Callable[[str, OSError], None], passed_over: Counter[str]
+) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist or is no folder.")
     whole = Folder(folder.resolve())
-    return sorted(found[0] for found in whole.walk(str(whole.path), refused) if found)
+    walk = whole.walk(str(whole.path), refused, passed_over)
+    return sorted(found[0] for found in walk if found)
 
 
 def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
@@ -319,7 +325,7 @@ def _nothing_in(folder: Path, left_out: Sequence[LeftOut]) -> str:
             f"{folder} holds no image files (looked below it, by file name; "
             "links and hidden folders are passed over)."
         )
-    return f"none of the image files in {folder} can be used{first}."
+    return f"none of the files in {folder} can be used{first}."
 
 
 def _first_left_out(folder: Path, left_out: Sequence[LeftOut]) -> str:
