@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from pic_daemon.cores import cores
 from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
 from pic_daemon.folders import EXCLUDED, Folder
@@ -71,7 +72,7 @@ class Config:
     @property
     def readers(self) -> int:
         """How many files are decoded at the same time."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or cores()
 
 
 _KEYS = {

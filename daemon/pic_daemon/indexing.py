@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in, within
 from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.cores import cores
 from pic_daemon.decoding import worker_context
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
@@ -84,7 +85,7 @@ class _Prepared:
 def workers() -> Iterator[ProcessPoolExecutor]:
     """Processes for what no network does; one a core. Raises InputError where one dies."""
     try:
-        with ProcessPoolExecutor(os.cpu_count(), worker_context(), _start_worker) as pool:
+        with ProcessPoolExecutor(cores(), worker_context(), _start_worker) as pool:
             yield pool
     except BrokenProcessPool as error:
         raise InputError(

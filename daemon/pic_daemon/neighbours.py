@@ -5,13 +5,14 @@ centres nearest to it. Up to EXACT vectors there is one list, so that every vect
 compared.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any, Self
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+
+from pic_daemon.cores import cores
 
 Vectors = NDArray[np.float32]
 Keys = NDArray[np.int64]
@@ -109,7 +110,7 @@ def _trained(vectors: Vectors, lists: int) -> Any:
     else:
         draw = np.random.default_rng(0)
         chosen = draw.choice(len(vectors), min(len(vectors), _TO_TRAIN * lists), False)
-        faiss.omp_set_num_threads(os.cpu_count() or 1)
+        faiss.omp_set_num_threads(cores())
         made.train(vectors[chosen])
         faiss.omp_set_num_threads(1)
     return made

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from pic_daemon.cores import are_bound, cores
 from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 
@@ -61,7 +62,7 @@ _I = TypeVar("_I", bound=_Info)
 
 
 def open_session(path: Path, provider: Provider = "auto", threads: int = 0) -> Opened:
-    """Read the file and open a session. `threads` = 0 lets onnxruntime use every core.
+    """Read the file and open a session. `threads` = 0 takes every core it may run on.
 
     ``auto`` takes CUDA where it loads and the CPU elsewhere; ``cuda`` insists.
     Raises InputError where the file is missing or not ONNX, or where CUDA was
@@ -160,7 +161,8 @@ def _session(
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
+    # By itself it counts the machine's cores, and pins its threads to them.
+    options.intra_op_num_threads = threads or (cores() if are_bound() else 0)
     # Spinning threads take the cores from the decoders (bench/results/throughput.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     cpu = "CPUExecutionProvider"

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +175,21 @@ def test_a_model_that_returns_nan_is_refused(tmp_path: Path) -> None:
 def test_a_format_version_that_is_no_number_is_refused() -> None:
     with pytest.raises(InputError, match="not a number"):
         ModelInfo.from_metadata({**INFO.to_metadata(), "format_version": ""}, Path("m"))
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="the machine has one core")
+def test_a_process_bound_to_one_core_takes_no_more(model_file: Path) -> None:
+    """onnxruntime by itself would start a thread for each core, and bind it there."""
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
+        "from pic_daemon.config import Config\n"
+        "from pic_daemon.onnx_session import open_session\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "opened = open_session(Path(sys.argv[1]), 'cpu')\n"
+        "threads = len(os.listdir('/proc/self/task')) - before\n"
+        "print(Config((), Path('m'), Path('d')).readers, threads)\n"
+    )
+    command = [sys.executable, "-c", script, model_file]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1", "0"]

@@ -5,6 +5,8 @@ import os
 import platform
 import signal
 
+from pic_daemon.cores import cores as cores_of_all
+
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEPT_BYTES = 2**31 - 1
@@ -13,11 +15,7 @@ _KEPT_BYTES = 2**31 - 1
 def cores() -> int:
     """Cores for this process, of those it may run on: its share where torchrun started
     several on this machine."""
-    try:
-        mine = len(os.sched_getaffinity(0))
-    except AttributeError:  # a system that binds no process to cores
-        mine = os.cpu_count() or 1
-    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores_of_all() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def heed_sigterm() -> None:
