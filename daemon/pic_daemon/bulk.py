@@ -31,15 +31,19 @@ class Done:
 
 
 def classify_folder(
-    folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None
-) -> Done:
-    """Record every image below `folder` that the log does not hold yet. Ctrl-C or
+    folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None,
+    gate: float | None = None,
+) -> Done:  # fmt: skip
+    """Record every image below `folder` that the log does not hold yet; `gate` is the
+    score from which on descriptor and index decide, None for the model's. Ctrl-C or
     SIGTERM finishes what is in hand and raises click.Abort, a folder that goes away
     click.ClickException; the same call goes on from there.
     """
     # Nobody announces anything here: a poll that never comes again is one scan.
     place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
-    config = Config((place,), model.path, log.path, rescan_seconds=math.inf)
+    config = Config(
+        (place,), model.path, log.path, gate_threshold=gate, rescan_seconds=math.inf
+    )
     mount = mount_of(place.path)
     refused: dict[str, OSError] = {}
     passed_over: Counter[str] = Counter()

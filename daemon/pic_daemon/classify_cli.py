@@ -19,7 +19,7 @@ from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import escape_what_it_cannot_encode, one_line
 from pic_daemon.model import Model, Verdict, load_model
-from pic_daemon.options import Place
+from pic_daemon.options import FiniteRange, Place
 from pic_daemon.reading import Reading, read_image
 
 _BATCH = 32
@@ -33,6 +33,11 @@ _PATH = Place()
     "--describe", type=_PATH, help="Descriptor: names products together with --index."
 )
 @click.option("--index", type=_PATH, help="Catalog index made by pic-index.")
+@click.option(
+    "--gate-threshold",
+    type=FiniteRange(0, 1),
+    help="Score from which on they decide [as the model says].",
+)
 @click.option("--provider", type=PROVIDERS, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option(
@@ -43,8 +48,9 @@ _PATH = Place()
 )
 @click.option("--database", type=_PATH, help="The match log for --recursive.")
 @click.argument("images", nargs=-1, type=_PATH, metavar="IMAGE...")
-def classify(model: Path, describe: Path | None, index: Path | None, provider: Any,
-             as_json: bool, recursive: Path | None, database: Path | None,
+def classify(model: Path, describe: Path | None, index: Path | None,
+             gate_threshold: float | None, provider: Any, as_json: bool,
+             recursive: Path | None, database: Path | None,
              images: tuple[Path, ...]) -> None:  # fmt: skip
     """Classify images once and print the result; exit 2 if one could not be read.
 
@@ -61,15 +67,22 @@ def classify(model: Path, describe: Path | None, index: Path | None, provider: A
     if bool(describe) != bool(index):
         raise InputError("descriptor and index go together: give --describe and --index.")
     identifier = load_identifier(describe, index, provider) if describe and index else None
+    if gate_threshold is not None and not identifier:
+        raise click.UsageError("--gate-threshold goes with --describe and --index.")
     if recursive and database:
         if as_json:
             raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
-        _classify_archive(recursive, database, loaded, identifier)
+        _classify_archive(recursive, database, loaded, identifier, gate_threshold)
         return
     escape_what_it_cannot_encode(sys.stdout)
+    gate = None
+    if identifier:
+        gate = loaded.info.gate_threshold if gate_threshold is None else gate_threshold
     failures = 0
     for start in range(0, len(images), _BATCH):
-        for row in _classify_batch(loaded, identifier, images[start : start + _BATCH]):
+        for row in _classify_batch(
+            loaded, identifier, gate, images[start : start + _BATCH]
+        ):
             failures += row["status"] == "failed"
             click.echo(json.dumps(row) if as_json else _line(row))
     if failures:
@@ -85,12 +98,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _classify_archive(
-    folder: Path, database: Path, model: Model, identifier: Identifier | None
-) -> None:
+    folder: Path, database: Path, model: Model, identifier: Identifier | None,
+    gate: float | None,
+) -> None:  # fmt: skip
     if not os.path.isdir(folder):  # before a database is made for it; never raises
         raise InputError(f"{folder} is not a folder.")
     with closing(opened(database)) as log, alone_with(database):
-        done = classify_folder(folder, model, log, identifier)
+        done = classify_folder(folder, model, log, identifier, gate)
         outdated = log.outdated(folder.resolve())
     told = ", ".join(f"{n} {status}" for status, n in sorted(done.outcomes.items()))
     shown = text_of(str(database))
@@ -112,11 +126,10 @@ def _classify_archive(
 
 
 def _classify_batch(
-    model: Model, identifier: Identifier | None, paths: Sequence[Path]
+    model: Model, identifier: Identifier | None, gate: float | None, paths: Sequence[Path]
 ) -> list[dict[str, Any]]:
     size = model.info.input_size
     readings = [read_image(os.path.realpath(path), size) for path in paths]
-    gate = model.info.gate_threshold if identifier else None
     verdicts = iter(model.judge([r.image for r in readings if r.image], gate))
     rows = []
     for path, reading in zip(paths, readings, strict=True):
@@ -129,18 +142,18 @@ def _classify_batch(
             "threshold": model.info.threshold,
             "error": verdict.reason if verdict else reading.error or gone,
         }
-        if identifier and verdict:
-            row |= _second_stage(model, identifier, reading, verdict)
+        if identifier and gate is not None and verdict:
+            row |= _second_stage(identifier, gate, reading, verdict)
         rows.append(row)
     return rows
 
 
 def _second_stage(
-    model: Model, identifier: Identifier, reading: Reading, verdict: Verdict
+    identifier: Identifier, gate: float, reading: Reading, verdict: Verdict
 ) -> dict[str, Any]:
     """What descriptor and index change of a row."""
-    row: dict[str, Any] = {"status": "no-match", "threshold": model.info.gate_threshold}
-    if verdict.reason or verdict.score < model.info.gate_threshold:
+    row: dict[str, Any] = {"status": "no-match", "threshold": gate}
+    if verdict.reason or verdict.score < gate:
         return row
     size = identifier.descriptor.info.input_size
     (seen,) = look_closer(reading.path, reading.sha256, size, MAX_PIXELS)

@@ -300,6 +300,30 @@ def test_single_files_are_named_too(
     assert strange["status"] == "no-match"
 
 
+def test_pic_classify_takes_a_gate_of_its_own(
+    indexed: Indexed,
+    run_here: Tool,
+    descriptor_file: Path,
+    model_file: Path,
+    tmp_path: Path,
+) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    product(2).resize((140, 140)).save(archive / "2.jpg")
+    options: list[object] = ["--model", model_file, "--describe", descriptor_file]
+    options += ["--index", indexed(1, 2, 3)]
+    ways = [["--json", archive / "2.jpg"], ["--recursive", archive, "--database"]]
+    for gate, status in ((0, "match"), (1, "no-match")):
+        gated = [*options, "--gate-threshold", gate]
+        one = json.loads(run_here("pic-classify", *gated, *ways[0]).stdout)
+        assert (one["status"], one["threshold"]) == (status, gate)
+        all_ = run_here("pic-classify", *gated, *ways[1], tmp_path / f"{gate}.db")
+        assert all_.stdout.startswith(f"1 {status};")
+    alone = run_here("pic-classify", "--model", model_file, "--gate-threshold", 1, *ways[0])
+    assert alone.returncode == 2
+    assert "--gate-threshold goes with --describe and --index" in alone.stderr
+
+
 def test_a_file_that_is_another_by_the_second_look_is_read_anew(tmp_path: Path) -> None:
     (path,) = write_products(tmp_path, [1])
     before = read_image(str(path), 64)
