@@ -314,6 +314,31 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(
     assert "no name among the others begins so" in refusal(general="generl")
     assert "no two look-alikes that differ" in refusal(general="product")
     assert "is left to use as a decoy" in refusal(others=tmp_path / "alone")
+    assert "--gate-threshold goes with" in refusal(**{"gate-threshold": 0.5})
+    cascade = {"describe": home / "describe.onnx", "index": home / "catalog.index"}
+    foreign = refusal(**cascade, catalog=tmp_path / "alone")
+    assert "catalog.index holds none of the catalog's pictures" in foreign
+
+
+def test_a_cascade_can_be_given_another_gate_and_an_index_that_lacks_pictures(
+    run_tool: Run, report: Path, tmp_path: Path
+) -> None:
+    home = report.parent
+    shutil.copytree(home / "catalog", tmp_path / "catalog")
+    write_products(tmp_path / "catalog", [50])
+    result = run_tool(
+        "pic-evaluate", home / "model.onnx", "--catalog", tmp_path / "catalog",
+        "--others", home / "others", "--per-edit", 2, "--per-decoy", 10, "--published", 2,
+        "--target-fpr", 0.03, "--output", tmp_path / "report", "--gate-threshold", 1,
+        "--describe", home / "describe.onnx", "--index", home / "catalog.index",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the index lacks 1 of 7 catalog pictures, whose copies" in result.stderr
+    figures = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert figures["plan"]["gate_threshold"] == 1
+    hard = figures["hard"]
+    assert hard["cascade"]["trained"]["recall"]["value"] == 0
+    assert hard["cascade, no gate"]["trained"]["recall"]["value"] > 0.5
 
 
 def test_hashes_of_a_catalog_without_any_resemble_nothing() -> None:

@@ -418,6 +418,11 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
 @click.option("--describe", type=_FILE, help="A descriptor, measured with --index.")
 @click.option("--index", type=_FILE, help="The index that it made of the catalog.")
 @click.option(
+    "--gate-threshold",
+    type=FiniteRange(0, 1),
+    help="Score from which on they decide [as the model says].",
+)
+@click.option(
     "--target-fpr",
     type=_RATE,
     default=0.001,
@@ -454,5 +459,7 @@ def evaluate(
 
     if bool(describe) != bool(index):
         raise click.UsageError("--describe and --index go together.")
+    if plan["gate_threshold"] is not None and not index:
+        raise click.UsageError("--gate-threshold goes with --describe and --index.")
     cascade = (describe, index) if describe and index else None
     run_evaluation(model_file, catalog, others, general, runs, output, cascade, plan)

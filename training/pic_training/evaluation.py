@@ -9,7 +9,7 @@ is the share of copies whose catalog item a method puts first, whatever its scor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,13 +131,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is evaluated; the seed decides every draw."""
+    """How much is evaluated; the seed decides every draw. `gate_threshold` is the score
+    from which on the cascade decides, None for the model's."""
 
     target_fpr: float = 0.001
     per_edit: int = 200
     per_decoy: int = 15
     published: int = 4000
     seed: int = 0
+    gate_threshold: float | None = None
 
 
 def evaluate(
@@ -155,6 +157,9 @@ def evaluate(
     descriptor alone (the nearest item's cosine) and the whole cascade are scored too.
     `show` is told how many samples are done.
     """
+    if plan.gate_threshold is not None:
+        info = replace(model.info, gate_threshold=plan.gate_threshold)
+        model = replace(model, info=info)
     draw = np.random.default_rng(plan.seed)
     pictures = sources.pictures
     catalog = [n for n, p in enumerate(pictures) if p.kind == "catalog"]

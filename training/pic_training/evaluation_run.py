@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from pic_daemon.cascade import load_identifier
+from pic_daemon.catalog_index import CatalogIndex
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.model import load_model
@@ -64,6 +65,8 @@ def run_evaluation(
         if sources.catalog_digest != model.info.catalog_digest:
             problem = "for another catalog, or with corrections of it"
             click.echo(f"note: the model was trained {problem}", err=True)
+        if identifier:
+            _compare(identifier.index, sources)
         alike = [
             n
             for n, p in enumerate(sources.pictures)
@@ -120,6 +123,20 @@ def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
     for prefix in general:
         if not any(name.startswith(prefix) for name in names):
             raise InputError(f"--general {prefix}: no name among the others begins so.")
+
+
+def _compare(index: CatalogIndex, sources: Sources) -> None:
+    """Say where the index is of other pictures; raise InputError where of quite others."""
+    ours = {p.sha256 for p in sources.pictures if p.kind == "catalog"}
+    items = {item.sha256 for item in index.items.values()}
+    if not ours & items:
+        raise InputError(f"index {index.path} holds none of the catalog's pictures.")
+    if ours != items:
+        click.echo(
+            f"note: the index lacks {len(ours - items)} of {len(ours)} catalog pictures, "
+            f"whose copies it cannot name, and holds {len(items - ours)} others",
+            err=True,
+        )
 
 
 def _unseen(sources: Sources, run: Path, size: int) -> Sources:
