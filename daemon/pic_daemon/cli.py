@@ -146,7 +146,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 def alone_with(database: Path) -> Iterator[None]:
     """Keep a second program that classifies off the log: a service would give up what hooks
     of this one wait for, and say that it lives when this one does not."""
-    name = f"{os.path.realpath(database)}.lock"  # as SQLite goes by the file, not its links
+    name = _lock_of(database)
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -165,6 +165,10 @@ def alone_with(database: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _lock_of(database: Path) -> str:
+    return f"{os.path.realpath(database)}.lock"  # as SQLite goes by the file, not its links
 
 
 def _check_missing(settings: Config) -> None:
@@ -201,6 +205,9 @@ def check(config: Path | None, **overrides: Any) -> None:
     identifier = _identifier(settings)
     with _passing(settings.database):
         check_log(settings.database)
+    lock = _lock_of(settings.database)
+    if os.path.exists(lock) and not os.access(lock, os.W_OK):
+        raise InputError(f"database {settings.database}: {lock} is not writable.")
     click.echo(_about_model(model))
     if identifier:
         click.echo(_about_identifier(identifier))

@@ -282,8 +282,10 @@ def check(path: Path, for_writing: bool = True) -> None:
             applied = {m.name for m in migrations.applied(db)}
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended one
-        # A file that is there and cannot be opened: no room for what SQLite keeps beside.
-        full = code == sqlite3.SQLITE_CANTOPEN and os.path.isfile(path) and _ours(path)
+        # One that may be read and cannot be opened: no room for what SQLite keeps beside.
+        files = _files(path)
+        readable = bool(files) and all(os.access(file, os.R_OK) for file in files)
+        full = code == sqlite3.SQLITE_CANTOPEN and readable
         if for_writing and (code in _PASSING or full):
             raise
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and not os.access(
@@ -314,21 +316,19 @@ def check(path: Path, for_writing: bool = True) -> None:
 def _is_there(path: Path, for_writing: bool) -> bool:
     if not os.path.isdir(path.parent):  # unlike Path, never raises
         raise InputError(f"database {path}: its folder does not exist; create it.")
-    if not os.path.exists(path):
-        if for_writing and not os.access(path.parent, os.W_OK):
-            raise InputError(f"database {path}: its folder is not writable.")
-        return False
-    if not os.path.isfile(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"database {path} is a folder or a device; name a file.")
-    if for_writing and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-        raise InputError(f"database {path}: it or its folder is not writable.")
-    return True
+    if for_writing:
+        for file in (str(path.parent), *_files(path)):
+            if not os.access(file, os.W_OK):
+                raise InputError(f"database {path}: {file} is not writable.")
+    return os.path.exists(path)
 
 
-def _ours(path: Path) -> bool:
-    """Whether this account may read and write the log and what SQLite keeps beside it."""
+def _files(path: Path) -> list[str]:
+    """The log, and what SQLite keeps beside it, as far as they are there."""
     files = (f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
-    return all(os.access(f, os.R_OK | os.W_OK) for f in files if os.path.exists(f))
+    return [file for file in files if os.path.exists(file)]
 
 
 def iso_time(seconds: float) -> str:

@@ -16,7 +16,10 @@ from conftest import INFO, DaemonProcess, hung_mount, mounted, write_image, writ
 from PIL import Image
 
 from pic_daemon.folders import stamp_of
+from pic_daemon.match_log import MatchLog
 from pic_daemon.setting_aside import set_aside
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_locked_database_is_waited_for(daemon: DaemonProcess) -> None:
@@ -209,7 +212,7 @@ def test_a_new_model_takes_over_and_garbage_does_not(daemon: DaemonProcess) -> N
 
 
 def test_recorded_images_are_scored_again_under_the_present_model(
-    daemon: DaemonProcess, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+    daemon: DaemonProcess, run_tool: Run
 ) -> None:
     daemon.start()
     for number in range(5):
@@ -232,7 +235,7 @@ def test_recorded_images_are_scored_again_under_the_present_model(
 
 
 def test_failed_images_are_tried_again_when_asked(
-    daemon: DaemonProcess, run_tool: Callable[..., subprocess.CompletedProcess[str]]
+    daemon: DaemonProcess, run_tool: Run
 ) -> None:
     write_image(daemon.drop / "large.png", 20, side=1_200)
     daemon.start("--max-pixels", 1_000_000)
@@ -250,7 +253,7 @@ def test_failed_images_are_tried_again_when_asked(
 def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
     daemon: DaemonProcess,
     small_disk: Path,
-    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+    run_tool: Run,
 ) -> None:
     daemon.database = small_disk / "log.db"
     daemon.start()
@@ -267,7 +270,7 @@ def test_a_full_disk_at_the_start_is_no_fault_of_the_settings(
 def test_no_room_for_another_file_at_the_start_passes_too(
     daemon: DaemonProcess,
     tmp_path: Path,
-    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+    run_tool: Run,
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -300,7 +303,7 @@ def test_what_cannot_be_set_aside_leaves_no_half_behind(
 def test_a_read_only_database_is_named_at_the_start(
     daemon: DaemonProcess,
     small_disk: Path,
-    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+    run_tool: Run,
 ) -> None:
     daemon.database = small_disk / "log.db"
     daemon.start()
@@ -312,8 +315,38 @@ def test_a_read_only_database_is_named_at_the_start(
     service = "--watch", daemon.drop, "--model", daemon.model
     result = run_tool("pic-daemon", "run", *service, "--database", daemon.database)
     assert result.returncode == 2
-    assert f"database {daemon.database}: it or its folder is not writable" in result.stderr
+    assert f"database {daemon.database}: {small_disk} is not writable" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("left", ["", "-wal", "-shm", ".lock"])
+def test_what_another_account_left_is_named_before_the_start(
+    left: str, daemon: DaemonProcess, tmp_path: Path, run_here: Run
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("becoming another user needs root")
+    for folder in (daemon.drop, *daemon.drop.parents):
+        if not folder.stat().st_mode & 0o001:  # pytest's own are root's alone
+            folder.chmod(0o755)
+    daemon.database = tmp_path / "state" / "log.db"
+    daemon.database.parent.mkdir()
+    MatchLog.open(daemon.database).close()
+    check = ["pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model]
+    assert run_here(*check, "--database", daemon.database).returncode == 0  # root may
+    foreign = Path(f"{daemon.database}{left}")
+    foreign.touch()
+    for path in (daemon.database.parent, *daemon.database.parent.iterdir()):
+        os.chown(path, 65534, 65534)
+    os.chown(foreign, 0, 0)
+    if not (child := os.fork()):
+        try:
+            os.setuid(65534)  # the child must not come back into pytest
+            result = run_here(*check, "--database", daemon.database)
+            said = f"database {daemon.database}: {foreign} is not writable" in result.stderr
+            os._exit(result.returncode if said else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 @contextmanager
