@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Semaphore
+from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -37,13 +39,15 @@ from pic_daemon.reading import Reading, read_images
 logger = logging.getLogger("pic_daemon")
 
 MEMORY_LIMIT = 4 << 30
-"""Address space of a worker in bytes: several times the largest picture allowed."""
+"""Address space in bytes that a worker may add to what it began with: several times the
+largest picture allowed."""
 
 _KEPT_BYTES = 64 << 20  # a picture of 20 megapixels in RGB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; the last up to 32 MiB
 
 Task = Callable[..., list[Any]]
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
 _LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
 _END_S = 10.0  # the longest that the end of the service waits for workers
@@ -179,6 +183,16 @@ def worker_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pic_daemon.identification"])
     sys.modules["__main__"].__file__ = None
+    # NumPy and OpenCV bring an OpenBLAS each, which would start a thread and map 90 MB for
+    # each core of the machine, for nothing.
+    before = os.environ.get(_BLAS_THREADS)
+    os.environ[_BLAS_THREADS] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[_BLAS_THREADS]
+        if before is not None:
+            os.environ[_BLAS_THREADS] = before
     return context
 
 
@@ -210,11 +224,19 @@ def _start_worker(started: Semaphore) -> None:
     # Ctrl-C goes to the whole process group; only the service heeds it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = _mapped() + MEMORY_LIMIT
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     keep_freed_memory()
     started.release()
+
+
+def _mapped() -> int:
+    """Address space of this process in bytes (proc(5), statm)."""
+    pages, *_ = Path("/proc/self/statm").read_text().split()
+    return int(pages) * resource.getpagesize()
 
 
 def keep_freed_memory() -> None:

@@ -32,6 +32,32 @@ def test_a_worker_keeps_the_memory_of_a_picture_for_the_next(tmp_path: Path) -> 
     assert cleared[1] - cleared[0] < one_picture
 
 
+def test_numeric_libraries_take_no_thread_for_each_core_in_a_worker() -> None:
+    ended = Queue[list[Any]]()
+    with Decoders(1, 60, ended.put) as decoders:
+        decoders.run(eval, "[__import__('os').environ.get('OPENBLAS_NUM_THREADS')]")
+        assert ended.get(timeout=60) == ["1"]
+    assert "OPENBLAS_NUM_THREADS" not in os.environ, (
+        "a command that is told would inherit it"
+    )
+
+
+def test_a_worker_that_begins_large_has_the_same_room_for_a_picture() -> None:
+    """Libraries map address space by the core: 64 of them came to 12 GB."""
+    script = (
+        "import mmap, threading, numpy as np\n"
+        "from pic_daemon import decoding\n"
+        "kept = mmap.mmap(-1, 2 * decoding.MEMORY_LIMIT, mmap.MAP_PRIVATE | 0x4000)\n"
+        "decoding._start_worker(threading.Semaphore(0))\n"
+        "np.empty(decoding.MEMORY_LIMIT // 2, np.uint8)\n"
+        "try: np.empty(decoding.MEMORY_LIMIT * 3 // 2, np.uint8)\n"
+        "except MemoryError: print('refused')\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("refused\n", 0), result.stderr
+
+
 # As the installed commands are: an import of the service, then its main function.
 PROGRAM = """
 from queue import Queue
