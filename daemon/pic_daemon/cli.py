@@ -1,7 +1,6 @@
 """pic-daemon: the service, and what is asked about it."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from pic_daemon.folders import mount_of, text_of
 from pic_daemon.hooks import check_hooks, describe_hooks
 from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import watches_left, watches_needed
+from pic_daemon.lock import lock
 from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
@@ -148,23 +148,19 @@ def alone_with(database: Path) -> Iterator[None]:
     of this one wait for, and say that it lives when this one does not."""
     name = _lock_of(database)
     try:
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = lock(name)
+    except BlockingIOError as error:
+        raise click.ClickException(
+            f"database {database}: another pic-daemon serves it, or pic-classify fills it; "
+            "stop that."
+        ) from error
     except OSError as error:
         kind = InputError if error.errno == errno.EACCES else click.ClickException
         raise kind(f"database {database}: {name}: {error.strerror}.") from error
     try:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process alone
-        except OSError as error:
-            problem = error.strerror
-            if isinstance(error, BlockingIOError):
-                problem = (
-                    "another pic-daemon serves it, or pic-classify fills it; stop that"
-                )
-            raise click.ClickException(f"database {database}: {problem}.") from error
         yield
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 def _lock_of(database: Path) -> str:
@@ -205,9 +201,9 @@ def check(config: Path | None, **overrides: Any) -> None:
     identifier = _identifier(settings)
     with _passing(settings.database):
         check_log(settings.database)
-    lock = _lock_of(settings.database)
-    if os.path.exists(lock) and not os.access(lock, os.W_OK):
-        raise InputError(f"database {settings.database}: {lock} is not writable.")
+    beside = _lock_of(settings.database)
+    if os.path.exists(beside) and not os.access(beside, os.W_OK):
+        raise InputError(f"database {settings.database}: {beside} is not writable.")
     click.echo(_about_model(model))
     if identifier:
         click.echo(_about_identifier(identifier))

@@ -1,7 +1,9 @@
 """The command pic-index: make, update, list and edit a catalog index."""
 
+import glob
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
+from pic_daemon.lock import lock
 from pic_daemon.options import FiniteRange, Place
 from pic_daemon.promise import supported_rate
 
@@ -91,9 +94,11 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
             for refused in found.refused:
                 click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
             return
-        by_shown = {_shown(item.name): item.name for item in found.items.values()}
-        remove(found, [by_shown.get(name, name) for name in names])
-        found.save()
+        with _alone(output):
+            found = load_index(output)  # as it is by now
+            by_shown = {_shown(item.name): item.name for item in found.items.values()}
+            remove(found, [by_shown.get(name, name) for name in names])
+            found.save()
         click.echo(
             f"{text_of(str(output))}: {len(names)} removed, {len(found.items)} items left. "
             f"The next run adds what is still in {text_of(found.about.catalog)} again."
@@ -105,6 +110,32 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
     if not others and given is ParameterSource.COMMANDLINE:
         raise click.UsageError("--target-fpr is of the pictures that --others names.")
     _build(output, catalog, load_descriptor(model, provider), others, target_fpr)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other runs off the index, which would lose what this one does; SIGTERM ends this
+    one as Ctrl-C does, and what a killed one left half written is removed."""
+    try:
+        held = lock(str(output.with_name(f".{output.name}.lock")))
+    except BlockingIOError as error:
+        raise InputError(
+            f"another pic-index is at work on {output}: wait for it, or stop it."
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}.") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name in (output.name, _partial_of(output).name):
+            for left in output.parent.glob(f".{glob.escape(name)}.*.tmp"):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(held)
+
+
+def _partial_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | None,
@@ -120,8 +151,14 @@ def _build(output: Path, catalog: Path, descriptor: Descriptor, others: Path | N
         raise InputError(f"cannot write {output}: its folder is not writable.")
     if others:
         decoys_in(others, target_fpr)
+    with _alone(output):
+        _bring_up_to_date(output, catalog, descriptor, others, target_fpr)
+
+
+def _bring_up_to_date(output: Path, catalog: Path, descriptor: Descriptor,
+                      others: Path | None, target_fpr: float) -> None:  # fmt: skip
     made = open_or_empty(output, catalog, descriptor, bool(others))
-    partial = output.with_name(f".{output.name}.partial")
+    partial = _partial_of(output)
     made, resumed = _resumed(partial, made)
     with workers() as pool:
         with _progress("items") as show:

@@ -29,6 +29,7 @@ from pic_daemon.identification import look_at
 from pic_daemon.images import to_pixels
 from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import find_twins, update, workers
+from pic_daemon.lock import lock
 from pic_daemon.margins import within_margins
 
 Tool = Callable[..., CompletedProcess[str]]
@@ -311,6 +312,72 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_had(
     assert "going on with 4 items" in told and "5 items; 1 added, 0 removed" in told
     assert f"near-duplicates {paths[0].name} and {paths[1].name}" in told
     assert not partial.exists()
+
+
+def test_what_another_descriptor_had_come_to_is_not_gone_on_with(
+    make: Tool, tmp_path: Path, stop_at: Callable[[int], list[str]]
+) -> None:
+    write_products(tmp_path / "catalog", range(5))
+    stop_at(4)
+    other = write_descriptor(tmp_path / "other.onnx", -1.0)
+    told = make("--model", other).stdout
+    assert "going on" not in told and "5 items; 5 added" in told
+    made = load_index(tmp_path / "catalog.index")
+    assert nearest(made, other, product(0)) == (
+        "product-00000.jpg",
+        pytest.approx(1, abs=0.02),
+    )
+
+
+def test_two_runs_on_one_index_are_kept_apart(
+    make: Tool, run_tool: Tool, tmp_path: Path
+) -> None:
+    write_products(tmp_path / "catalog", range(2))
+    make()
+    output = tmp_path / "catalog.index"
+    left = [
+        tmp_path / f"{name}.7.tmp" for name in (".catalog.index", "..catalog.index.partial")
+    ]
+    for path in left:
+        path.touch()
+    held = lock(str(tmp_path / ".catalog.index.lock"))
+    try:
+        ways = (["--catalog", tmp_path / "catalog", "--model", tmp_path / "describe.onnx"],
+                ["--remove", "product-00000.jpg"])  # fmt: skip
+        for options in ways:
+            refused = run_tool("pic-index", *options, "--output", output)
+            assert refused.returncode == 2
+            assert f"another pic-index is at work on {output}" in refused.stderr
+        assert (
+            "product-00000.jpg"
+            in run_tool("pic-index", "--list", "--output", output).stdout
+        )
+        assert all(path.exists() for path in left), "they may be the other run's"
+    finally:
+        os.close(held)
+    make()
+    assert not any(path.exists() for path in left), "a killed one left them"
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path: Path, descriptor_file: Path) -> None:
+    write_products(tmp_path / "catalog", range(3))
+    script = (
+        "import os, signal, sys\n"
+        "from pic_daemon.catalog_index import CatalogIndex\n"
+        "from pic_daemon.index_cli import index\n"
+        "write = CatalogIndex._write\n"
+        "def written(made, file):\n"
+        "    write(made, file)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "if __name__ == '__main__':\n"
+        "    CatalogIndex._write = written\n"
+        "    index()\n"
+    )
+    command = [sys.executable, "-c", script, "--model", descriptor_file]
+    command += ["--catalog", tmp_path / "catalog", "--output", tmp_path / "catalog.index"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.strip()) == (1, "Aborted!")
+    assert not list(tmp_path.glob("*.index")) and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_picture_is_not_refused_for_what_an_item_was_before_a_stop(
