@@ -73,7 +73,7 @@ def rate(hits: Labels, sources: Sequence[int] | NDArray[np.int64], seed: int = 0
     np.add.at(counts, (number, np.where(hits, 0, 1)), 1)
     drawn = resample(counts, np.random.default_rng(seed))
     shares = drawn[:, 0] / np.maximum(1, drawn.sum(axis=1))
-    return interval(int(hits.sum()), len(hits), len(counts), shares)
+    return interval(counts, shares)
 
 
 def resample(counts: Floats, draw: np.random.Generator) -> Floats:
@@ -89,15 +89,35 @@ def resample(counts: Floats, draw: np.random.Generator) -> Floats:
     return np.stack([draw.multinomial(pictures, even) @ counts for _ in range(_RESAMPLES)])
 
 
-def interval(good: int, of: int, pictures: int, resampled: Floats) -> Interval:
-    """The share `good` of `of` samples with what `resampled` shares say of it."""
+def interval(counts: Floats, resampled: Floats) -> Interval:
+    """A share of samples with what `resampled` shares say of it.
+
+    `counts` of shape (pictures, 2) has the samples of each that are good, and that are not.
+    """
+    counts = counts[counts.sum(axis=1) > 0]
+    pictures, of = len(counts), int(counts.sum())
     if of == 0:
         return Interval(None, 0.0, 1.0, 0)
+    good, bad = counts.sum(axis=0) / of
     if pictures == 1:  # it resamples to itself, and says nothing of another
-        return Interval(good / of, 0.0, 1.0, of)
+        return Interval(float(good), 0.0, 1.0, of)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    # A share of 0 or 1 resamples to itself, and one of a single picture to next to it. The
-    # rule of three, over pictures rather than their samples, keeps both honest.
-    high = max(high, supported_rate(pictures))
-    low = min(low, 1 - supported_rate(pictures))
-    return Interval(good / of, max(0.0, float(low)), min(1.0, float(high)), of)
+    # A share of 0 or 1 resamples to itself, and one of few pictures to next to it.
+    with_good, with_bad = (counts > 0).sum(axis=0)
+    high = max(high, _possible(good, int(with_good), pictures))
+    low = min(low, 1 - _possible(bad, int(with_bad), pictures))
+    return Interval(float(good), max(0.0, float(low)), min(1.0, float(high)), of)
+
+
+def _possible(share: float, some: int, pictures: int) -> float:
+    """The highest share that samples may have, where `some` of their pictures have any.
+
+    None promise no better than 3 / n, over pictures rather than their samples; of others
+    the share of pictures is bounded by Wilson (1927), at 95%.
+    """
+    if not some:
+        return supported_rate(pictures)
+    p, z = some / pictures, 1.96
+    spread = z * math.sqrt(p * (1 - p) / pictures + (z / pictures / 2) ** 2)
+    bound = (p + z**2 / pictures / 2 + spread) / (1 + z**2 / pictures)
+    return max(supported_rate(pictures), share * bound / p)

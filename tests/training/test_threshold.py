@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -181,3 +182,33 @@ def test_a_rate_of_few_pictures_in_many_samples_has_a_wide_interval() -> None:
     assert alone.value == grouped.value == pytest.approx(0.01)
     nothing = rate(np.zeros(3000, bool), np.arange(3000) // 300)
     assert (nothing.value, nothing.high) == (0.0, pytest.approx(0.3))
+
+
+@pytest.mark.parametrize(("hits", "exact"), [(1, 5.57), (2, 7.22), (3, 8.77)])
+def test_a_few_mistakes_leave_as_much_possible_as_is_known_of_so_few(
+    hits: int, exact: float
+) -> None:
+    """By the binomial distribution (Clopper and Pearson 1934), of a thousand."""
+    found = rate(np.arange(1000) < hits, np.arange(1000))
+    assert exact / 1000 <= found.high < 1.05 * exact / 1000
+    missed = rate(np.arange(1000) >= hits, np.arange(1000))
+    assert missed.low == pytest.approx(1 - found.high)
+
+
+def test_an_interval_holds_the_rate_that_is_19_times_of_20() -> None:
+    found = [rate(np.arange(1000) < hits, np.arange(1000)) for hits in range(40)]
+    for true in (0.00305, 0.004, 0.00505, 0.00705, 0.01):
+        chance = [
+            math.comb(1000, hits) * true**hits * (1 - true) ** (1000 - hits)
+            for hits, one in enumerate(found)
+            if one.low <= true <= one.high
+        ]
+        assert sum(chance) > 0.94
+
+
+def test_many_mistakes_are_bounded_as_they_resample() -> None:
+    pictures = np.arange(4000) // 20
+    draw = np.random.default_rng(6)
+    found = rate(draw.random(4000) < 0.1, pictures)  # most of 200 pictures have one
+    assert found.value
+    assert found.high - found.value < 2.5 * np.sqrt(0.1 * 0.9 / 4000)

@@ -143,13 +143,12 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
     tp, fp, fn, tn = (int(n) for n in counts.sum(axis=0))
 
     def share(good: list[int], of: list[int]) -> Interval:
-        total = counts.sum(axis=0)
-        return interval(
-            int(total[good].sum()),
-            int(total[of].sum()),
-            int((counts[:, of].sum(axis=1) > 0).sum()),
-            resampled[:, good].sum(axis=1) / np.maximum(1, resampled[:, of].sum(axis=1)),
+        rest = [column for column in of if column not in good]
+        parted = np.stack([counts[:, part].sum(axis=1) for part in (good, rest)], axis=1)
+        shares = resampled[:, good].sum(axis=1) / np.maximum(
+            1, resampled[:, of].sum(axis=1)
         )
+        return interval(parted, shares)
 
     false_positive_rate = share([1], [1, 3])
     # With no mistake at all the rule of three bounds each class by its own pictures; the
