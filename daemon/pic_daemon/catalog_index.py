@@ -144,17 +144,19 @@ class CatalogIndex:
 
     def add(self, item: Item, vectors: Vectors, landmarks: bytes) -> int:
         """Add an item by its vectors, float32, shape (views, D); returns its number."""
-        number = max(self.items, default=-1) + 1
+        number = next(reversed(self.items), -1) + 1  # they are in order
         self.vectors.add(np.arange(len(vectors)) + (number << _VIEW_BITS), vectors)
         self.items[number] = item
         self._new[number] = landmarks
         return number
 
-    def remove(self, number: int) -> None:
-        """Drop an item."""
-        del self.items[number]
-        self._new.pop(number, None)
-        self.vectors.remove(np.arange(1 << _VIEW_BITS) + (number << _VIEW_BITS))
+    def remove(self, numbers: Collection[int]) -> None:
+        """Drop items; all vectors are looked through once."""
+        for number in numbers:
+            del self.items[number]
+            self._new.pop(number, None)
+        first = np.array(list(numbers), np.int64)[:, None] << _VIEW_BITS
+        self.vectors.remove((first + np.arange(1 << _VIEW_BITS)).ravel())
 
     def landmarks(self, number: int) -> bytes:
         """The Landmarks of an item, as bytes."""

@@ -34,6 +34,7 @@ from pic_daemon.identification import (
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
 from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
+from pic_daemon.onnx_session import GPU_BATCH
 from pic_daemon.reading import read_bytes
 
 T = TypeVar("T")
@@ -190,9 +191,9 @@ def update(
                 done.fresh[number] = own[0].copy()  # not all of its views
                 done.added.append(name)
         show(len(names))
-    for number in index.items.keys() - kept:
-        done.removed.append(index.items[number].name)
-        index.remove(number)
+    gone = index.items.keys() - kept
+    done.removed += [index.items[number].name for number in gone]
+    index.remove(gone)
     index.refused = list(refused.values())
     if not index.items:
         raise InputError(
@@ -223,12 +224,14 @@ def check_shut(items: Iterable[Item], folder: Path, shut: dict[str, str]) -> Non
 def remove(index: CatalogIndex, names: Iterable[str]) -> None:
     """Drop items by name; raises InputError where one is unknown or none would be left."""
     by_name = {item.name: number for number, item in index.items.items()}
+    gone = []
     for name in names:
         if name not in by_name:
             raise InputError(f"{index.path} holds no item {name!r}; see --list.")
-        index.remove(by_name.pop(name))
+        gone.append(by_name.pop(name))
     if not by_name:
         raise InputError(f"{index.path} would be empty then: remove the file instead.")
+    index.remove(gone)
 
 
 def slices(whole: Sequence[T]) -> Iterator[list[T]]:
@@ -278,10 +281,15 @@ def _views(picture: Image.Image) -> list[Image.Image]:
 def _described(
     descriptor: Descriptor, names: Sequence[str], prepared: Sequence[_Prepared | str]
 ) -> Iterator[Vectors]:
-    for name, one in zip(names, prepared, strict=True):
-        if isinstance(one, str):
-            continue
-        vectors = descriptor.describe(one.views)
+    pairs = zip(names, prepared, strict=True)
+    found = [(name, one) for name, one in pairs if isinstance(one, _Prepared)]
+    if not found:
+        return
+    views = np.concatenate([one.views for _, one in found])
+    batches = np.split(views, range(GPU_BATCH, len(views), GPU_BATCH))
+    described = np.concatenate([descriptor.describe(batch) for batch in batches])
+    ends = np.cumsum([len(one.views) for _, one in found])
+    for (name, _), vectors in zip(found, np.split(described, ends[:-1]), strict=True):
         if not np.isfinite(vectors).all():
             raise InputError(
                 f"{descriptor.path} gives vectors that are not numbers for {name!r}; "

@@ -4,6 +4,7 @@ beside what serves, handed over."""
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ logger = logging.getLogger("pic_daemon")
 
 T = TypeVar("T")
 
+
+_RETRY_S = 300.0  # between two loads of files that did not change and do not load
 
 State = tuple[FileStamp, int]
 """How a file looked at one moment: its stamp, and when its mode or name last changed."""
@@ -66,11 +69,14 @@ class ServedFiles(Generic[T]):
         self._states = [before.get(path) or state_of(path) for path in paths]
         self._loading = False
         self._again = False
+        self._problem = ""  # of the last load
+        self._due = 0.0  # when it is tried again, by time.monotonic()
 
     def look(self) -> None:
         """Load the files where one changed since they were last looked at.
 
-        Its mode counts: what could not be read is tried again once it may be.
+        Its mode counts: what could not be read is tried again once it may be. So is what
+        did not load, now and then: memory, or descriptors of files, may have been short.
         """
         if self._loading:
             return
@@ -78,13 +84,19 @@ class ServedFiles(Generic[T]):
         if all(states) and states != self._states:
             self._states = states
             self.load()
+        elif self._problem and time.monotonic() >= self._due:
+            self._begin()
 
     def load(self) -> None:
         """Load the files; where that is under way already, once more after it."""
         self._again = self._loading
         if not self._loading:
-            self._loading = True
-            threading.Thread(target=self._load, name=self._name, daemon=True).start()
+            self._problem = ""
+            self._begin()
+
+    def _begin(self) -> None:
+        self._loading = True
+        threading.Thread(target=self._load, name=self._name, daemon=True).start()
 
     def finish(self, made: T | None) -> None:
         """End a load; None: it failed."""
@@ -98,8 +110,11 @@ class ServedFiles(Generic[T]):
         made = None
         try:
             made = self._make()
+            self._problem = ""
         except InputError as error:
-            message = "%s The %s in use goes on serving."
-            logger.warning(message, error.message, self._name)
+            if error.message != self._problem:
+                message = "%s The %s in use goes on serving."
+                logger.warning(message, error.message, self._name)
+            self._problem, self._due = error.message, time.monotonic() + _RETRY_S
         finally:
             self._send(Loaded(self, made))

@@ -206,7 +206,7 @@ def test_what_was_refused_is_indexed_once_the_reason_is_gone(
     stamp = FileStamp.of(locked.stat())
     reason = "cannot be read: Permission denied"
     index.refused.append(Refused(locked.name, stamp.bytes, stamp.mtime_ns, reason))
-    index.remove(number)
+    index.remove([number])
     index.save()
 
     assert "refused twice.jpg" not in make().stdout, "it still is, and was said before"

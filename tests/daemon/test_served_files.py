@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from pic_daemon import served_files
 from pic_daemon.errors import InputError
 from pic_daemon.served_files import Loaded, ServedFiles, state_of
 
@@ -70,6 +71,37 @@ def test_a_file_that_could_not_be_read_is_tried_again_once_it_may_be(
     (tmp_path / "file").chmod(0o644)
     assert served.look()
     assert served.text == "second"
+
+
+def test_what_did_not_load_is_tried_again_and_said_once(
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served.look()
+    short = True
+
+    def load() -> str:
+        if short:
+            raise InputError("too many open files.")
+        return "second"
+
+    served.files._make = load
+    (tmp_path / "file").write_text("second")
+    assert served.look()
+    assert not served.look(), "not at once"
+    monkeypatch.setattr(served_files, "_RETRY_S", 0.0)
+    served.files._due = 0.0
+    assert served.look() and served.look()
+    assert caplog.text.count("too many open files.") == 1
+    served.files.load()  # somebody asks
+    served.take()
+    assert caplog.text.count("too many open files.") == 2
+    short = False
+    assert served.look()
+    assert served.text == "second"
+    assert not served.look()
 
 
 def test_a_load_asked_for_during_another_follows_it(served: Served, tmp_path: Path) -> None:
