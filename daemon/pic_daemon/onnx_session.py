@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from pic_daemon.cores import are_bound, cores
+from pic_daemon.cores import are_limited, cores
 from pic_daemon.errors import InputError
 from pic_daemon.images import Pixels
 
@@ -162,7 +162,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     # By itself it counts the machine's cores, and pins its threads to them.
-    options.intra_op_num_threads = threads or (cores() if are_bound() else 0)
+    options.intra_op_num_threads = threads or (cores() if are_limited() else 0)
     # Spinning threads take the cores from the decoders (bench/results/throughput.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     cpu = "CPUExecutionProvider"
