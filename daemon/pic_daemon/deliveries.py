@@ -110,6 +110,20 @@ def due(db: sqlite3.Connection, hook: Hook, now: float, limit: int) -> list[Deli
     return [Delivery(*row[:4]) for row in rows]
 
 
+def least_tried(db: sqlite3.Connection, hook: Hook, now: float) -> list[Delivery]:
+    """Of those that are due the last of the fewest attempts, if there is any.
+
+    What is refused each time, and is soon due again, does not keep it from being tried.
+    """
+    rows = db.execute(
+        "SELECT id, json_set(message, '$.delivery', id), queued_at, attempts "
+        "FROM deliveries WHERE id = (SELECT id FROM deliveries "
+        "WHERE hook = ? AND (due_at <= ? OR due_at > ?) ORDER BY attempts, id DESC LIMIT 1)",
+        [hook, now, now + 2 * _LONGEST_WAIT_S],
+    )
+    return [Delivery(*row) for row in rows]
+
+
 def note(
     db: sqlite3.Connection,
     attempts: Sequence[Attempt],

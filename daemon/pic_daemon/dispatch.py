@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 
 from pic_daemon.config import Config
-from pic_daemon.deliveries import Attempt, Delivery, Hook, counts, doubled, due, note
+from pic_daemon.deliveries import (
+    Attempt,
+    Delivery,
+    Hook,
+    counts,
+    doubled,
+    due,
+    least_tried,
+    note,
+)
 from pic_daemon.health import Health
 from pic_daemon.hooks import NotDelivered, post, run_command
 
@@ -73,7 +82,10 @@ class Dispatcher:
         while not self.stop.is_set():
             pending, given_up = counts(db, self.hook)
             self.health.delivering(self.hook, pending, given_up)
-            group = due(db, self.hook, time.time(), _GROUP)
+            if self._failures < _DOWN_AFTER:
+                group = due(db, self.hook, time.time(), _GROUP)
+            else:
+                group = least_tried(db, self.hook, time.time())
             made = self._make(group)
             self._note(db, made)
             if self._failures >= _DOWN_AFTER:

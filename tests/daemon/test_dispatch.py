@@ -1,10 +1,12 @@
 """Deliveries carried out one by one, on a real log; `Pauses` stands for the clock."""
 
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,3 +110,40 @@ def test_what_was_told_is_not_told_again_however_long_the_log_is_locked(
         Impatient(database, "webhook", tell, 1e9, Health(60), stop).run()
     assert len(told) == 1
     assert waiting(database) == 0
+
+
+def test_what_is_refused_each_time_does_not_keep_the_new_from_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty deliveries that the receiver never takes, due again every ten minutes."""
+    now = 1e9
+    clock = SimpleNamespace(time=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr("pic_daemon.dispatch.time", clock)
+    MatchLog.open(tmp_path / "log.db").close()
+    late: list[float] = []
+
+    def queue(kind: str) -> None:
+        with closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db:
+            db.execute(
+                "INSERT INTO deliveries (hook, message, queued_at, due_at) "
+                "VALUES ('webhook', ?, ?, ?)",
+                [json.dumps({"kind": kind, "at": now}), now, now],
+            )
+
+    def tell(message: str) -> None:
+        if json.loads(message)["kind"] == "refused":
+            raise NotDelivered("it answered 404")
+        late.append(now - json.loads(message)["at"])
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        if now // 600 != (now + seconds) // 600:
+            queue("new")
+        now += seconds
+
+    for _ in range(30):
+        queue("refused")
+    stop = Pauses(400, lambda _: pass_time(stop.seconds[-1] or 0))
+    Dispatcher(tmp_path / "log.db", "webhook", tell, 1e9, Health(60), stop).run()
+    assert len(late) > 10
+    assert max(late) <= 2 * 60
