@@ -2,8 +2,6 @@
 
 import math
 import os
-import queue
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +14,7 @@ from urllib.parse import urlsplit
 from pic_daemon.cores import cores
 from pic_daemon.deliveries import Hook
 from pic_daemon.errors import InputError
-from pic_daemon.folders import EXCLUDED, Folder
+from pic_daemon.folders import EXCLUDED, Folder, answer_within
 from pic_daemon.images import MAX_PIXELS, PATTERNS
 from pic_daemon.onnx_session import Provider
 
@@ -326,13 +324,7 @@ def resolving(path: Path) -> Iterator[Path]:
 
 
 def _within(until: float, ask: Callable[[], str]) -> str | None:
-    """What `ask` returns, or None where that takes longer, as on a mount that hangs."""
-    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
-    try:
-        return answers.get(timeout=max(_LEAST_S, until - time.monotonic()))
-    except queue.Empty:
-        return None
+    return answer_within(max(_LEAST_S, until - time.monotonic()), ask)
 
 
 def _check_second_stage(config: Config) -> None:

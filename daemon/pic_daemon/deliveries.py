@@ -118,7 +118,8 @@ def least_tried(db: sqlite3.Connection, hook: Hook, now: float) -> list[Delivery
     rows = db.execute(
         "SELECT id, json_set(message, '$.delivery', id), queued_at, attempts "
         "FROM deliveries WHERE id = (SELECT id FROM deliveries "
-        "WHERE hook = ? AND (due_at <= ? OR due_at > ?) ORDER BY attempts, id DESC LIMIT 1)",
+        "WHERE hook = ? AND (due_at <= ? OR due_at > ?) "
+        "ORDER BY attempts, id DESC LIMIT 1)",
         [hook, now, now + 2 * _LONGEST_WAIT_S],
     )
     return [Delivery(*row) for row in rows]

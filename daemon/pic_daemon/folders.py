@@ -1,16 +1,20 @@
 """Drop folders: which files in them count, and what is in them now."""
 
 import os
+import queue
 import re
 import stat
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pic_daemon.images import PATTERNS
+
+T = TypeVar("T")
 
 EXCLUDED = (".*", "*.part", "*.tmp", "*.crdownload")
 """Names left alone by default: hidden files and downloads that are not finished."""
@@ -115,6 +119,16 @@ def _entries(
         return
     except OSError as error:
         refused(folder, error)
+
+
+def answer_within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns, or None where that takes longer, as on a mount that hangs."""
+    answers: queue.SimpleQueue[T] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 def stamp_of(path: str) -> FileStamp | None:

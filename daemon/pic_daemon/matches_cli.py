@@ -18,13 +18,14 @@ from click.core import ParameterSource
 
 from pic_daemon.backup import back_up
 from pic_daemon.errors import InputError
-from pic_daemon.folders import text_of
+from pic_daemon.folders import answer_within, text_of
 from pic_daemon.match_formats import escape_what_it_cannot_encode, printer
 from pic_daemon.match_queries import Row, follow_images, read_images
 from pic_daemon.options import FiniteRange, Place
 from pic_daemon.web.queries import STATUSES, Filters, moment_of
 
 _LOOK_MS = 500  # between two looks for new rows
+_ANSWER_S = 5.0  # the longest that a folder is waited for, which may hang
 _PATH = Place()
 
 _SPANS = {
@@ -116,7 +117,7 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         narrowed["until"],
         narrowed["min_score"],
         narrowed["max_score"],
-        text_of(os.path.realpath(folder)) if folder else "",
+        text_of(_known_as(folder)) if folder else "",
         text_of(narrowed["product"] or ""),
     )
     escape_what_it_cannot_encode(sys.stdout)
@@ -194,6 +195,12 @@ def backup(database: Path, output: Path) -> None:
     click.echo(f"{output}: {rows:,} images, integrity_check ok")
 
 
+def _known_as(folder: Path) -> str:
+    """The path that a service knows a folder by."""
+    found = answer_within(_ANSWER_S, lambda: os.path.realpath(folder))
+    return found or os.path.abspath(folder)
+
+
 @matches.command()
 @_DATABASE
 @click.option(
@@ -226,8 +233,9 @@ def serve(
         )
     from pic_daemon.web.server import serve as serve_pages
 
-    if catalog and not os.path.isdir(catalog):  # such as one that is mounted later
-        problem = "does not exist or is no folder; pictures are shown once it is there"
+    # Such as one that is mounted later, or hangs.
+    if catalog and answer_within(_ANSWER_S, lambda: os.path.isdir(catalog)) is not True:
+        problem = "is no folder, or does not answer; pictures are shown once it does"
         click.echo(f"note: catalog {catalog} {problem}", err=True)
     try:
         serve_pages(

@@ -59,6 +59,10 @@ def test_nothing_is_shown_without_the_token(
 def test_a_browser_is_led_to_the_login(guarded: str) -> None:
     reply = httpx.get(guarded + "/matches", headers=HTML)
     assert (reply.status_code, reply.headers["location"]) == (303, "/login")
+    late = httpx.post(
+        guarded + "/record/1/correction", headers=HTML, data={"label": "ours"}
+    )
+    assert (late.status_code, late.headers["location"]) == (303, "/login")
     assert httpx.get(guarded + "/pic-static/style.css").status_code == 200
 
 

@@ -29,7 +29,7 @@ from pic_daemon.corrections import read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp
 from pic_daemon.match_log import Outcome
-from pic_daemon.web import disk, pages
+from pic_daemon.web import disk, pages, server
 from pic_daemon.web.server import make_app, prepare
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -375,11 +375,14 @@ def test_a_mount_that_hangs_holds_up_neither_pages_nor_pictures_nor_the_end(
     tmp_path: Path, ended_by: signal.Signals
 ) -> None:
     shop = Shop(tmp_path / "shop")
+    fine, hung = shop.drop, shop.drop / "nas"  # watched by itself, as it is a mount
+    shop.drop = hung
     shop.copy_of(3, "tea.jpg", at=50, score=0.98)
-    hung, shop.drop = shop.drop, shop.home / "fine"
+    shop.drop = fine
     shop.copy_of(4, "cup.jpg")
-    shop.log.watch({hung: "", shop.drop: ""})
-    command = [BIN / "pic-matches", "serve", "--database", shop.database, "--port", "0"]
+    shop.log.watch({hung: "", fine: ""})
+    command = [BIN / "pic-matches", "serve", "--database", shop.database, "--port", "0",
+               "--catalog", hung]  # fmt: skip
     with hung_mount(hung), ExitStack() as stack, ThreadPoolExecutor(4) as browsers:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         stack.callback(server.kill)
@@ -417,13 +420,18 @@ def test_wrong_input_is_refused_with_a_sentence(run_tool: Run, tmp_path: Path) -
     shop = Shop(tmp_path / "shop")
     short = tmp_path / "short"
     short.write_text("secret\n")
-    short.chmod(0o600)
+    long = tmp_path / "long"
+    long.write_text("a-secret-of-many-letters\n")
+    for file in (short, long):
+        file.chmod(0o600)
     with serving(shop) as url:
         port = url.rsplit(":", 1)[1]
         for options, sentence in (
             (("--database", tmp_path / "none.db"), "does not exist"),
             (("--database", shop.database, "--port", port), "Address already in use"),
             (("--database", shop.database, "--host", "0.0.0.0"), "give --token-file"),
+            (("--database", shop.database, "--host", "a..b", "--token-file", long),
+             "cannot listen at a..b"),
             (("--database", shop.database, "--token-file", short), "at least 16 ASCII"),
             (("--database", shop.database, "--token-file", shop.database), "chmod o="),
         ):  # fmt: skip
@@ -472,6 +480,15 @@ def test_an_account_that_may_not_write_can_look_but_note_nothing(tmp_path: Path)
     assert prepare(shop.database) is True
     shop.log.close()
     assert prepared_by_another() == 3  # with nobody else there, SQLite would write
+
+
+def test_an_account_without_a_name_goes_by_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as in a container
+    assert server._account() == "uid 54321"
 
 
 def test_looks_at_a_folder_that_hangs_do_not_pile_up(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_a_recorded_picture_in_a_watched_folder_is_shown(shop: Shop) -> None:
     assert shown(shop, marked).startswith(b"\xff\xd8")
 
 
+def test_the_same_bytes_are_shown_whenever_they_were_written(shop: Shop) -> None:
+    path = shop.copy_of(1, "a.jpg")
+    row = row_of(shop, path)
+    os.utime(path)  # as a copy or a restored backup is
+    assert shown(shop, row).startswith(b"\xff\xd8")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(NotShown, match="changed since"):
+        shown(shop, row)
+
+
 def test_a_folder_that_is_no_longer_watched_is_not_shown(
     shop: Shop, tmp_path: Path
 ) -> None:

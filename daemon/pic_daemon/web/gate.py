@@ -106,7 +106,7 @@ class Gate:
         if refusal := self._refusal(scope, headers):
             await _answer(send, *refusal)
         elif not self._may_enter(scope, headers):
-            if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+            if "text/html" in headers.get("accept", ""):
                 await _answer(send, 303, "log in first", {"location": "/login"})
             else:
                 asked = {"www-authenticate": "Bearer"}

@@ -333,9 +333,10 @@ async def picture(request: Request, datasette: Datasette) -> Response:
         if row is None:
             raise pictures.NotShown("no such record")
         folder, relative = pictures.place(row, of, folders, site.catalog)
-        async with asyncio.timeout(_PICTURE_S), site.disk.turns[folder]:
+        async with site.disk.turns[folder]:
             read = partial(pictures.read, row, of, folder, relative)
-            data = await site.disk.ask(folder, read)
+            async with asyncio.timeout(_PICTURE_S):
+                data = await site.disk.ask(folder, read)
             loop = asyncio.get_running_loop()
             made = loop.run_in_executor(site.decoding, pictures.smaller, data, side)
             return _picture(await made, "image/jpeg", 200)

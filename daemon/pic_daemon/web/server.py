@@ -22,6 +22,7 @@ from pic_daemon.web.gate import App, Gate, is_loopback, read_token
 
 _HERE = Path(__file__).parent
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_KEEP_IDLE_S = 60  # a connection silent for so long is asked whether it is still there
 _SETTINGS = {
     "allow_download": False,
     "max_csv_mb": 0,  # the whole table
@@ -94,13 +95,20 @@ def make_app(
     datasette.add_database(_Log(datasette, path=str(database)), name=pages.LOG)
     datasette.pic_site = pages.Site(
         database=database,
-        catalog=catalog.resolve() if catalog else None,
+        catalog=catalog.absolute() if catalog else None,
         token=token,
-        user=None if token else getpass.getuser(),
+        user=None if token else _account(),
         writable=writable,
     )
     hosts = _LOOPBACK | {host}
     return Gate(datasette.app(), token, hosts, partial(pages.has_session, datasette))
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that knows no names
+        return f"uid {os.getuid()}"
 
 
 def prepare(database: Path) -> bool:
@@ -132,8 +140,11 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: those of machines that went to sleep would add up.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
         listening.bind(address)
         listening.listen()  # from here on who comes too early waits
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise not_listening(f"cannot listen at {host}:{port}", error) from error
     return listening
