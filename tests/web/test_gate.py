@@ -91,6 +91,13 @@ def test_a_login_lasts_in_a_cookie_that_only_this_site_gets(
         assert client.get("/matches").status_code == 401
 
 
+def test_behind_a_proxy_with_tls_the_cookie_is_marked_secure(guarded: str) -> None:
+    data = {"name": "Ada", "token": TOKEN}
+    for headers, secure in (({"X-Forwarded-Proto": "https"}, True), ({}, False)):
+        reply = httpx.post(guarded + "/login", data=data, headers=headers)
+        assert ("Secure" in reply.headers["set-cookie"].split("; ")) is secure
+
+
 @pytest.mark.parametrize(
     "other", [b"a/b=1", b"a@b=1", b"{a}=1", b'prefs={"a": 1}', b"name=J\xc3\xb6rg B", b"x"]
 )
@@ -139,6 +146,22 @@ def test_a_page_elsewhere_cannot_correct_anything(
         )
         assert reply.status_code == 403
     assert shop.log._db["corrections"].count == before
+
+
+def test_a_page_of_ours_is_known_by_its_origin_where_a_browser_says_no_more(
+    local: str, guarded: str, shop: Shop
+) -> None:
+    # Browsers send Sec-Fetch-Site over TLS and to loopback alone.
+    lan = {**BEARER, "Host": "shop.lan:8001"}
+    for url, name, more in ((local, local, {}), (guarded, "http://shop.lan:8001", lan)):
+        other_port = name.rsplit(":", 1)[0] + ":1"
+        for origin, status in ((name, 303), (other_port, 403)):
+            reply = httpx.post(
+                url + "/record/1/correction",
+                data={"label": "ours"},
+                headers={**more, "Origin": origin},
+            )
+            assert reply.status_code == status, origin
 
 
 def test_looking_changes_nothing(local: str, shop: Shop) -> None:
