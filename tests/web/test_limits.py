@@ -11,7 +11,7 @@ from shop import Shop
 
 from pic_daemon import corrections
 from pic_daemon.corrections import read_corrections
-from pic_daemon.web import pages
+from pic_daemon.web import pages, pictures
 from pic_daemon.web.gate import App
 from pic_daemon.web.server import make_app
 
@@ -80,3 +80,27 @@ def test_what_could_not_be_noted_as_the_log_stayed_locked_is_said_not_to_be(
     assert read_corrections(shop.database) == []
     assert ask(app, "POST", "/record/1/correction", **ours).status_code == 303
     assert [one.label for one in read_corrections(shop.database)] == ["ours"]
+
+
+def test_a_picture_may_wait_for_its_turn_longer_than_the_disk_may_take(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(shop.database, None, None)
+    smaller = pictures.smaller
+
+    def slowly(data: bytes, side: int) -> bytes:
+        time.sleep(0.3)
+        return smaller(data, side)
+
+    monkeypatch.setattr(pages, "_PICTURE_S", 0.5)
+    monkeypatch.setattr(pictures, "smaller", slowly)
+
+    async def asking() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost"
+        ) as client:
+            path = "/picture/1/dropped/small"
+            return await asyncio.gather(*(client.get(path) for _ in range(8)))
+
+    assert [reply.status_code for reply in asyncio.run(asking())] == [200] * 8
