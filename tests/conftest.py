@@ -65,8 +65,9 @@ INFO = ModelInfo(
 
 def write_model(path: Path, metadata: dict[str, str] | None = None) -> Path:
     """A real ONNX model whose score is the picture's mean brightness, 0 to 1."""
+    size = int((metadata or {}).get("input_size", SIZE))
     images = helper.make_tensor_value_info(
-        "images", TensorProto.UINT8, ["N", SIZE, SIZE, 3]
+        "images", TensorProto.UINT8, ["N", size, size, 3]
     )
     score = helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N"])
     constants = [

@@ -12,7 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import INFO, DaemonProcess, hung_mount, mounted, write_image, write_model
+from conftest import (
+    INFO,
+    SIZE,
+    DaemonProcess,
+    hung_mount,
+    mounted,
+    write_image,
+    write_model,
+)
 from PIL import Image
 
 from pic_daemon.folders import stamp_of
@@ -209,6 +217,23 @@ def test_a_new_model_takes_over_and_garbage_does_not(daemon: DaemonProcess) -> N
     rows = daemon.wait_for_rows(3)
     assert rows[2]["model"] != first["model"]
     assert [row["status"] for row in rows] == ["match", "match", "no-match"]
+
+
+def test_no_file_goes_without_its_row_while_models_of_other_sizes_are_swapped(
+    daemon: DaemonProcess,
+) -> None:
+    daemon.start()
+    for swap in range(4):
+        for number in range(60):  # several batches, some read before the swap
+            write_image(daemon.drop / f"{swap}-{number}.png", 200, side=300)
+        other = replace(INFO, input_size=(32, SIZE)[swap % 2], training_run=str(swap))
+        new = write_model(daemon.model.with_name("new.onnx"), other.to_metadata())
+        new.replace(daemon.model)
+        daemon.reload()
+    rows = daemon.wait_for_rows(240)
+    assert {row["status"] for row in rows} == {"match"}
+    daemon.wait_until(lambda: "now serving model" in daemon.log.read_text())
+    assert "ERROR" not in daemon.log.read_text()
 
 
 def test_recorded_images_are_scored_again_under_the_present_model(
