@@ -67,7 +67,9 @@ def choose(folder: Path, to: Path, decoys: str) -> None:
     for path in folder.iterdir():
         general = path.name.startswith(GENERAL)
         copy = to / path.name
-        if (decoys == "all" or general == (decoys == "general")) and not copy.exists():
+        if decoys != "all" and general != (decoys == "general"):
+            copy.unlink(missing_ok=True)  # of an earlier choice
+        elif not copy.exists():
             copy.write_bytes(path.read_bytes())
 
 
@@ -132,7 +134,7 @@ def print_kinds(run: Path) -> None:
         drawn, test = val.sources_drawn(), val.is_test()
         calibration = calibrated(config, run, sources)
     kept = np.load(run / "validation.npz")
-    logits, labels = kept["scores"], kept["labels"] > 0
+    logits, labels = np.maximum(kept["scores"], kept["within"]), kept["labels"] > 0
     names = [Path(source.path).name for source in sources.pictures]
     general = np.array([name.startswith(GENERAL) for name in names])[drawn]
     print("\n| | accuracy | loss | calibrated: accuracy | loss | recall at 0.1 | at 0.01 "
@@ -154,7 +156,8 @@ def calibrated(config: RunConfig, run: Path, sources: Sources) -> Calibration:
     """The calibration of a finished run, as its report has it."""
     kept = np.load(run / "validation.npz")
     fitted = ~samples_of(config, sources, "val").is_test()
-    return fit_calibration(kept["scores"][fitted], kept["labels"][fitted] > 0)
+    scores = np.maximum(kept["scores"], kept["within"])
+    return fit_calibration(scores[fitted], kept["labels"][fitted] > 0)
 
 
 def balanced(logits: Floats, labels: Labels) -> tuple[float, float]:
@@ -178,14 +181,14 @@ def asked(
 ) -> str:  # fmt: skip
     """The network asked about as many samples as the run had for validation, of pictures
     trained on in an epoch that it never came to: accuracy at one half, by class as well,
-    and loss, as it is and calibrated."""
+    and loss, as it is and calibrated, without the second look."""
     size = config.architecture.size
     samples = SampleSet(
         sources, split, config.val_images, size, config.seed, augmentation
     )  # fmt: skip
     outputs, labels = [], []
     with torch.no_grad():
-        for images, some in samples.load(config.epochs, 128, os.cpu_count() or 1):
+        for images, some in samples.load(config.epochs + 1, 128, os.cpu_count() or 1):
             outputs.append(network(images))
             labels.append(some > 0)
     logits, truth = torch.cat(outputs), torch.cat(labels)

@@ -63,9 +63,10 @@ INFO = ModelInfo(
 )
 
 
-def write_model(path: Path, metadata: dict[str, str] | None = None) -> Path:
+def write_model(
+    path: Path, metadata: dict[str, str] | None = None, size: int = SIZE
+) -> Path:
     """A real ONNX model whose score is the picture's mean brightness, 0 to 1."""
-    size = int((metadata or {}).get("input_size", SIZE))
     images = helper.make_tensor_value_info(
         "images", TensorProto.UINT8, ["N", size, size, 3]
     )

@@ -10,10 +10,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 def cores() -> int:
     """How many these are; of a quota's part of one, one."""
-    try:
-        bound = len(os.sched_getaffinity(0))
-    except AttributeError:  # a system that binds no process to cores
-        bound = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0))
     try:
         groups = Path("/proc/self/cgroup").read_text()
     except OSError:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
@@ -47,7 +46,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; the last u
 
 Task = Callable[..., list[Any]]
 
-_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
 _LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
 _END_S = 10.0  # the longest that the end of the service waits for workers
@@ -181,18 +179,10 @@ def worker_context() -> ForkServerContext:
     except OSError:  # as where sudo -u was asked below somebody's home
         os.chdir("/")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pic_daemon.identification"])
+    context.set_forkserver_preload(
+        ["pic_daemon.single_threaded", "pic_daemon.identification"]
+    )
     sys.modules["__main__"].__file__ = None
-    # NumPy and OpenCV bring an OpenBLAS each, which would start a thread and map 90 MB for
-    # each core of the machine, for nothing.
-    before = os.environ.get(_BLAS_THREADS)
-    os.environ[_BLAS_THREADS] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ[_BLAS_THREADS]
-        if before is not None:
-            os.environ[_BLAS_THREADS] = before
     return context
 
 

@@ -111,7 +111,7 @@ def due(db: sqlite3.Connection, hook: Hook, now: float, limit: int) -> list[Deli
 
 
 def least_tried(db: sqlite3.Connection, hook: Hook, now: float) -> list[Delivery]:
-    """Of those that are due the last of the fewest attempts, if there is any.
+    """Of those that are due the one with the fewest attempts, of several the newest.
 
     What is refused each time, and is soon due again, does not keep it from being tried.
     """

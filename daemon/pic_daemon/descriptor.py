@@ -82,7 +82,7 @@ class Descriptor:
 def load_descriptor(
     path: Path, provider: Provider = "auto", threads: int = 0
 ) -> Descriptor:
-    """Load and try a descriptor file. `threads` = 0 lets onnxruntime use every core.
+    """Load and try a descriptor file. `threads` = 0 takes every core it may run on.
 
     ``auto`` takes CUDA where it loads and the CPU elsewhere; ``cuda`` insists.
     Raises InputError where the file is missing, not ONNX, not ours or too new, where

@@ -96,8 +96,10 @@ class Folder:
                             pending.append(entry.path)
                     elif self.wants(entry.path) and entry.is_file(follow_symlinks=False):
                         found = entry.path, FileStamp.of(entry.stat(follow_symlinks=False))
-                    elif passed_over is not None and not (
-                        _fits(entry.name, self.include) or _fits(entry.name, self.exclude)
+                    elif (
+                        passed_over is not None
+                        and not _fits(entry.name, self.include + self.exclude)
+                        and entry.is_file(follow_symlinks=False)
                     ):
                         passed_over[os.path.splitext(entry.name)[1].lower()] += 1
                 except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +124,8 @@ def _entries(
 
 
 def answer_within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """What `ask` returns, or None where that takes longer, as on a mount that hangs."""
+    """What `ask`, which must not raise, returns, or None where that takes longer, as on a
+    mount that hangs."""
     answers: queue.SimpleQueue[T] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
     try:

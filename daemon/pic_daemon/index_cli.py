@@ -87,15 +87,15 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
     if listed or names:
         if catalog or model or others or (listed and names):
             raise click.UsageError("--list and --remove go with --output alone.")
-        found = load_index(output)
         if listed:
+            found = load_index(output)
             for item in sorted(found.items.values(), key=lambda i: i.name):
                 click.echo(f"{item.sha256[:12]}  {_shown(item.name)}")
             for refused in found.refused:
                 click.echo(f"refused {_shown(refused.name)}: {text_of(refused.reason)}")
             return
         with _alone(output):
-            found = load_index(output)  # as it is by now
+            found = load_index(output)
             by_shown = {_shown(item.name): item.name for item in found.items.values()}
             remove(found, [by_shown.get(name, name) for name in names])
             found.save()
@@ -114,21 +114,23 @@ def index(output: Path, catalog: Path | None, model: Path | None, others: Path |
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Keep other runs off the index, which would lose what this one does; SIGTERM ends this
-    one as Ctrl-C does, and what a killed one left half written is removed."""
+    """Keep other runs off the index, which would lose what this one does; SIGTERM to this
+    process ends it as Ctrl-C does, and what a killed one left half written is removed."""
+    name = str(output.with_name(f".{output.name}.lock"))
     try:
-        held = lock(str(output.with_name(f".{output.name}.lock")))
+        held = lock(name)
     except BlockingIOError as error:
         raise InputError(
             f"another pic-index is at work on {output}: wait for it, or stop it."
         ) from error
     except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}.") from error
+        raise InputError(f"cannot lock {name}: {error.strerror}.") from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name in (output.name, _partial_of(output).name):
-            for left in output.parent.glob(f".{glob.escape(name)}.*.tmp"):
-                left.unlink(missing_ok=True)
+        for saved in (output.name, _partial_of(output).name):
+            for left in output.parent.glob(f".{glob.escape(saved)}.*.tmp"):
+                if left.name[len(saved) + 2 : -len(".tmp")].isdigit():
+                    left.unlink(missing_ok=True)
         yield
     finally:
         os.close(held)

@@ -286,6 +286,7 @@ def _described(
     if not found:
         return
     views = np.concatenate([one.views for _, one in found])
+    # A CPU would take all of a slice at once, and the memory for it.
     batches = np.split(views, range(GPU_BATCH, len(views), GPU_BATCH))
     described = np.concatenate([descriptor.describe(batch) for batch in batches])
     ends = np.cumsum([len(one.views) for _, one in found])

@@ -156,7 +156,7 @@ class Model:
 
 
 def load_model(path: Path, provider: Provider = "auto", threads: int = 0) -> Model:
-    """Load and try a model file. `threads` = 0 lets onnxruntime use every core.
+    """Load and try a model file. `threads` = 0 takes every core it may run on.
 
     ``auto`` takes CUDA where it loads and the CPU elsewhere; ``cuda`` insists.
     Raises InputError where the file is missing, not ONNX, not ours or too new, or

@@ -1,7 +1,7 @@
 """A threshold with a promise: at most this share of decoys match, with its interval.
 
 Intervals are bootstrapped by source picture, because samples of one picture are not
-independent.
+independent, and are no narrower than what is known of so few pictures allows.
 """
 
 import math
@@ -90,7 +90,7 @@ def resample(counts: Floats, draw: np.random.Generator) -> Floats:
 
 
 def interval(counts: Floats, resampled: Floats) -> Interval:
-    """A share of samples with what `resampled` shares say of it.
+    """A share of samples with what `resampled` shares, shape (resamples,), say of it.
 
     `counts` of shape (pictures, 2) has the samples of each that are good, and that are not.
     """

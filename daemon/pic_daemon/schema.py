@@ -320,7 +320,8 @@ def _is_there(path: Path, for_writing: bool) -> bool:
         raise InputError(f"database {path} is a folder or a device; name a file.")
     if for_writing:
         for file in (str(path.parent), *_files(path)):
-            if not os.access(file, os.W_OK):
+            # What SQLite keeps beside the log goes with its last reader.
+            if not os.access(file, os.W_OK) and os.path.exists(file):
                 raise InputError(f"database {path}: {file} is not writable.")
     return os.path.exists(path)
 

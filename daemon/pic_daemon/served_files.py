@@ -95,7 +95,7 @@ class ServedFiles(Generic[T]):
             self._begin()
 
     def _begin(self) -> None:
-        self._loading = True
+        self._loading, self._due = True, time.monotonic() + _RETRY_S
         threading.Thread(target=self._load, name=self._name, daemon=True).start()
 
     def finish(self, made: T | None) -> None:
@@ -106,15 +106,19 @@ class ServedFiles(Generic[T]):
         if made is not None:
             self._use(made)
 
+    def _failed(self, problem: str) -> None:
+        if problem != self._problem:
+            logger.warning("%s The %s in use goes on serving.", problem, self._name)
+        self._problem = problem
+
     def _load(self) -> None:
         made = None
         try:
             made = self._make()
             self._problem = ""
         except InputError as error:
-            if error.message != self._problem:
-                message = "%s The %s in use goes on serving."
-                logger.warning(message, error.message, self._name)
-            self._problem, self._due = error.message, time.monotonic() + _RETRY_S
+            self._failed(error.message)
+        except Exception as error:  # such as too little memory
+            self._failed(f"{self._name}: {type(error).__name__}: {error}.")
         finally:
             self._send(Loaded(self, made))

@@ -338,7 +338,8 @@ def test_two_runs_on_one_index_are_kept_apart(
     left = [
         tmp_path / f"{name}.7.tmp" for name in (".catalog.index", "..catalog.index.partial")
     ]
-    for path in left:
+    other = tmp_path / ".catalog.index.new.7.tmp"  # of a run on another index
+    for path in (*left, other):
         path.touch()
     held = lock(str(tmp_path / ".catalog.index.lock"))
     try:
@@ -357,6 +358,7 @@ def test_two_runs_on_one_index_are_kept_apart(
         os.close(held)
     make()
     assert not any(path.exists() for path in left), "a killed one left them"
+    assert other.exists()
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path: Path, descriptor_file: Path) -> None:

@@ -80,11 +80,11 @@ def test_what_did_not_load_is_tried_again_and_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     served.look()
-    short = True
+    short: Exception | None = InputError("too many open files.")
 
     def load() -> str:
         if short:
-            raise InputError("too many open files.")
+            raise short
         return "second"
 
     served.files._make = load
@@ -98,7 +98,11 @@ def test_what_did_not_load_is_tried_again_and_said_once(
     served.files.load()  # somebody asks
     served.take()
     assert caplog.text.count("too many open files.") == 2
-    short = False
+    short = MemoryError()
+    served.files._due = 0.0
+    assert served.look() and served.look()
+    assert caplog.text.count("text: MemoryError: .") == 1
+    short = None
     assert served.look()
     assert served.text == "second"
     assert not served.look()

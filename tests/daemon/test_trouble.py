@@ -227,8 +227,8 @@ def test_no_file_goes_without_its_row_while_models_of_other_sizes_are_swapped(
         for number in range(60):  # several batches, some read before the swap
             write_image(daemon.drop / f"{swap}-{number}.png", 200, side=300)
         other = replace(INFO, input_size=(32, SIZE)[swap % 2], training_run=str(swap))
-        new = write_model(daemon.model.with_name("new.onnx"), other.to_metadata())
-        new.replace(daemon.model)
+        name = daemon.model.with_name("new.onnx")
+        write_model(name, other.to_metadata(), other.input_size).replace(daemon.model)
         daemon.reload()
     rows = daemon.wait_for_rows(240)
     assert {row["status"] for row in rows} == {"match"}
@@ -355,6 +355,7 @@ def test_what_another_account_left_is_named_before_the_start(
             folder.chmod(0o755)
     daemon.database = tmp_path / "state" / "log.db"
     daemon.database.parent.mkdir()
+    daemon.model.chmod(0o644)
     MatchLog.open(daemon.database).close()
     check = ["pic-daemon", "check", "--watch", daemon.drop, "--model", daemon.model]
     assert run_here(*check, "--database", daemon.database).returncode == 0  # root may
@@ -365,6 +366,7 @@ def test_what_another_account_left_is_named_before_the_start(
     os.chown(foreign, 0, 0)
     if not (child := os.fork()):
         try:
+            signal.alarm(60)
             os.setuid(65534)  # the child must not come back into pytest
             result = run_here(*check, "--database", daemon.database)
             said = f"database {daemon.database}: {foreign} is not writable" in result.stderr

@@ -14,6 +14,7 @@ import torch
 from conftest import BIN
 
 from pic_daemon.descriptor import load_descriptor
+from pic_daemon.images import to_pixels
 from pic_training.augmentation import Augmentation
 from pic_training.feature_samples import FeatureSamples, unaltered
 from pic_training.samples import SampleSet
@@ -117,7 +118,7 @@ def test_a_frozen_trunk_is_asked_once_and_stays_as_it_was(
     state = resnet50().state_dict()
     torch.save(state, tmp_path / "trunk.pth")
     changes = {"arch": "resnet50", "weights": tmp_path / "trunk.pth", "train-images": 24,
-               "batch-size": 24, "dimensions": 8}  # fmt: skip
+               "batch-size": 24, "dimensions": 8, "precision": "bf16"}  # fmt: skip
     trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
     assert trained.returncode == 0, trained.stderr
     after = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["network"]
@@ -129,6 +130,17 @@ def test_a_frozen_trunk_is_asked_once_and_stays_as_it_was(
     assert after["head.weight"].shape == (8, 3584)
     exported = run_tool("pic-export", tmp_path / "run", "--output", tmp_path / "d.onnx")
     assert exported.returncode == 0, exported.stderr
+
+    # Trained in bfloat16, it is measured as it is exported, in fp32.
+    descriptor = load_descriptor(tmp_path / "d.onnx", "cpu")
+    size = descriptor.info.input_size
+    sources = gather(folders / "catalog", folders / "others", None, tmp_path / "x", size)
+    originals = [sources.image(p) for p in sources.of("catalog", "val")]
+    known = descriptor.describe(np.stack([to_pixels(p, size) for p in originals]))
+    copies = descriptor.describe(np.load(tmp_path / "run" / "parity.npy")[:32])
+    with np.load(tmp_path / "run" / "validation.npz") as stored:
+        scores = stored["scores"][:32]
+    assert np.abs((copies @ known.T).max(axis=1) - scores).max() < 1e-4
 
 
 def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_descriptor(
@@ -199,4 +211,4 @@ def test_a_classifier_run_is_not_resumed_as_a_descriptor(
     del command[command.index("--dimensions") : command.index("--dimensions") + 2]
     result = run_here("pic-train", *command, "--resume")
     assert result.returncode == 2
-    assert "begun with" in result.stderr
+    assert "was begun with task = 'describe', not 'classify'" in result.stderr

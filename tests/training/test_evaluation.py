@@ -24,7 +24,15 @@ from pic_daemon.index_cli import open_or_empty
 from pic_daemon.indexing import update, workers
 from pic_daemon.model import load_model
 from pic_training.edits import EDITS
-from pic_training.evaluation_scores import AUGMENTED, OURS, Sample, Scorer, sample_file
+from pic_training.evaluation import Hard
+from pic_training.evaluation_scores import (
+    AUGMENTED,
+    OURS,
+    Sample,
+    Scored,
+    Scorer,
+    sample_file,
+)
 from pic_training.peers import nearest, peers
 from pic_training.sources import gather
 
@@ -363,3 +371,18 @@ def test_what_a_run_has_seen_is_left_out(
     (tmp_path / "run" / "manifest.csv").write_text("\n".join(lines))
     result = run_here(*arguments)
     assert result.returncode == 2 and "has seen every one of the others" in result.stderr
+
+
+def test_the_threshold_is_chosen_on_one_half_and_every_figure_is_of_the_other() -> None:
+    def scored(pictures: range, scores: list[float]) -> Scored:
+        samples = [Sample(picture, 0, 0) for picture in pictures]
+        return Scored(samples, {OURS: np.array(scores)}, {}, None)
+
+    copies = scored(range(4), [0.9, 0.8, 0.55, 0.4])
+    calibrating = scored(range(4, 14), [0.5, *[0.1] * 9])
+    tested = scored(range(14, 24), [0.7, 0.6, *[0.1] * 8])
+    found = Hard(copies, calibrating, tested, np.arange(24)).at_rate(OURS, 0.01)
+    assert 0.5 < found.threshold < 0.6
+    assert found.calibration_rate == 0
+    assert found.overall.false_positive_rate.value == 0.2
+    assert found.overall.recall.value == 0.75

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -15,6 +16,9 @@ from small_run import options
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import load_model
 from pic_training.export import _check_output
+from pic_training.preparation import pictures_of, samples_of
+from pic_training.run_folder import load_network
+from pic_training.threshold import gate_for
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,6 +41,21 @@ def test_the_exported_file_scores_as_the_network_and_says_what_it_is(
         report["temperature"], report["bias"],
     )  # fmt: skip
     assert len(labels) == 256
+    assert model.info.gate_threshold == pytest.approx(gate_of(finished), abs=1e-6)
+
+
+def gate_of(run: Path) -> float:
+    """The gate that the validation samples which calibrate ask for, as a score."""
+    config, _ = load_network(run)
+    report = json.loads((run / "report.json").read_text())
+    with np.load(run / "validation.npz") as stored, TemporaryDirectory() as cache:
+        sources = pictures_of(config, run, Path(cache) / "sources.rgb")
+        calibrates = ~samples_of(config, sources, "val").is_test()
+        logits = np.maximum(stored["scores"], stored["within"]).astype(float)[calibrates]
+        labels = stored["labels"][calibrates] > 0
+    threshold = report["threshold"]
+    scores = 1 / (1 + np.exp(-(logits / report["temperature"] + report["bias"])))
+    return gate_for(scores, labels, threshold)
 
 
 def test_an_export_replaces_nothing_but_a_model(
@@ -81,6 +100,8 @@ def test_another_precision_is_smaller_and_says_what_it_costs(
     assert np.abs(plain.score(images) - other.score(images)).max() < 0.1
     cost = json.loads((run / f"export-{precision}.json").read_text())
     assert other.info.threshold == cost["threshold"]
+    assert other.info.gate_threshold <= other.info.threshold
+    assert other.info.gate_threshold == pytest.approx(plain.info.gate_threshold, abs=0.1)
     assert other.info.fpr == cost["after"]["false_positive_rate"]["value"]
     assert cost["before"]["recall"]["value"] == pytest.approx(
         json.loads((run / "report.json").read_text())["recall"]["value"]

@@ -61,9 +61,10 @@ def test_another_thin_outline_on_white_is_no_copy() -> None:
         outline(150, 140, 140),
         outline(140, 140, 100),
     )
-    copies = [ring.resize((90, 90)), ring.crop((3, 3, 397, 397))]
+    darker = ring.point(lambda level: level * 0.97)
+    copies = [ring.resize((90, 90)), ring.crop((3, 3, 397, 397)), darker]
     looks = [look_of(picture) for picture in (*copies, oval, square)]
-    assert list(first_copies(looks, [look_of(ring)])) == [0, 0, None, None]
+    assert list(first_copies(looks, [look_of(ring)])) == [0, 0, 0, None, None]
 
 
 def test_copies_of_a_picture_of_one_colour_are_copies() -> None:

@@ -471,3 +471,18 @@ def test_a_validation_loss_that_is_no_number_keeps_no_checkpoint(
     assert result.returncode == 2
     assert "start again with a smaller --lr" in result.stderr
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_an_error_that_nobody_foresaw_ends_the_run(folders: Path, tmp_path: Path) -> None:
+    """Workers ignore what multiprocessing ends them by, and would be waited for."""
+    script = (
+        "from pic_training.cli import train\n"
+        "from pic_training.learner import Learner\n"
+        "def step(*_): raise RuntimeError('an illegal memory access')\n"
+        "Learner.step = step\n"
+        "train()\n"
+    )
+    command = [sys.executable, "-c", script, *options(folders, tmp_path / "run", workers=2)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("RuntimeError: an illegal memory access")

@@ -89,10 +89,10 @@ def test_a_picture_may_wait_for_its_turn_longer_than_the_disk_may_take(
     smaller = pictures.smaller
 
     def slowly(data: bytes, side: int) -> bytes:
-        time.sleep(0.3)
+        time.sleep(0.6)
         return smaller(data, side)
 
-    monkeypatch.setattr(pages, "_PICTURE_S", 0.5)
+    monkeypatch.setattr(pages, "_PICTURE_S", 2.0)
     monkeypatch.setattr(pictures, "smaller", slowly)
 
     async def asking() -> list[httpx.Response]:

@@ -1,6 +1,5 @@
 """Which pictures are copies of each other, as far as decoys and splits must know."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -103,9 +102,13 @@ def _blocks(look: Look) -> NDArray[np.float32]:
 
 
 def _alike(one: Look, other: Look) -> bool:
-    a, b = one.thumbnail.astype(np.float64), other.thumbnail.astype(np.float64)
-    varies = max((a - a.mean((0, 1))).std(), (b - b.mean((0, 1))).std())
-    return bool(
-        np.abs(a - b).mean() <= _LEVELS
-        and math.sqrt(((a - b) ** 2).mean()) <= max(_NOISE, _VARIATION * varies)
-    )
+    difference = one.thumbnail.astype(np.int16) - other.thumbnail
+    if np.abs(difference).mean() > _LEVELS:
+        return False
+    varies = max(_spread(one.thumbnail), _spread(other.thumbnail))
+    return _spread(difference) <= max(_NOISE, _VARIATION * varies)
+
+
+def _spread(levels: NDArray[np.uint8] | NDArray[np.int16]) -> float:
+    """Root mean square of levels about the mean of each channel."""
+    return float((levels - levels.mean(axis=(0, 1), dtype=np.float32)).std())

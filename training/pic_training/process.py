@@ -5,7 +5,7 @@ import os
 import platform
 import signal
 
-from pic_daemon.cores import cores as cores_of_all
+from pic_daemon import cores as machine
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -15,7 +15,7 @@ _KEPT_BYTES = 2**31 - 1
 def cores() -> int:
     """Cores for this process, of those it may run on: its share where torchrun started
     several on this machine."""
-    return max(1, cores_of_all() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def heed_sigterm() -> None:

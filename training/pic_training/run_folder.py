@@ -148,7 +148,8 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
                 "finish it with that version, or start again in a new folder."
             )
         if changed:
-            key = changed[0]
+            # First what others follow from, and what somebody gives.
+            key = min(changed, key=lambda key: key not in ("task", "arch", "weights"))
             raise InputError(
                 f"{folder} was begun with {key} = {before[key]!r}, not "
                 f"{now[key]!r}; resume with the same settings."

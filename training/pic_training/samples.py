@@ -5,6 +5,8 @@ epoch, index) alone. A resumed run therefore sees what an unbroken one would hav
 seen, whatever the number of workers.
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -192,6 +194,8 @@ def rendered(
         # Started otherwise, each would need a copy of all that is known of the pictures.
         multiprocessing_context="fork" if workers else None,
     )
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # later than multiprocessing's, and so called before it
     with saying_who_was_killed():
         try:
             yield from loader
@@ -220,6 +224,14 @@ def _shared_memory() -> int:
     except OSError:
         return sys.maxsize  # other systems have no such folder
     return found.f_bavail * found.f_frsize
+
+
+def _end_workers() -> None:
+    """End workers that an error nobody foresaw has kept: multiprocessing waits for them
+    without end, as they ignore what it would end them by."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would report them as killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _start_worker(_: int) -> None:

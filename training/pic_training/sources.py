@@ -286,8 +286,9 @@ def _reason_against(
     if twin := seen.get(item.sha256):
         if twin != item.path:
             return f"same bytes as {twin}"
-        overlap = ": the folders overlap" if origin.folder else ""
-        return f"it takes part already{overlap}"
+        overlap = "the folders overlap, or it was corrected"
+        before = overlap if origin.folder else "it lies in a folder that was given"
+        return f"it takes part already: {before}"
     # The service never matches one, whatever the network: it is not to choose a threshold.
     if item.blank:
         return "nearly uniform picture: nothing to recognise"

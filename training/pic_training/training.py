@@ -229,16 +229,17 @@ class _Run:
         """Compute once what the frozen trunk makes of every sample, and train on that."""
         network, bf16 = self.learner.network, self.config.precision == "bf16"
 
-        def kept(name: str, batches: Iterator[Batch], count: int) -> Batch:
+        def kept(name: str, batches: Iterator[Batch], count: int, bf16: bool) -> Batch:
             with self._bar(f"{name} features", count, 0) as show:
                 batches = self._until_interrupted(batches, show)
                 return features_of(network, batches, count, self.learner.device, bf16)
 
         size, train, val = FEATURE_BATCH, self.train_set, self.val_set
-        features = kept("training", train.load(0, size, self.workers), train.count)
-        self.val_batches = [kept("validation", self._val_batches(), val.count)]
+        features = kept("training", train.load(0, size, self.workers), train.count, bf16)
+        # What measures is seen as the exported network will see it.
+        self.val_batches = [kept("validation", self._val_batches(), val.count, False)]
         count = len(self.sources.of("catalog", "val"))
-        self.catalog_batches = [kept("catalog", self._catalog_batches(), count)]
+        self.catalog_batches = [kept("catalog", self._catalog_batches(), count, False)]
         self.on_device = FeatureSamples(train, *features)
         if not self.progress.head_fitted:
             self.learner.task.start_head(network, *features)
@@ -422,7 +423,8 @@ class _Run:
         size = min(self.config.batch_size, FEATURE_BATCH)
         for images, labels in self.val_set.load(0, size, self.workers):
             if keep:
-                self.val_batches.append((images.to(self.learner.device), labels))
+                # A copy: each batch would keep a descriptor of a worker's shared memory.
+                self.val_batches.append((images.to(self.learner.device), labels.clone()))
             if len(first) * size < PARITY_SAMPLES:
                 first.append(images)
             yield images, labels

@@ -18,7 +18,6 @@ from PIL import Image
 
 from pic_daemon.folders import FileStamp
 from pic_daemon.images import ImageError, open_rgb
-from pic_daemon.match_log import STALE
 
 SIDES = {"small": 256, "large": 768}
 """Longest side of a copy in pixels: in a list at twice its size there, and alone."""
@@ -91,10 +90,8 @@ def read(
     """
     data, stamp = read_beneath(folder, relative, most)
     if of == "dropped":
-        changed = row["mtime_ns"] not in (STALE, stamp.mtime_ns)
-        if most:  # the same bytes may have been copied there, or restored
-            changed = sha256(data).hexdigest() != row["sha256"]
-        if changed or stamp.bytes != row["bytes"]:
+        other = most and sha256(data).hexdigest() != row["sha256"]
+        if other or stamp.bytes != row["bytes"]:
             raise NotShown("changed since")
     return data
 
