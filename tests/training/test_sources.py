@@ -205,6 +205,7 @@ def test_an_unreadable_file_is_named_and_the_rest_used(folders: tuple[Path, Path
     (folders[1] / "empty.png").touch()
     for name in ("a.heic", "b.HEIC", "README", "half.part", ".hidden.heic"):
         (folders[0] / name).touch()
+    (folders[0] / "link.heic").symlink_to("a.heic")  # links are passed over as everywhere
     sources = collect(folders)
     assert len(sources.pictures) == 25
     assert set(reasons(sources)) == {"broken.jpg", "empty.png", "catalog"}
