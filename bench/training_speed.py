@@ -23,11 +23,7 @@ prepare_for_training()
 import torch  # noqa: E402
 
 from pic_training.cli import _config  # noqa: E402
-from pic_training.device_samples import (  # noqa: E402
-    DeviceSamples,
-    Pool,
-    versions_for,
-)
+from pic_training.device_samples import DeviceSamples, Pool  # noqa: E402
 from pic_training.distributed import ALONE  # noqa: E402
 from pic_training.learner import Learner  # noqa: E402
 from pic_training.networks import ARCHITECTURES  # noqa: E402
@@ -62,11 +58,7 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         learner.network.train()
         workers = os.cpu_count() or 1
         if config.device == "cuda":
-            started = time.monotonic()
-            versions = versions_for(samples, side, 8 << 30)
-            pool = Pool(samples, versions, side, workers, learner.device)
-            pool.renew(0)
-            print(f"pictures rendered in {time.monotonic() - started:.1f} s")
+            pool = Pool(samples, side, learner.device)
             drawn = DeviceSamples(samples, pool).load(0, config.batch_size)
         else:
             drawn = samples.load(0, config.batch_size, workers)

@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 import torch
 from pictures import product, write_products
-from PIL import Image
 
 from pic_training.augmentation import Augmentation
-from pic_training.device_samples import (
-    SAMPLES_A_VERSION,
-    DeviceSamples,
-    Pool,
-    resample,
-    versions_for,
-)
+from pic_training.device_samples import DeviceSamples, Pool, fits
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
@@ -28,8 +21,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     product(59).save(folder / "catalog" / "again.jpg", quality=40)  # has the same label
     write_products(folder / "others", range(100, 160))
     sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 64)
-    return SampleSet(sources, "train", 4000, 64, 3, Augmentation())
+    return SampleSet(sources, "train", COUNT, 64, 3, Augmentation())
 
+
+COUNT = 1200
+UNTOUCHED = Augmentation(probability=0.0, variety=False)
 
 GPU = pytest.param(
     "cuda",
@@ -42,7 +38,7 @@ GPU = pytest.param(
 @pytest.fixture(scope="module", params=["cpu", GPU])
 def on_device(samples: SampleSet, request: pytest.FixtureRequest) -> DeviceSamples:
     device = torch.device(request.param)
-    return DeviceSamples(samples, Pool(samples, 8, 256, 2, device))
+    return DeviceSamples(samples, Pool(samples, 256, device))
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +57,6 @@ def joined(batches: Iterable[Batch]) -> Batch:
     return torch.cat(images).cpu(), torch.cat(labels).cpu()
 
 
-@pytest.mark.parametrize("box", [(0, 0, 200, 150), (13, 7, 120, 140), (3, 2, 40, 30)])
-def test_resampling_gives_what_pillow_gives(box: tuple[int, int, int, int]) -> None:
-    left, top, width, height = box
-    image = product(3).resize((200, 150))
-    cut = image.crop((left, top, left + width, top + height))
-    expected = np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR))
-    padded = np.zeros((1, 256, 256, 3), np.uint8)
-    padded[0, :150, :200] = np.asarray(image)
-    start, length = torch.tensor([[top, left]]), torch.tensor([[height, width]])
-    drawn = resample(torch.from_numpy(padded), start, length, 64)[0].numpy()
-    difference = np.abs(drawn.astype(int) - expected)
-    assert difference.max() <= 1
-    assert difference.mean() < 0.2
-
-
 def statistics(images: torch.Tensor) -> dict[str, np.ndarray]:
     """What compression, scale and crop leave in pictures, each shape (N,)."""
     grey = images.numpy().mean(axis=3)
@@ -91,53 +72,140 @@ def statistics(images: torch.Tensor) -> dict[str, np.ndarray]:
     }
 
 
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    """Smirnov's statistic: the greatest distance between two distribution functions."""
+    both = np.concatenate([one, other])
+    shares = [np.searchsorted(np.sort(v), both, "right") / len(v) for v in (one, other)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+BY_CHANCE = 1.95 * np.sqrt(2 / (COUNT / 2))
+"""What two samples of one distribution, half of `COUNT` each, pass once in a thousand."""
+
+
 def test_samples_are_distributed_as_those_of_the_cpu(expected: Batch, drawn: Batch) -> None:
     assert drawn[0].shape == expected[0].shape
     assert drawn[0].dtype == torch.uint8
     ours, theirs = statistics(drawn[0]), statistics(expected[0])
     for name in ours:
         for kind in (0, 1):
-            one, other = ours[name][kind::2], theirs[name][kind::2]
-            # Quantiles as far apart as chance would have them, in units of the spread.
-            levels = np.linspace(0.1, 0.9, 9)
-            gap = np.abs(np.quantile(one, levels) - np.quantile(other, levels)).max()
-            assert gap < 0.25 * other.std(), (name, kind)
+            gap = apart(ours[name][kind::2], theirs[name][kind::2])
+            assert gap < BY_CHANCE, (name, kind)
 
 
-def test_as_many_versions_are_rendered_as_there_is_room_for(samples: SampleSet) -> None:
-    all_pictures = len(samples.sources.of("catalog", "train"))
-    all_pictures += len(samples.sources.of("other", "train"))
-    one_of_each = all_pictures * 256 * 256 * 3
-    for room, versions in ((one_of_each - 1, 0), (5 * one_of_each, 5), (1 << 50, 16)):
-        assert versions_for(samples, 256, room) == versions
+def test_pictures_stay_with_the_cpu_where_the_device_has_no_room(
+    samples: SampleSet,
+) -> None:
+    pictures = sum(len(samples.sources.of(kind, "train")) for kind in ("catalog", "other"))
+    bytes_of_all = pictures * 256 * 256 * 3
+    assert fits(samples, 256, bytes_of_all)
+    assert not fits(samples, 256, bytes_of_all - 1)
 
 
-def test_no_piece_is_smaller_than_the_cpu_makes_it(on_device: DeviceSamples) -> None:
-    longer = on_device.pool.crops.amax(dim=2)
-    assert 47 <= longer.min() < 60
-
-
-def test_some_versions_are_new_in_every_epoch_and_the_same_after_a_resume(
+def test_with_nothing_to_alter_a_sample_is_what_the_daemon_would_see(
     samples: SampleSet, on_device: DeviceSamples
 ) -> None:
-    fewer = replace(samples, count=SAMPLES_A_VERSION * 121 * 2)  # of 121 pictures
-    whole, resumed = (Pool(fewer, 4, 256, 2, on_device.pool.pixels.device) for _ in "ab")
-    whole.renew(0)
-    before = whole.pixels.clone()
-    whole.renew(1)
-    new = [not torch.equal(before[:, n], whole.pixels[:, n]) for n in range(4)]
-    assert new == [True, True, False, False]
-    resumed.renew(1)
-    drawn = [next(DeviceSamples(fewer, pool).load(1, 64))[0] for pool in (whole, resumed)]
-    assert torch.equal(*drawn)
+    untouched = replace(samples, count=60, augmentation=UNTOUCHED)
+    drawn, _ = joined(DeviceSamples(untouched, on_device.pool).load(0, 30))
+    expected, _ = joined(untouched.load(0, 30, 0))
+    difference = (drawn.float() - expected.float()).abs()
+    assert difference.mean() < 0.5
+
+
+def test_a_sample_is_what_the_codec_leaves_at_its_quality(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    only = replace(
+        UNTOUCHED, probability=1.0, crop_area=(1, 1), crop_aspect=1, side=(256, 257)
+    )
+    coarse = replace(samples, count=60, augmentation=replace(only, quality=(12, 12)))
+    drawn, _ = joined(DeviceSamples(coarse, on_device.pool).load(0, 30))
+    expected, _ = joined(coarse.load(0, 30, 0))
+    fine = replace(samples, count=60, augmentation=replace(only, quality=(95, 95)))
+    other, _ = joined(fine.load(0, 30, 0))
+    assert (drawn.float() - expected.float()).abs().mean() < 0.5
+    assert (drawn.float() - other.float()).abs().mean() > 1.5
 
 
 def test_a_distribution_that_differs_would_be_noticed(expected: Batch) -> None:
     images, _ = expected
     crude = images.float().reshape(-1, 32, 2, 32, 2, 3).mean(dim=(2, 4))
     blurred = crude.repeat_interleave(2, 1).repeat_interleave(2, 2).to(torch.uint8)
-    one, other = (statistics(made)["fine detail"] for made in (blurred, images))
-    assert abs(np.median(one) - np.median(other)) > 0.25 * other.std()
+    one, other = (statistics(made)["fine detail"][1::2] for made in (blurred, images))
+    assert apart(one, other) > 2 * BY_CHANCE
+
+
+def test_what_is_drawn_has_the_shares_and_ranges_of_the_cpu(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    drawn = DeviceSamples(replace(samples, count=20_000), on_device.pool).draw(0)
+    named = {name: drawn_of.cpu().double() for name, drawn_of in vars(drawn).items()}
+    size = on_device.pool.sizes.cpu()[drawn.picture.cpu()].double()
+    decoy = on_device.pool.labels.cpu()[drawn.picture.cpu()] == 0
+
+    area = (named["length"] / size).prod(dim=1)
+    whole = area == 1
+    assert share(whole) == pytest.approx(0.2, abs=0.02)
+    assert area.min() > 0.49
+    assert area[~whole].mean() == pytest.approx(0.75, abs=0.01)
+    room = size - named["length"]
+    place = (named["start"] / room)[room > 10]
+    assert place.min() < 0.05
+    assert place.max() == 1
+    assert place.mean() == pytest.approx(0.5, abs=0.02)
+
+    longer, given = (named[name].amax(dim=1) for name in ("target", "length"))
+    assert 47 <= longer.min() < 50
+    resized = longer < given
+    # A side is drawn up to 256 pixels, log-uniformly, and pictures are not enlarged.
+    enough = (given / 48).log() / np.log(256 / 48)
+    assert share(resized) == pytest.approx(0.8 * float(enough.mean()), abs=0.02)
+    assert share(named["back"] == 1) == pytest.approx(0.5, abs=0.02)
+
+    quality = named["quality"]
+    assert share(quality == 0) == pytest.approx(0.2, abs=0.02)
+    assert {10.0, 95.0} <= set(quality.tolist()) <= {0.0, *map(float, range(10, 96))}
+    assert quality[quality > 0].mean() == pytest.approx(52.5, abs=1)
+
+    kept = (named["channels"] == torch.arange(3)).all(dim=1)
+    straight = (named["exponents"] == 1).all(dim=1)
+    assert share(named["mirrored"][decoy] == 1) == pytest.approx(1 / 2, abs=0.02)
+    assert share(kept[decoy]) == pytest.approx(2 / 3 + 1 / 18, abs=0.02)
+    assert share(straight[decoy]) == pytest.approx(1 / 2, abs=0.02)
+    bent = named["exponents"][decoy & ~straight].log()
+    assert bent.abs().max() <= 0.5
+    assert bent.std() == pytest.approx(1 / np.sqrt(12), abs=0.02)
+    assert not named["mirrored"][~decoy].any()
+    assert kept[~decoy].all() and straight[~decoy].all()
+
+
+def share(of: torch.Tensor) -> float:
+    return float(of.double().mean())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mirrored": True}, {"channels": [2, 0, 1]}, {"exponents": [0.7, 1.0, 1.5]}],
+)
+def test_a_decoy_becomes_another_as_it_was_drawn(
+    samples: SampleSet, on_device: DeviceSamples, change: dict[str, object]
+) -> None:
+    untouched = replace(samples, count=30, augmentation=UNTOUCHED)
+    drawn = DeviceSamples(untouched, on_device.pool).draw(0)
+    ((name, value),) = change.items()
+    other = getattr(drawn, name).clone()
+    other[:] = torch.tensor(value, dtype=other.dtype)
+    plain, made = (
+        on_device.pool.render(d).cpu().float()
+        for d in (drawn, replace(drawn, **{name: other}))
+    )
+    if name == "mirrored":
+        expected = plain.flip(2)
+    elif name == "channels":
+        expected = plain[..., [2, 0, 1]]
+    else:
+        expected = ((plain / 255) ** torch.tensor([0.7, 1.0, 1.5]) * 255).round()
+    assert torch.equal(made, expected)
 
 
 def test_a_label_names_the_same_picture_as_on_the_cpu(
@@ -150,10 +218,10 @@ def test_a_label_names_the_same_picture_as_on_the_cpu(
 def test_batches_are_balanced_fresh_each_epoch_and_resumable(
     samples: SampleSet, on_device: DeviceSamples
 ) -> None:
-    fewer = DeviceSamples(replace(samples, count=600), on_device.pool)
+    fewer = DeviceSamples(replace(samples, count=150), on_device.pool)
     first = list(fewer.load(1, 64))
-    assert [len(labels) for _, labels in first[-2:]] == [64, 600 % 64]
-    assert sum(int((labels > 0).sum()) for _, labels in first) == 300
-    resumed = next(fewer.load(1, 64, first=5))
-    assert torch.equal(resumed[0], first[5][0])
+    assert [len(labels) for _, labels in first] == [64, 64, 22]
+    assert sum(int((labels > 0).sum()) for _, labels in first) == 75
+    resumed = next(fewer.load(1, 64, first=1))
+    assert torch.equal(resumed[0], first[1][0])
     assert not torch.equal(next(fewer.load(2, 64))[0], first[0][0])

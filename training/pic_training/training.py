@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
 from pic_daemon.second_look import second_looks
-from pic_training.device_samples import DeviceSamples, Pool, versions_for
+from pic_training.device_samples import DeviceSamples, Pool, fits
 from pic_training.distributed import Processes, join
 from pic_training.feature_samples import FeatureSamples, unaltered
 from pic_training.fine_tuning import features_of
@@ -58,7 +58,6 @@ class _Progress:
     """
 
     head_fitted: bool = False
-    versions: int | None = None  # of each picture on a GPU; with others, other samples
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
@@ -248,19 +247,12 @@ class _Run:
     def _move_samples(self) -> None:
         side = working_side(self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        if (versions := self.progress.versions) is None:
-            versions = versions_for(self.train_set, side, free // 2)
-        elif versions > (most := versions_for(self.train_set, side, free * 9 // 10)):
-            raise InputError(
-                f"{self.folder} was begun with {versions} versions of each picture on the "
-                f"GPU; {most} fit now: free its memory."
-            )
-        self.progress.versions = versions
-        if not versions:
+        if not fits(self.train_set, side, free // 2):
             self._say("too many pictures for the device: the CPU renders the samples")
             return
-        pool = Pool(self.train_set, versions, side, self.workers, self.learner.device)
-        self.on_device = DeviceSamples(self.train_set, pool)
+        self.on_device = DeviceSamples(
+            self.train_set, Pool(self.train_set, side, self.learner.device)
+        )
 
     def _train_epoch(self) -> None:
         progress, size = self.progress, self.config.batch_size
@@ -279,7 +271,7 @@ class _Run:
                 batch = next(loader, None)
                 if waits:
                     waited += time.monotonic() - asked
-                # A GPU makes its own between the steps, once its pictures are rendered.
+                # A GPU makes its own beside the steps.
                 waits = not isinstance(self.on_device, DeviceSamples)
                 if batch is None:
                     break
@@ -462,6 +454,7 @@ class _Run:
         state = load_checkpoint(path, self.learner.device)
         self.learner.restore(state, path)
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
+        state["progress"].pop("versions", None)  # of checkpoints until 2026-11-27
         self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
