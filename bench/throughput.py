@@ -170,6 +170,7 @@ def service(
         )
     try:
         while "ready" not in log.read_text():
+            assert process.poll() is None, log.read_text()
             time.sleep(0.01)
         ready = time.time()
         _, main_before, workers_before = usage(process.pid)

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,19 @@ def main(catalog: Path, others: Path, steps: int, rounds: int, **options: Any) -
         stages=None, seed=0, precision="auto", task="classify", dimensions=None,
         naming=None, least_area=0.5, **options,
     )  # fmt: skip
-    side = working_side(64)
     with tempfile.TemporaryDirectory() as scratch:
-        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", 64)
+        size = config.architecture.size
+        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", size)
         samples = samples_of(config, sources, "train")
         learner = Learner(config, ALONE, len(sources.of("catalog", "train")))
         learner.network.train()
-        workers = os.cpu_count() or 1
         if config.device == "cuda":
-            pool = Pool(samples, side, learner.device)
-            drawn = DeviceSamples(samples, pool).load(0, config.batch_size)
+            made = DeviceSamples(samples, Pool(samples, working_side(size), learner.device))
+            epochs = (made.load(n, config.batch_size) for n in count())
         else:
-            drawn = samples.load(0, config.batch_size, workers)
+            workers = os.cpu_count() or 1
+            epochs = (samples.load(n, config.batch_size, workers) for n in count())
+        drawn = chain.from_iterable(epochs)
         images, labels = next(drawn)
         fixed = images.to(learner.device), labels.to(learner.device)
 

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from pictures import product, write_products
+from PIL import Image
 
-from pic_training.augmentation import Augmentation
+from pic_daemon.images import decode, to_pixels
+from pic_training.augmentation import Augmentation, compress
 from pic_training.device_samples import DeviceSamples, Pool, fits
+from pic_training.distributed import Processes
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
@@ -20,10 +23,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
     write_products(folder / "catalog", range(60))
     product(59).save(folder / "catalog" / "again.jpg", quality=40)  # has the same label
     write_products(folder / "others", range(100, 160))
+    for number, path in enumerate(sorted(folder.glob("*/*.png"))):
+        size = SIZES[number % len(SIZES)]
+        Image.open(path).resize(size).save(path)
     sources = gather(folder / "catalog", folder / "others", None, folder / "work.rgb", 64)
     return SampleSet(sources, "train", COUNT, 64, 3, Augmentation())
 
 
+SIZES = [(256, 256), (256, 140), (90, 200), (256, 60), (70, 66)]
 COUNT = 1200
 UNTOUCHED = Augmentation(probability=0.0, variety=False)
 
@@ -179,6 +186,42 @@ def test_what_is_drawn_has_the_shares_and_ranges_of_the_cpu(
     assert kept[~decoy].all() and straight[~decoy].all()
 
 
+@pytest.mark.parametrize("quality", [0, 15, 60, 95])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("shrink", [1.0, 0.7, 0.3])
+def test_each_sample_is_what_pillow_and_libjpeg_make_of_its_picture(
+    samples: SampleSet, on_device: DeviceSamples, quality: int, back: bool, shrink: float
+) -> None:
+    untouched = replace(samples, count=30, augmentation=UNTOUCHED)
+    drawn = DeviceSamples(untouched, on_device.pool).draw(0)
+    place = torch.tensor([[20, 10]], device=drawn.start.device)
+    start = torch.minimum(place, drawn.length - 50)
+    length = drawn.length - start - 10
+    asked = replace(
+        drawn,
+        start=start,
+        length=length,
+        target=(length * shrink).round().long(),
+        back=torch.full_like(drawn.back, back),
+        quality=torch.full_like(drawn.quality, quality),
+    )
+    made = on_device.pool.render(asked).cpu().float()
+    for number, picture in enumerate(drawn.picture.tolist()):
+        image = samples.sources.image(on_device.pool.pictures[picture])
+        (top, left), (height, width), target = (
+            of[number].tolist() for of in (asked.start, asked.length, asked.target)
+        )
+        piece = image.crop((left, top, left + width, top + height))
+        smaller = piece.resize(target[::-1], Image.Resampling.BICUBIC)
+        if back:
+            smaller = smaller.resize(piece.size, Image.Resampling.BICUBIC)
+        expected = to_pixels(smaller, 64)
+        if quality:
+            expected = decode(compress(smaller, quality), 64).pixels
+        difference = (made[number] - torch.tensor(expected).float()).abs()
+        assert difference.mean() < 2, (image.size, target)
+
+
 def share(of: torch.Tensor) -> float:
     return float(of.double().mean())
 
@@ -225,3 +268,16 @@ def test_batches_are_balanced_fresh_each_epoch_and_resumable(
     resumed = next(fewer.load(1, 64, first=1))
     assert torch.equal(resumed[0], first[1][0])
     assert not torch.equal(next(fewer.load(2, 64))[0], first[0][0])
+
+
+def test_two_processes_share_each_batch(
+    samples: SampleSet, on_device: DeviceSamples
+) -> None:
+    fewer = DeviceSamples(replace(samples, count=90), on_device.pool)
+    whole = list(fewer.load(1, 33))
+    halves = [list(fewer.load(1, 33, 0, Processes(rank, 2))) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        images, labels = (torch.cat(of) for of in zip(*parts, strict=True))
+        assert torch.equal(batch[1], labels)
+        # A GPU may add up in another order where there are fewer of them.
+        assert (batch[0].int() - images.int()).abs().max() <= 1

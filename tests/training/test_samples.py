@@ -44,10 +44,11 @@ def test_a_set_is_balanced_and_of_the_asked_size(sources: Sources) -> None:
 
 def test_a_label_names_the_catalog_s_picture(sources: Sources) -> None:
     catalog = sources.of("catalog", "train")
-    source = SampleSet(sources, "train", 40, 64, 0, Augmentation()).sources_of(0)
-    for number, label in enumerate(drawn(sources)[1].tolist()):
-        assert (label > 0) == (source(number).kind == "catalog")
-        assert not label or catalog[label - 1] == source(number)
+    places = SampleSet(sources, "train", 40, 64, 0, Augmentation()).sources_drawn()
+    for place, label in zip(places, drawn(sources)[1].tolist(), strict=True):
+        source = sources.pictures[place]
+        assert (label > 0) == (source.kind == "catalog")
+        assert not label or catalog[label - 1] == source
 
 
 def test_a_sample_depends_on_its_number_alone(sources: Sources) -> None:
@@ -97,7 +98,7 @@ def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
     assert same[1::2].all()  # the catalog never
     samples = SampleSet(sources, "train", 40, 64, 0, Augmentation())
     for number in range(0, 40, 2):
-        image = sources.image(samples.sources_of(0)(number))
+        image = sources.image(sources.pictures[samples.sources_drawn()[number]])
         draw = np.random.default_rng([*samples.key(0), number])
         expected = vary(sample(image, draw, Augmentation(), 64), draw)
         assert np.array_equal(varied[number], expected)
@@ -156,12 +157,12 @@ def test_both_classes_go_through_the_same_alterations(sources: Sources) -> None:
     plain = Augmentation(variety=False)
     samples = SampleSet(sources, "train", 40, 64, 0, plain)
     images = np.concatenate([images.numpy() for images, _ in samples.load(2, 16, 0)])
-    source = samples.sources_of(2)
+    drawn_of = [sources.pictures[place] for place in samples.sources_drawn(2)]
     for number, image in enumerate(images):
         draw = np.random.default_rng([*samples.key(2), number])
-        expected = sample(sources.image(source(number)), draw, plain, 64)
+        expected = sample(sources.image(drawn_of[number]), draw, plain, 64)
         assert np.array_equal(image, expected)
-    assert {source(number).kind for number in range(40)} == {"catalog", "other"}
+    assert {source.kind for source in drawn_of} == {"catalog", "other"}
 
 
 def test_where_nothing_is_altered_the_picture_comes_through() -> None:

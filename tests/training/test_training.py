@@ -351,6 +351,18 @@ def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
     assert "by a version that altered its samples otherwise" in result.stderr
 
 
+def test_nor_does_one_whose_samples_a_gpu_cut_from_versions(
+    run_here: Run, folders: Path, finished: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(finished, tmp_path / "run")
+    last = torch.load(older / "last.pt")
+    last["progress"] |= {"versions": 16, "epoch": 0}
+    torch.save(last, older / "last.pt")
+    result = run_here("pic-train", *options(folders, older), "--resume")
+    assert result.returncode == 2
+    assert "by a version that altered its samples otherwise" in result.stderr
+
+
 def test_a_finished_run_of_the_version_that_cropped_decoys_further_is_exported(
     run_tool: Run, finished: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ class Augmentation:
 
 def augment(image: Image.Image, draw: np.random.Generator, ranges: Augmentation) -> bytes:
     """Alter an RGB picture; returns the bytes of a JPEG file."""
-    image, quality = alter(image, draw, ranges)
+    image, quality = _alter(image, draw, ranges)
     return compress(image, quality or _UNCOMPRESSED)
 
 
@@ -57,7 +57,7 @@ def sample(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation, size: int
 ) -> Pixels:
     """An altered picture as the daemon would see it: uint8, shape (size, size, 3)."""
-    image, quality = alter(image, draw, ranges)
+    image, quality = _alter(image, draw, ranges)
     if quality is None:  # nothing for a codec to leave behind
         return to_pixels(image, size)
     return decode(compress(image, quality), size).pixels
@@ -82,7 +82,7 @@ def vary(pixels: Pixels, draw: np.random.Generator) -> Pixels:
     return pixels[:, ::-1] if mirrored else pixels
 
 
-def alter(
+def _alter(
     image: Image.Image, draw: np.random.Generator, ranges: Augmentation
 ) -> tuple[Image.Image, int | None]:
     """An RGB picture cropped and resized, and the JPEG quality to save it at, if any."""

@@ -98,11 +98,16 @@ class Jpeg:
         self._tables = [(table / BLOCK).to(device, dtype) for table in quantisation()]
 
     def __call__(
-        self, images: torch.Tensor, quality: torch.Tensor, eighths: torch.Tensor
+        self,
+        images: torch.Tensor,
+        height: torch.Tensor,
+        quality: torch.Tensor,
+        eighths: torch.Tensor,
     ) -> torch.Tensor:
         """Compressed at `quality` (1..100) and decoded at `eighths` (1..8) of the scale.
 
-        Images as above with 3 channels, RGB; the two int64, shape (N,).
+        Images as above with 3 channels, RGB; their height in pixels, and the others, int64,
+        shape (N,).
         """
         count, side = images.shape[:2]
         red, green, blue = images.unbind(2)
@@ -111,6 +116,10 @@ class Jpeg:
         both = [(of - 0.501).ceil() for of in ((blue - grey) / 1.772, (red - grey) / 1.402)]
         fours = torch.stack(both, dim=2).reshape(count, side // 2, 2, 2, side // 2, 2)
         y, colours = grey.round()[:, :, None] - 128, fours.mean(dim=(2, 5)).round()
+        # Below a picture the last row is repeated once its colours have half the height.
+        row = torch.arange(side // 2, device=images.device)[None]
+        row = torch.minimum(row, (height[:, None] + 1) // 2 - 1)[:, :, None, None]
+        colours = colours.gather(1, row.expand_as(colours))
         planes = [
             self._through(part, number, quality, eighths)
             for number, part in enumerate((y, colours))

@@ -17,9 +17,9 @@ from pic_training.batched_images import Jpeg, cubic, levels, multiplied, triangl
 from pic_training.distributed import ALONE, Processes
 from pic_training.samples import Batch, SampleSet, labels_of
 
-RENDERED_BYTES = 128 * 2**20
-"""Pixels made at once, as float32: several small batches, which one by one would wait for
-launches rather than for the GPU."""
+RENDERED_BYTES = 32 * 2**20
+"""Of pictures to make samples of at once, on 8 bits: several small batches, which one by
+one would wait for launches rather than for the GPU."""
 
 
 def fits(samples: SampleSet, side: int, room: int) -> bool:
@@ -53,8 +53,9 @@ class Pool:
     """The pictures to train on, on the device: the catalog's, then the others, in the order
     of `Sources.of`; and what makes samples of them.
 
-    `pixels`: uint8, shape (P, side, 3, side), as `batched_images` has them; `sizes`: int64,
-    shape (P, 2), height and width; `labels`: int64, shape (P,), as in `SampleSet.load`.
+    `pixels`: uint8, shape (P, side, 3, side), as `batched_images` has them, but nothing
+    beyond a picture; `sizes`: int64, shape (P, 2), height and width; `labels`: int64, shape
+    (P,), as in `SampleSet.load`; `places`: int64, by position in `sources.pictures`.
     """
 
     def __init__(self, samples: SampleSet, side: int, device: torch.device) -> None:
@@ -71,6 +72,9 @@ class Pool:
         labels = labels_of(samples)
         named = [labels[picture.path] for picture in self.pictures]
         self.labels = torch.tensor(named, device=device)
+        place_of = {picture.path: place for place, picture in enumerate(self.pictures)}
+        places = [place_of.get(picture.path, -1) for picture in sources.pictures]
+        self.places = torch.tensor(places)
         self._size = samples.size
         on_gpu = device.type == "cuda"
         # Half precision tells levels apart by an eighth, and is half as much to move.
@@ -105,7 +109,7 @@ class Pool:
         eighths = (8 * (size - 1) // whole.amin(dim=1) + 1).clamp_max(8)
         compressed = drawn.quality > 0
         eighths = torch.where(compressed, eighths, 8)
-        decoded = self._jpeg(images, drawn.quality.clamp_min(1), eighths)
+        decoded = self._jpeg(images, whole[:, 0], drawn.quality.clamp_min(1), eighths)
         images = torch.where(compressed[:, None, None, None], decoded, images)
         shown = (whole * eighths[:, None] + 7) // 8
 
@@ -134,15 +138,15 @@ class DeviceSamples:
     ) -> Iterator[Batch]:
         """This process's share of each batch from number `first` on, on the device.
 
-        Images are uint8 (N, size, size, 3), labels as there, int64 (N,). A sample
-        depends on seed, epoch and its number alone.
+        Images are uint8 (N, size, size, 3), labels as there, int64 (N,). What is drawn
+        for a sample depends on seed, epoch, its number and the count of samples alone.
         """
         drawn = self.draw(epoch)
         labels = self.pool.labels[drawn.picture]
-        one = self.pool.pixels[0].numel() * 4
-        at_once = max(1, RENDERED_BYTES // (one * batch_size))
+        longest = -(-batch_size // processes.count)
+        at_once = max(1, RENDERED_BYTES // (self.pool.pixels[0].numel() * longest))
         # Always as many: what is compiled is compiled for a number of samples.
-        most = at_once * -(-batch_size // processes.count)
+        most = at_once * longest
 
         def batches(shares: list[range]) -> list[Batch]:
             # Made there: to copy them would be to wait for all that the GPU has to do.
@@ -166,15 +170,17 @@ class DeviceSamples:
         """For every sample of an epoch, as `augmentation` draws for one."""
         ranges, count = self.samples.augmentation, self.samples.count
         device = self.pool.pixels.device
-        draw = torch.Generator(device).manual_seed(self.samples.seed * 100_003 + epoch)
+        # The CPU's generator, which gives the same to every device.
+        draw = torch.Generator().manual_seed(self.samples.seed * 100_003 + epoch)
 
         def uniform(low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-            return torch.rand(count, device=device, generator=draw) * (high - low) + low
+            return torch.rand(count, generator=draw).to(device) * (high - low) + low
 
         def happens(probability: float) -> torch.Tensor:
             return uniform() < probability
 
-        picture = self._pictures(epoch).to(device)
+        drawn = torch.from_numpy(self.samples.sources_drawn(epoch))
+        picture = self.pool.places[drawn].to(device)
         size = self.pool.sizes[picture]
         start, length = _cut(size, ranges, uniform)
         shrunk, back = happens(ranges.probability), happens(0.5)
@@ -201,17 +207,6 @@ class DeviceSamples:
             channels=orders[(uniform() * len(orders)).long() * recoloured],
             exponents=(bend * bent[:, None]).exp(),
         )
-
-    def _pictures(self, epoch: int) -> torch.Tensor:
-        """The picture behind each sample, by its place in the pool, shape (N,)."""
-        position = {source.path: n for n, source in enumerate(self.pool.pictures)}
-        orders = [
-            torch.tensor([position[s.path] for s in self.samples.order(kind, epoch)])
-            for kind in ("other", "catalog")
-        ]
-        number = torch.arange(self.samples.count)
-        rounds = [order[number // 2 % len(order)] for order in orders]
-        return torch.where(number % 2 == 1, rounds[1], rounds[0])
 
 
 def _of(drawn: Drawn, numbers: torch.Tensor) -> Drawn:

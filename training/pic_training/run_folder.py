@@ -128,6 +128,14 @@ def absolute(weights: str) -> str:
     return str(Path(weights).absolute()) if is_file else weights
 
 
+def altered_otherwise(folder: Path) -> str:
+    """What to say of a run that would go on with other samples."""
+    return (
+        f"{folder} was begun by a version that altered its samples otherwise; "
+        "finish it with that version, or start again in a new folder."
+    )
+
+
 def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     """Take an empty folder for a new run, or check that the one there is this run.
 
@@ -143,10 +151,7 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
         now = json.loads(json.dumps(asdict(config)))
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["augmentation"]:  # no option: versions differ in it
-            raise InputError(
-                f"{folder} was begun by a version that altered its samples otherwise; "
-                "finish it with that version, or start again in a new folder."
-            )
+            raise InputError(altered_otherwise(folder))
         if changed:
             # First what others follow from, and what somebody gives.
             key = min(changed, key=lambda key: key not in ("task", "arch", "weights"))

@@ -10,10 +10,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from pic_training.sources import Kind, Source, Sources, Split
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-T = TypeVar("T")
+_AHEAD = 4  # batches that a worker makes before somebody takes them
 
 _ENDED = ("is killed by signal", "exited unexpectedly")
 """What PyTorch says where a worker process was ended, mostly for want of memory."""
@@ -36,6 +35,8 @@ _TO = (
     "for the processes that render samples: give this machine or container more "
     "(docker: --shm-size, --memory), or, to train, name fewer --workers."
 )
+
+_KINDS: tuple[Kind, ...] = ("other", "catalog")
 
 _SPLIT_NUMBER = {"train": 0, "val": 1}
 
@@ -66,23 +67,16 @@ class SampleSet:
         """How many batches cover the set."""
         return -(-self.count // batch_size)
 
-    def sources_drawn(self) -> NDArray[np.int64]:
+    def sources_drawn(self, epoch: int = 0) -> NDArray[np.int64]:
         """Position in `sources.pictures` of the picture behind each sample, shape (N,)."""
         position = {p.path: n for n, p in enumerate(self.sources.pictures)}
-        source = self.sources_of(0)
-        return np.array([position[source(i).path] for i in range(self.count)])
-
-    def sources_of(self, epoch: int) -> Callable[[int], Source]:
-        """What gives the picture behind a sample of an epoch by the sample's number."""
-        orders = [self.order("other", epoch), self.order("catalog", epoch)]
-
-        def source(index: int) -> Source:
-            number = index // self.copies
-            order = orders[number % 2]
-            # Going round the shuffled pictures uses each equally often.
-            return order[number // 2 % len(order)]
-
-        return source
+        others, catalog = (
+            np.array([position[p.path] for p in self.order(kind, epoch)]) for kind in _KINDS
+        )
+        number = np.arange(self.count) // self.copies
+        # Going round the shuffled pictures uses each equally often.
+        turn, odd = number // 2, number % 2 == 1
+        return np.where(odd, catalog[turn % len(catalog)], others[turn % len(others)])
 
     def is_test(self) -> NDArray[np.bool_]:
         """Which validation samples test rather than calibrate, shape (N,).
@@ -130,7 +124,7 @@ class SampleSet:
         """
         batches = _Batches(self, epoch, batch_size, processes)
         order = range(first, self.batches(batch_size))
-        return rendered(batches, order, workers, 4, batch_size * self.size**2 * 3)
+        return _rendered(batches, order, workers, batch_size * self.size**2 * 3)
 
 
 def labels_of(samples: SampleSet) -> dict[str, int]:
@@ -158,7 +152,7 @@ class _Batches(Dataset[Batch]):
         self._batch_size = batch_size
         self._processes = processes
         self._key = samples.key(epoch)
-        self._source = samples.sources_of(epoch)
+        self._drawn = samples.sources_drawn(epoch)
         self._label = labels_of(samples)
 
     def __getitem__(self, number: int) -> Batch:
@@ -167,6 +161,9 @@ class _Batches(Dataset[Batch]):
         labels = torch.tensor([self._label[self._source(i).path] for i in indices])
         return torch.from_numpy(images), labels
 
+    def _source(self, index: int) -> Source:
+        return self._samples.sources.pictures[int(self._drawn[index])]
+
     def _draw(self, index: int) -> NDArray[np.uint8]:
         image = self._samples.sources.image(self._source(index))
         draw = np.random.default_rng([*self._key, index])
@@ -174,22 +171,22 @@ class _Batches(Dataset[Batch]):
         return vary(pixels, draw) if self._samples.varied and index % 2 == 0 else pixels
 
 
-def rendered(
-    items: Dataset[T], order: Sequence[int], workers: int, ahead: int, size: int
-) -> Iterator[T]:
-    """Those of `items` in `order`, each worker process up to `ahead` of who takes them.
+def _rendered(
+    batches: Dataset[Batch], order: Sequence[int], workers: int, size: int
+) -> Iterator[Batch]:
+    """Those of `batches` in `order`, each worker process some ahead of who takes them.
 
-    An item has at most `size` bytes. Raises InputError where the machine has no room.
+    A batch has at most `size` bytes. Raises InputError where the machine has no room.
     """
     # Found out by the worker, it would be told to nobody, and waited for without end.
-    if workers * (ahead + 1) * size > (left := _shared_memory()):
+    if workers * (_AHEAD + 1) * size > (left := _shared_memory()):
         raise InputError(f"/dev/shm has {left >> 20} MB left, too little {_TO}")
-    loader: DataLoader[T] = DataLoader(
-        items,
+    loader: DataLoader[Batch] = DataLoader(
+        batches,
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        prefetch_factor=ahead if workers else None,
+        prefetch_factor=_AHEAD if workers else None,
         worker_init_fn=_start_worker,
         # Started otherwise, each would need a copy of all that is known of the pictures.
         multiprocessing_context="fork" if workers else None,

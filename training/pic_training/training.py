@@ -29,6 +29,7 @@ from pic_training.progress import progress_bar
 from pic_training.run_folder import (
     EpochMetrics,
     RunConfig,
+    altered_otherwise,
     best_of,
     load_checkpoint,
     load_network,
@@ -58,6 +59,7 @@ class _Progress:
     """
 
     head_fitted: bool = False
+    on_device: bool | None = None  # whether a GPU makes the samples; others differ
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
@@ -247,9 +249,18 @@ class _Run:
     def _move_samples(self) -> None:
         side = working_side(self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        if not fits(self.train_set, side, free // 2):
+        fit, progress = fits(self.train_set, side, free // 2), self.progress
+        fit = not self.processes.any(not fit, self.learner.device)
+        if progress.on_device is None:
+            progress.on_device = fit
+        if not progress.on_device:
             self._say("too many pictures for the device: the CPU renders the samples")
             return
+        if not fit:
+            raise InputError(
+                f"{self.folder} was begun with its pictures on the GPU, where there is no "
+                "room for them now: free its memory."
+            )
         self.on_device = DeviceSamples(
             self.train_set, Pool(self.train_set, side, self.learner.device)
         )
@@ -454,7 +465,9 @@ class _Run:
         state = load_checkpoint(path, self.learner.device)
         self.learner.restore(state, path)
         history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
-        state["progress"].pop("versions", None)  # of checkpoints until 2026-11-27
+        versions = state["progress"].pop("versions", None)  # of a GPU, until 2026-11-27
+        if versions and state["progress"]["epoch"] < self.config.epochs:
+            raise InputError(altered_otherwise(path.parent))
         self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
