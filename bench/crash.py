@@ -9,7 +9,6 @@ the database is damaged.
 """
 
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -37,7 +36,8 @@ STILL_S = 15
 @click.option("--files", default=5000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(work: Path, kills: int, files: int, seed: int) -> None:
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists() and any(work.iterdir()):
+        raise click.UsageError(f"--work {work} is not empty")
     drop = work / "drop"
     drop.mkdir(parents=True)
     model = write_model(work / "model.onnx")

@@ -7,7 +7,6 @@ once they are recorded. Prints a line a minute and writes soak.csv and soak.png 
 """
 
 import csv
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -35,7 +34,8 @@ COLUMNS = ("minute", "rows", "rss_mib", "workers_mib", "descriptors", "p50_ms", 
 @click.option("--minutes", default=60.0, show_default=True)
 @click.option("--rate", default=100, show_default=True, help="Files a second.")
 def main(work: Path, images: Path | None, minutes: float, rate: int) -> None:
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists() and any(work.iterdir()):
+        raise click.UsageError(f"--work {work} is not empty")
     drop = work / "drop"
     drop.mkdir(parents=True)
     sources = sorted(images.glob("*.jpg")) if images else draw(work / "drawn")

@@ -25,6 +25,7 @@ def back_up(database: Path, output: Path) -> int:
     if not os.path.exists(database):
         raise InputError(f"database {database} does not exist, or this user may not look.")
     check(database, for_writing=False)
+    output = Path(os.path.realpath(output))  # what a link names, not the link
     _check_output(database, output)
     _remove_halves(output)
     handle, name = tempfile.mkstemp(".part", f".{output.name}.", output.parent)  # 0600

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from pic_daemon.cascade import Cascade, Identifier, load_identifier
-from pic_daemon.config import MISSING, Config, load_config
+from pic_daemon.config import MISSING, SHUT, Config, load_config
 from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
@@ -111,6 +111,7 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
 
     Example: pic-daemon run --watch /srv/drop --model model.onnx --database log.db
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     handler = logging.StreamHandler()
     handler.setFormatter(log_format())
     logging.basicConfig(
@@ -138,6 +139,11 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
             service.run()
     except sqlite3.Error as error:
         raise click.ClickException(f"database {settings.database}: {error}") from error
+    except BrokenPipeError as error:  # of which click would say nothing
+        raise click.ClickException(
+            "the processes that read files could not be started; may this user run "
+            f"{sys.executable}?"
+        ) from error
     finally:
         log.close()
 
@@ -168,7 +174,7 @@ def _lock_of(database: Path) -> str:
 
 
 def _check_missing(settings: Config) -> None:
-    """A folder that is not there is offline if it was watched before, else a mistake.
+    """A folder that is missing or shut is offline if it was watched before, else a mistake.
 
     Where failed files go may come later: the service does its work without.
     """
@@ -181,7 +187,8 @@ def _check_missing(settings: Config) -> None:
             problem = "failed_folder %s %s; what fails until it does stays where it is"
             logging.getLogger("pic_daemon").warning(problem, path, MISSING)
         elif text_of(str(path)) not in before:
-            raise InputError(f"watch folder {path} {MISSING}.")
+            problem = SHUT if os.path.isdir(path) else MISSING
+            raise InputError(f"watch folder {path} {problem}.")
 
 
 @daemon.command()

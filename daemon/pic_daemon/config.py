@@ -98,6 +98,7 @@ _MAXIMUM = {"seconds": 1e9, "hours": 1e6, "days": 1e5}  # beyond which the clock
 _ANSWER_S = 10.0  # watch folders that do not answer within it start as offline
 _LEAST_S = 1.0  # for each, though those before it took all of it
 MISSING = "does not exist or is no folder"
+SHUT = "may not be read by this user"
 _MOST_STEPS = 1000
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -109,7 +110,7 @@ def load_config(
 
     The override ``watch`` is a list of folder paths. Relative paths in the file are
     taken from the file's folder. Raises InputError naming the key; `may_miss` lets
-    folders pass that do not exist.
+    folders pass that do not exist or are shut to this user.
     """
     values = _read(file) if file else {}
     where = str(file) if file else "the command line"
@@ -137,10 +138,10 @@ def load_config(
     folders += [_folder("--watch", Path(), {"path": p}, until) for p in overrides["watch"]]
     if not folders:
         raise InputError("no folder to watch: give --watch DIR or [[watch]] tables.")
-    missing = frozenset(folder.path for folder, is_there in folders if not is_there)
-    for path in () if may_miss else missing:
-        raise InputError(f"watch folder {path} {MISSING}.")
-    config = Config(tuple(f for f, _ in folders), **settings, missing=missing)
+    missing = {folder.path: problem for folder, problem in folders if problem}
+    for path, problem in () if may_miss else missing.items():
+        raise InputError(f"watch folder {path} {problem}.")
+    config = Config(tuple(f for f, _ in folders), **settings, missing=frozenset(missing))
     _check_second_stage(config)
     _keep_apart("database", Path(os.path.realpath(config.database)).parent, config)
     _check_webhook(config)
@@ -237,8 +238,8 @@ def _check_webhook(config: Config) -> None:
 
 def _folder(
     where: str, base: Path, table: Mapping[str, Any], until: float
-) -> tuple[Folder, bool]:
-    """The folder of a table, and whether it is there (or does not answer)."""
+) -> tuple[Folder, str]:
+    """The folder of a table, and what is wrong with it, '' if it does not answer."""
     for key in sorted(set(table) - _FOLDER_KEYS):
         hint = f"known are {', '.join(sorted(_FOLDER_KEYS))}"
         if key in _KEYS:
@@ -246,10 +247,12 @@ def _folder(
         raise InputError(f"{where}: unknown key {key!r} in [[watch]]; {hint}.")
     if not isinstance(table.get("path"), str | Path) or not str(table["path"]):
         raise InputError(f"{where}: a [[watch]] table needs a path.")
+    if "\0" in str(table["path"]):
+        raise InputError(f"{where}: the path of a [[watch]] table has a NUL in it.")
     path = base / table["path"]
     known = [path.absolute()]
     problem = _within(until, lambda: _about_folder(path, known))
-    if problem in ("", MISSING):
+    if problem in ("", MISSING, SHUT):
         known.append(Path(os.path.realpath(path)))
     elif problem:
         raise InputError(f"watch folder {path} {problem}.")
@@ -264,7 +267,7 @@ def _folder(
     if not is_number or not 0.1 <= poll_seconds <= _MAXIMUM["seconds"]:
         raise InputError(f"{where}: poll_seconds must be a number of at least 0.1.")
     folder = Folder(known[-1], recursive, **patterns, mode=mode, poll_seconds=poll_seconds)
-    return folder, problem != MISSING
+    return folder, problem or ""
 
 
 def _patterns(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -284,10 +287,11 @@ def _patterns(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]
                 )
         patterns[name] = tuple(value)
     for pattern in patterns["include"]:
-        if f"*.{pattern.lower()}" in PATTERNS:
+        ending = pattern.lower().removeprefix(".")
+        if f"*.{ending}" in PATTERNS:
             raise InputError(
                 f"{where}: include: {pattern!r} fits no file but one of just that name; "
-                f'write "*.{pattern}".'
+                f'write "*.{ending}".'
             )
     return patterns
 
@@ -300,7 +304,7 @@ def _about_folder(path: Path, known: list[Path]) -> str:
     if not os.path.isdir(path):  # unlike Path, never raises
         return MISSING
     if not os.access(path, os.R_OK | os.X_OK):
-        return "may not be read by this user"
+        return SHUT
     return ""
 
 

@@ -20,6 +20,7 @@ logger = logging.getLogger("pic_daemon")
 
 _PART = ".pic-daemon.part"
 _QUIET_S = 60.0  # since a file was written to: an upload that pauses is not to be moved
+_LONGEST_NAME = 255  # bytes, on the common file systems
 _END_S = 5.0  # the longest that the end of the service waits for what is to be moved
 
 
@@ -94,10 +95,13 @@ def set_aside(path: str, stamp: FileStamp, folder: Path) -> Path | None:
     if stamp_of(path) != stamp:
         return None
     name = Path(path)
-    target = folder / name.name
+    target, stem = folder / name.name, name.stem
     number = 1
     while os.path.lexists(target):
-        target = folder / f"{name.stem}-{number}{name.suffix}"
+        ending = f"-{number}{name.suffix}"
+        while stem and len(os.fsencode(stem + ending)) > _LONGEST_NAME:
+            stem = stem[:-1]
+        target = folder / (stem + ending)
         number += 1
     try:
         os.rename(path, target)

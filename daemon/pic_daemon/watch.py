@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,11 +77,11 @@ class FolderWatch:
     `send` gets hints of files that the folder wants, `scan` the path of a folder that
     appeared below, perhaps already filled; both from a thread of this folder's own.
 
-    The folder is offline while it is missing, or while it lies on another mount point than
-    at first or on another type of file system. `mount_point` is where the file system that
-    held it was mounted when a service last saw it, '' where none has: an empty folder that
-    lies outside is one whose disk is missing. `progress` is called now and then while a
-    look goes on.
+    The folder is offline while it is missing or shut, or while it lies on another mount
+    point than at first or on another type of file system. `mount_point` is the innermost on
+    which a service has seen it, '' where none has: an empty folder that lies outside is one
+    whose disk is missing, and one that is not empty may be. `progress` is called now and
+    then while a look goes on.
     """
 
     def __init__(
@@ -163,21 +163,29 @@ class FolderWatch:
     def _inode_there(self) -> int | None:
         path = self._folder.path
         try:
-            with suppress(PermissionError):
-                os.scandir(path).close()  # which mounts what is mounted when it is used
+            os.scandir(path).close()  # which mounts what is mounted when it is used
             status = os.stat(path)
             if not stat.S_ISDIR(status.st_mode):
                 return None
             mount = mount_of(path)
+            outside = len(mount.point) < len(self.mount_point)
             if self._mount is None:
-                if len(mount.point) < len(self.mount_point) and not os.listdir(path):
+                if outside and not os.listdir(path):
                     return None
+                if outside:
+                    logger.warning(
+                        "folder %s was on a disk mounted at %s, which is missing; the rows "
+                        "of its files are kept", path, self.mount_point,
+                    )  # fmt: skip
                 self._mount = mount
+            elif mount.point == self.mount_point != self._mount.point:
+                self._mount = mount  # the disk that was missing
         except OSError:
             return None
         if mount != self._mount:
             return None
-        self.mount_point = mount.point
+        if not outside:
+            self.mount_point = mount.point
         return status.st_ino
 
     def _begin(self) -> None:

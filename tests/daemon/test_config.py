@@ -68,6 +68,11 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
             "model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ninclude = ['jpg']",
             r'write "\*\.jpg"',
         ),
+        (
+            "model = 'm'\ndatabase = 'd'\n[[watch]]\npath = 'drop'\ninclude = ['.PNG']",
+            r'write "\*\.png"',
+        ),
+        ("model = 'm'\ndatabase = 'd'\n[[watch]]\npath = \"a\\u0000\"", "a NUL in it"),
         ("batch_size = true", "batch_size must be a whole number"),
         ("settle_seconds = true", "settle_seconds must be a number"),
         ("provider = 'tpu'", "one of auto, cpu, cuda"),

@@ -55,6 +55,19 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert told == [beyond]
 
 
+def test_a_file_with_the_longest_name_is_set_aside_beside_another(tmp_path: Path) -> None:
+    (tmp_path / "failed").mkdir()
+    name = f"{'ü' * 125}n.jpg"  # of 255 bytes
+    for number in range(12):
+        path = tmp_path / name
+        path.write_bytes(bytes([number]))
+        stamp = stamp_of(str(path))
+        assert stamp and set_aside(str(path), stamp, tmp_path / "failed")
+    moved = list((tmp_path / "failed").iterdir())
+    assert sorted(path.read_bytes()[0] for path in moved) == [*range(12)]
+    assert {path.suffix for path in moved} == {".jpg"}
+
+
 def test_a_file_is_set_aside_on_another_file_system_too(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:

@@ -318,6 +318,19 @@ def test_a_backup_that_is_ended_leaves_no_half_behind(
     assert list(place.iterdir()) == [output]
 
 
+def test_a_backup_by_a_link_replaces_what_the_link_names(
+    filled: MatchLog, run_tool: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "link.db"
+    link.symlink_to("far/copy.db")
+    for _ in range(2):  # the copy is not there yet, and then is
+        backup = "backup", "--database", filled.path, "--output", link
+        assert run_tool("pic-matches", *backup).returncode == 0
+        assert link.is_symlink()
+        assert (tmp_path / "far" / "copy.db").stat().st_size
+
+
 def test_a_damaged_log_makes_no_backup(
     filled: MatchLog, run_tool: Run, tmp_path: Path
 ) -> None:

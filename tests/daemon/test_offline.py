@@ -124,6 +124,29 @@ def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
         assert daemon.stop() == 0
 
 
+def test_rows_outlive_a_missing_disk_though_something_lies_in_its_mount_point(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    write_image(disk / "first.png", 10)
+    with mounted(disk, daemon.drop):
+        daemon.start()
+        daemon.wait_for_rows(1)
+        assert daemon.stop() == 0
+    with closing(sqlite3.connect(daemon.database)) as db, db:
+        db.execute("UPDATE images SET classified_at = '2020-01-01T00:00:00.000Z'")
+    write_image(daemon.drop / "stray.png", 10)
+    daemon.start("--keep-no-match-days", 30)
+    daemon.wait_for_rows(2)
+    assert "which is missing; the rows of its files are kept" in daemon.log.read_text()
+    write_image(disk / "second.png", 10)
+    with mounted(disk, daemon.drop):
+        rows = daemon.wait_for_rows(3)
+        names = [Path(str(row["path"])).name for row in rows]
+        assert sorted(names) == ["first.png", "second.png", "stray.png"]
+        assert daemon.stop() == 0
+
+
 def test_a_restart_while_a_folder_is_gone_goes_on_without_it(
     daemon: DaemonProcess,
     tmp_path: Path,
@@ -247,18 +270,20 @@ def test_a_mount_that_hangs_at_the_start_is_offline_until_it_answers(
     assert daemon.stop() == 0
 
 
-def test_a_folder_that_was_shut_is_heard_of_once_it_is_opened(
+def test_a_folder_that_is_shut_is_offline_and_heard_of_once_it_is_opened(
     daemon: DaemonProcess,
 ) -> None:
     bounds = "--bounding-set=-dac_override,-dac_read_search"
     # Root without these rights may be shut out as anybody.
     under = ["setpriv", bounds, "--inh-caps=-all"] if os.geteuid() == 0 else []
     daemon.start(under=under)
-    daemon.drop.rmdir()
+    daemon.drop.chmod(0)
     daemon.wait_until(lambda: "is offline" in daemon.log.read_text())
-    daemon.drop.mkdir(mode=0)
-    daemon.wait_until(lambda: "is back" in daemon.log.read_text())
+    assert daemon.stop() == 0
+    daemon.start(under=under)  # it was watched before
+    assert "is offline" in daemon.log.read_text()
     daemon.drop.chmod(0o755)
+    daemon.wait_until(lambda: "is back" in daemon.log.read_text())
     write_image(daemon.drop / "a.png", 200)
     daemon.wait_for_rows(1)
     daemon.wait_until(lambda: inotify_watches(daemon) == 1)

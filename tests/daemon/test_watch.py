@@ -129,7 +129,11 @@ def test_an_empty_folder_whose_disk_was_mounted_when_last_seen_is_offline(
         found.end()
     moved_here = FolderWatch(Folder(drop), lambda _: None, lambda _: None, str(drop))
     (drop / "a.jpg").write_bytes(b"x")
-    assert moved_here.look() and moved_here.mount_point != str(drop)
+    assert moved_here.look() and moved_here.online
+    assert moved_here.mount_point == str(drop)  # whose rows are kept
+    with mounted(disk, drop):
+        assert moved_here.look() and moved_here.online
+    assert not moved_here.look() and not moved_here.online
     moved_here.end()
 
 
