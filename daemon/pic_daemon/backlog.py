@@ -31,6 +31,7 @@ class InHand:
     stamp: FileStamp  # when it was chosen
     settled: bool
     hinted_again: FileStamp | None = None
+    closed_again: bool = False  # that hint was of a complete file
     alone: bool = False  # to be read in a group of its own
 
 
@@ -213,10 +214,10 @@ class Backlog:
     def let_go(self, path: str) -> None:
         """Be done with a file in hand, unless something happened to it meanwhile."""
         self._passed(1)
-        stamp, scanner = self.in_hand.pop(path).hinted_again, self._scanner_of(path)
+        file, scanner = self.in_hand.pop(path), self._scanner_of(path)
         self._hold(path, -1)
-        if stamp and scanner:
-            self._consider(path, stamp, False, scanner)
+        if file.hinted_again and scanner:
+            self._consider(path, file.hinted_again, file.closed_again, scanner)
 
     def _compare(self, found: Found) -> None:
         """Compare the next file that a scan met with the log."""
@@ -229,11 +230,13 @@ class Backlog:
     def _consider(
         self, path: str, stamp: FileStamp, complete: bool, scanner: Scanner
     ) -> None:
+        # Closed once more within a tick of the file system's clock it looks as it did, so
+        # that a complete file is read whatever is known of it.
         if in_hand := self.in_hand.get(path):
-            if stamp != in_hand.stamp:
-                in_hand.hinted_again = stamp
+            if complete or stamp != in_hand.stamp:
+                in_hand.hinted_again, in_hand.closed_again = stamp, complete
             return
-        if self._recorder.log.knows(path, stamp):
+        if not complete and self._recorder.log.knows(path, stamp):
             self._passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9

@@ -83,6 +83,23 @@ def found_in(scanner: Scanner, count: int, mtime: float) -> Found:
     return Found(scanner, deque((path, stamp) for path in paths))
 
 
+def test_a_file_closed_again_while_it_is_read_is_read_once_more(
+    tmp_path: Path, model_file: Path
+) -> None:
+    folder = Folder(tmp_path / "drop", mode="poll")
+    folder.path.mkdir()
+    path, stamp = str(folder.path / "a.png"), FileStamp(1, 1, 1)
+    with backlog_of(tmp_path, model_file, folder) as (waiting, _):
+        waiting.heed(FileHint(path, stamp, complete=True))
+        assert waiting.choose(room=10)[0] == [path]
+        waiting.heed(FileHint(path, stamp, complete=True))  # its stamp as before
+        waiting.let_go(path)
+        assert waiting.choose(room=10)[0] == [path]
+        waiting.heed(FileHint(path, stamp, complete=False))
+        waiting.let_go(path)
+        assert waiting.choose(room=10)[0] == []
+
+
 def test_a_busy_folder_does_not_keep_others_waiting(
     tmp_path: Path, model_file: Path
 ) -> None:

@@ -82,6 +82,23 @@ def test_other_content_under_the_same_name_is_another_row(daemon: DaemonProcess)
     assert [row["status"] for row in rows] == ["no-match", "match"]
 
 
+def test_other_content_under_the_same_stamp_is_another_row(daemon: DaemonProcess) -> None:
+    # As where a file is written and closed again before the file system's clock ticks.
+    daemon.start()
+    path = write_image(daemon.drop / "a.bmp", 10)
+    daemon.wait_for_rows(1)
+    other = write_image(daemon.database.parent / "other.bmp", 200).read_bytes()
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(other)
+        file.flush()
+        os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    rows = daemon.wait_for_rows(2)
+    assert [row["status"] for row in rows] == ["no-match", "match"]
+
+
 def test_a_slowly_written_file_is_read_when_it_is_complete(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
