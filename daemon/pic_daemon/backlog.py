@@ -31,7 +31,7 @@ class InHand:
     stamp: FileStamp  # when it was chosen
     settled: bool
     hinted_again: FileStamp | None = None
-    closed_again: bool = False  # that hint was of a complete file
+    closed_again: bool = False  # it was closed once more since
     alone: bool = False  # to be read in a group of its own
 
 
@@ -109,7 +109,7 @@ class Backlog:
         return bool(len(self)) and (under_way or bool(self._found))
 
     def mount_points(self) -> dict[Path, str]:
-        """Where the file system of each folder is mounted, as last seen."""
+        """The innermost mount point on which each folder has been seen."""
         return {s.folder.path: s.mount_point for s in self._scanners}
 
     def done(self) -> bool:
@@ -186,11 +186,12 @@ class Backlog:
             case SeenAgain(seen):
                 for path, expected, stamp in seen:
                     self._seen(path, expected, stamp)
-            case FileHint(path, stamp, complete):
+            case FileHint(path, stamp, complete, heard_in):
                 scanner = self._scanner_of(path)
                 held = path in self.in_hand or path in self._settling
                 if scanner and (held or self._held[scanner] < _MOST_HELD):
-                    self._consider(path, stamp, complete, scanner)
+                    closed = complete and scanner.folder.path == heard_in
+                    self._consider(path, stamp, complete, scanner, closed)
                 elif scanner:
                     self._passed_over.add(scanner)
 
@@ -217,7 +218,8 @@ class Backlog:
         file, scanner = self.in_hand.pop(path), self._scanner_of(path)
         self._hold(path, -1)
         if file.hinted_again and scanner:
-            self._consider(path, file.hinted_again, file.closed_again, scanner)
+            closed = file.closed_again
+            self._consider(path, file.hinted_again, closed, scanner, closed)
 
     def _compare(self, found: Found) -> None:
         """Compare the next file that a scan met with the log."""
@@ -228,15 +230,21 @@ class Backlog:
             found.scanner.go_on()
 
     def _consider(
-        self, path: str, stamp: FileStamp, complete: bool, scanner: Scanner
+        self,
+        path: str,
+        stamp: FileStamp,
+        complete: bool,
+        scanner: Scanner,
+        closed: bool = False,
     ) -> None:
         # Closed once more within a tick of the file system's clock it looks as it did, so
-        # that a complete file is read whatever is known of it.
+        # that a file is read whatever is known of it.
         if in_hand := self.in_hand.get(path):
-            if complete or stamp != in_hand.stamp:
-                in_hand.hinted_again, in_hand.closed_again = stamp, complete
+            if closed or stamp != in_hand.stamp:
+                in_hand.closed_again |= closed
+                in_hand.hinted_again = stamp
             return
-        if not complete and self._recorder.log.knows(path, stamp):
+        if not closed and self._recorder.log.knows(path, stamp):
             self._passed(1)
             return
         age = time.time() - stamp.mtime_ns / 1e9

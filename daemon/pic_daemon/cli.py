@@ -141,8 +141,8 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
         raise click.ClickException(f"database {settings.database}: {error}") from error
     except BrokenPipeError as error:  # of which click would say nothing
         raise click.ClickException(
-            "the processes that read files could not be started; may this user run "
-            f"{sys.executable}?"
+            "a process that reads files has ended or could not be started; may this user "
+            f"run {sys.executable}?"
         ) from error
     finally:
         log.close()

@@ -35,7 +35,7 @@ class Config:
     `webhook_header_file`, a header of one's own; a program with its arguments. One
     attempt may take `hook_seconds`; a delivery is tried for `hook_hours`.
     `keep_no_match_days`: see `retention`; None keeps every row. `missing`: those of the
-    folders that do not exist.
+    folders that do not exist or are shut to this user.
     """
 
     folders: tuple[Folder, ...]
@@ -239,7 +239,7 @@ def _check_webhook(config: Config) -> None:
 def _folder(
     where: str, base: Path, table: Mapping[str, Any], until: float
 ) -> tuple[Folder, str]:
-    """The folder of a table, and what is wrong with it, '' if it does not answer."""
+    """The folder of a table, and what is wrong with it; '' for one that does not answer."""
     for key in sorted(set(table) - _FOLDER_KEYS):
         hint = f"known are {', '.join(sorted(_FOLDER_KEYS))}"
         if key in _KEYS:

@@ -1,7 +1,7 @@
 """From the bytes of a file to the pixels a network sees.
 
 Training and serving both decode here, so that a network meets in production the pixels
-it was trained on: exactly, or where a GPU made its samples to within a level or so.
+it was trained on: exactly, or where a GPU made its samples to a level or so on average.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ class Scanner:
 
     @property
     def mount_point(self) -> str:
-        """Where the file system that holds the folder was mounted when last seen."""
+        """The innermost mount point on which the folder has been seen."""
         return self._watch.mount_point
 
     @property

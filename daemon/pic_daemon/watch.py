@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from watchdog.events import (
@@ -38,11 +39,15 @@ logger = logging.getLogger("pic_daemon")
 
 @dataclass(frozen=True)
 class FileHint:
-    """Something happened to the file; `complete` if it was closed or renamed into place."""
+    """Something happened to the file; `complete` if it was closed or renamed into place.
+
+    `heard_in` is the folder whose watch told of it: those around it may tell too.
+    """
 
     path: str
     stamp: FileStamp
     complete: bool
+    heard_in: Path
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,10 @@ class FolderWatch:
     appeared below, perhaps already filled; both from a thread of this folder's own.
 
     The folder is offline while it is missing or shut, or while it lies on another mount
-    point than at first or on another type of file system. `mount_point` is the innermost on
-    which a service has seen it, '' where none has: an empty folder that lies outside is one
-    whose disk is missing, and one that is not empty may be. `progress` is called now and
-    then while a look goes on.
+    point than when it came or on another type of file system. `mount_point` is the
+    innermost on which a service has seen it, '' where none has: an empty folder that lies
+    outside is one whose disk is missing, and one that is not empty may be. `progress` is
+    called now and then while a look goes on.
     """
 
     def __init__(
@@ -164,6 +169,8 @@ class FolderWatch:
         path = self._folder.path
         try:
             os.scandir(path).close()  # which mounts what is mounted when it is used
+            if not os.access(path, os.X_OK):
+                return None
             status = os.stat(path)
             if not stat.S_ISDIR(status.st_mode):
                 return None
@@ -317,7 +324,7 @@ class _Handler(FileSystemEventHandler):
                 self._scan(path)
         elif self._folder.wants(path) and (stamp := stamp_of(path)):
             complete = moved or isinstance(event, FileClosedEvent)
-            self._send(FileHint(path, stamp, complete))
+            self._send(FileHint(path, stamp, complete, self._folder.path))
 
 
 class _OverflowListener(logging.Handler):

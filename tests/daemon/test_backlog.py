@@ -46,7 +46,7 @@ def test_files_announced_beyond_what_is_kept_in_memory_are_found_by_a_scan(
         for path in paths:
             stamp = stamp_of(path)
             assert stamp
-            waiting.heed(FileHint(path, stamp, complete=True))
+            waiting.heed(FileHint(path, stamp, True, Path()))
         assert len(waiting) == 3
         chosen, _ = waiting.choose(room=100)
         for path in chosen:
@@ -90,12 +90,15 @@ def test_a_file_closed_again_while_it_is_read_is_read_once_more(
     folder.path.mkdir()
     path, stamp = str(folder.path / "a.png"), FileStamp(1, 1, 1)
     with backlog_of(tmp_path, model_file, folder) as (waiting, _):
-        waiting.heed(FileHint(path, stamp, complete=True))
+        waiting.heed(FileHint(path, stamp, True, folder.path))
         assert waiting.choose(room=10)[0] == [path]
-        waiting.heed(FileHint(path, stamp, complete=True))  # its stamp as before
+        waiting.heed(FileHint(path, stamp, True, folder.path))  # its stamp as before
+        waiting.heed(FileHint(path, stamp, False, folder.path))
         waiting.let_go(path)
         assert waiting.choose(room=10)[0] == [path]
-        waiting.heed(FileHint(path, stamp, complete=False))
+        # A folder around it hears of the same that its own has told of.
+        for complete, heard_in in ((False, folder.path), (True, tmp_path)):
+            waiting.heed(FileHint(path, stamp, complete, heard_in))
         waiting.let_go(path)
         assert waiting.choose(room=10)[0] == []
 
@@ -109,7 +112,7 @@ def test_a_busy_folder_does_not_keep_others_waiting(
     with backlog_of(tmp_path, model_file, busy, quiet) as (waiting, scanners):
         for number in range(1000):
             path = str(busy.path / f"announced-{number}.png")
-            waiting.heed(FileHint(path, FileStamp(1, number, 1), complete=True))
+            waiting.heed(FileHint(path, FileStamp(1, number, 1), True, busy.path))
         (scanner,) = (s for s in scanners if s.folder == quiet)
         assert not waiting.scanning()
         waiting.heed(found_in(scanner, 1000, mtime=1))
@@ -197,8 +200,8 @@ def test_a_file_that_comes_anew_while_it_is_looked_for_is_not_forgotten(
     with backlog_of(tmp_path, model_file, folder) as (waiting, _):
         path, now = str(folder.path / "a.png"), time.time_ns()
         first, second = FileStamp(1, now, 1), FileStamp(2, now, 2)
-        waiting.heed(FileHint(path, first, complete=False))
-        waiting.heed(FileHint(path, second, complete=False))
+        waiting.heed(FileHint(path, first, False, Path()))
+        waiting.heed(FileHint(path, second, False, Path()))
         waiting.heed(SeenAgain([(path, first, None)]))
         assert len(waiting) == 1
         waiting.heed(SeenAgain([(path, second, None)]))
@@ -214,7 +217,7 @@ def test_hints_beyond_what_fits_while_the_database_takes_nothing_cost_a_scan(
     config = Config((Folder(drop),), model_file, tmp_path / "log.db")
     with closing(MatchLog.open(config.database)) as log:
         running = Service(config, load_model(model_file, "cpu"), log)
-        hint = FileHint(str(drop / "a.png"), FileStamp(1, 1, 1), complete=True)
+        hint = FileHint(str(drop / "a.png"), FileStamp(1, 1, 1), True, drop)
         for _ in range(100):
             running._hear(hint)
         running._hear(HintsLost())  # whatever else comes is heeded

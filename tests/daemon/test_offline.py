@@ -102,10 +102,8 @@ def test_an_unmounted_folder_is_offline_and_nothing_is_done_again_when_it_return
         assert daemon.stop() == 0
 
 
-def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
-    daemon: DaemonProcess, tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
+def classified_long_ago(daemon: DaemonProcess, disk: Path) -> None:
+    """One picture on a disk that is not mounted any more."""
     write_image(disk / "first.png", 10)
     with mounted(disk, daemon.drop):
         daemon.start()
@@ -114,6 +112,13 @@ def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
         assert daemon.stop() == 0
     with closing(sqlite3.connect(daemon.database)) as db, db:
         db.execute("UPDATE images SET classified_at = '2020-01-01T00:00:00.000Z'")
+
+
+def test_a_start_while_the_disk_is_not_mounted_waits_for_it(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    classified_long_ago(daemon, disk)
     daemon.start("--keep-no-match-days", 30)
     assert "is offline" in daemon.log.read_text()
     write_image(disk / "second.png", 10)
@@ -128,13 +133,7 @@ def test_rows_outlive_a_missing_disk_though_something_lies_in_its_mount_point(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
-    write_image(disk / "first.png", 10)
-    with mounted(disk, daemon.drop):
-        daemon.start()
-        daemon.wait_for_rows(1)
-        assert daemon.stop() == 0
-    with closing(sqlite3.connect(daemon.database)) as db, db:
-        db.execute("UPDATE images SET classified_at = '2020-01-01T00:00:00.000Z'")
+    classified_long_ago(daemon, disk)
     write_image(daemon.drop / "stray.png", 10)
     daemon.start("--keep-no-match-days", 30)
     daemon.wait_for_rows(2)
@@ -144,6 +143,7 @@ def test_rows_outlive_a_missing_disk_though_something_lies_in_its_mount_point(
         rows = daemon.wait_for_rows(3)
         names = [Path(str(row["path"])).name for row in rows]
         assert sorted(names) == ["first.png", "second.png", "stray.png"]
+        assert rows[0]["classified_at"] == "2020-01-01T00:00:00.000Z"  # the very row
         assert daemon.stop() == 0
 
 

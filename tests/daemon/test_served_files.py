@@ -79,6 +79,7 @@ def test_what_did_not_load_is_tried_again_and_said_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("WARNING", "pic_daemon")
     served.look()
     short: Exception | None = InputError("too many open files.")
 

@@ -81,7 +81,7 @@ def test_a_jpeg_is_what_libjpeg_makes_of_it(
     jpeg = Jpeg(SIDE, torch.device("cpu"), torch.float32)
     each = (torch.tensor([n]) for n in (size[1], quality, eighths))
     made = jpeg(on_canvas(image), *each)
-    assert apart(made, expected).mean() < 1.5
+    assert apart(made, expected).mean() < (0.5 if min(size) > 100 else 1.5)
 
 
 def test_each_picture_has_a_quality_and_a_scale_of_its_own() -> None:

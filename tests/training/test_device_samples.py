@@ -1,6 +1,6 @@
 """What a GPU is fed, made on it where there is one, and on the CPU device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_daemon.images import decode, to_pixels
+from pic_training import device_samples
 from pic_training.augmentation import Augmentation, compress
 from pic_training.device_samples import DeviceSamples, Pool, fits
 from pic_training.distributed import Processes
@@ -32,7 +33,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
 
 
 SIZES = [(256, 256), (256, 140), (90, 200), (256, 60), (70, 66)]
-COUNT = 1200
+COUNT = 600
 UNTOUCHED = Augmentation(probability=0.0, variety=False)
 
 GPU = pytest.param(
@@ -41,6 +42,14 @@ GPU = pytest.param(
         not torch.cuda.is_available(), reason="PyTorch sees no GPU here"
     ),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_at_once() -> Iterator[None]:
+    """What suits a GPU takes a CPU several times as long, out of its cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_samples, "RENDERED_BYTES", 2 * 2**20)
+        yield
 
 
 @pytest.fixture(scope="module", params=["cpu", GPU])
@@ -57,7 +66,7 @@ def expected(samples: SampleSet) -> Batch:
 
 @pytest.fixture(scope="module")
 def drawn(on_device: DeviceSamples) -> Batch:
-    return joined(on_device.load(1, 50))
+    return joined(on_device.load(1, 5))
 
 
 def joined(batches: Iterable[Batch]) -> Batch:
@@ -222,7 +231,7 @@ def test_each_sample_is_what_pillow_and_libjpeg_make_of_its_picture(
         if quality:
             expected = decode(compress(smaller, quality), 64).pixels
         difference = (made[number] - torch.tensor(expected).float()).abs()
-        assert difference.mean() < 2, (image.size, target)
+        assert difference.mean() < (2 if quality else 0.5), (image.size, target)
 
 
 def share(of: torch.Tensor) -> float:
@@ -283,4 +292,4 @@ def test_two_processes_share_each_batch(
         images, labels = (torch.cat(of) for of in zip(*parts, strict=True))
         assert torch.equal(batch[1], labels)
         # A GPU may add up in another order where there are fewer of them.
-        assert (batch[0].int() - images.int()).abs().max() <= 1
+        assert (batch[0].float() - images.float()).abs().mean() < 0.5

@@ -169,7 +169,8 @@ class _Run:
                 self._keep_features()
             if self.config.head_start and not self.progress.head_fitted:
                 self._start_head()
-            if self.config.device == "cuda" and self.config.task == "classify":
+            on_gpu = self.config.device == "cuda" and self.config.task == "classify"
+            if on_gpu and self.progress.epoch < self.config.epochs:
                 self._move_samples()
             prepared += time.monotonic() - started
             while self.progress.epoch < self.config.epochs:
@@ -249,12 +250,15 @@ class _Run:
     def _move_samples(self) -> None:
         side = working_side(self.train_set.size)
         free, _ = torch.cuda.mem_get_info()
-        fit, progress = fits(self.train_set, side, free // 2), self.progress
+        progress = self.progress
+        # A run that goes on holds something else there already.
+        room = free * 9 // 10 if progress.on_device else free // 2
+        fit = fits(self.train_set, side, room)
         fit = not self.processes.any(not fit, self.learner.device)
         if progress.on_device is None:
             progress.on_device = fit
         if not progress.on_device:
-            self._say("too many pictures for the device: the CPU renders the samples")
+            self._say("too many pictures for the device: the CPU makes the samples")
             return
         if not fit:
             raise InputError(
@@ -468,6 +472,8 @@ class _Run:
         versions = state["progress"].pop("versions", None)  # of a GPU, until 2026-11-27
         if versions and state["progress"]["epoch"] < self.config.epochs:
             raise InputError(altered_otherwise(path.parent))
+        if versions == 0:  # they had no room there
+            state["progress"]["on_device"] = False
         self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
