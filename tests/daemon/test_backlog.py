@@ -88,7 +88,8 @@ def test_a_file_closed_again_while_it_is_read_is_read_once_more(
 ) -> None:
     folder = Folder(tmp_path / "drop", mode="poll")
     folder.path.mkdir()
-    path, stamp = str(folder.path / "a.png"), FileStamp(1, 1, 1)
+    # Written just now: what is not known to be complete would wait first.
+    path, stamp = str(folder.path / "a.png"), FileStamp(1, time.time_ns(), 1)
     with backlog_of(tmp_path, model_file, folder) as (waiting, _):
         waiting.heed(FileHint(path, stamp, True, folder.path))
         assert waiting.choose(room=10)[0] == [path]
