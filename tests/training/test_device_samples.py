@@ -280,6 +280,7 @@ def test_batches_are_balanced_fresh_each_epoch_and_resumable(
     resumed = next(fewer.load(1, 64, first=1))
     assert torch.equal(resumed[0], first[1][0])
     assert not torch.equal(next(fewer.load(2, 64))[0], first[0][0])
+    assert not torch.equal(fewer.draw(2).quality, fewer.draw(1).quality)
 
 
 def test_two_processes_share_each_batch(
