@@ -125,7 +125,7 @@ def render(sources: Sources, wanted: Sample, size: int) -> NDArray[np.uint8]:
         return to_pixels(sources.image(picture), size)
     if wanted.edit == _ALTERED:
         draw = np.random.default_rng([1, wanted.picture, wanted.number])
-        return sample(sources.image(picture), draw, Augmentation(), size)
+        return sample(sources.pixels(picture), draw, Augmentation(), size)
     return decode(sample_file(wanted, picture, sources.file, 0), size).pixels
 
 

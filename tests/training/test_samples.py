@@ -98,9 +98,9 @@ def test_decoys_to_train_on_are_made_into_new_ones(sources: Sources) -> None:
     assert same[1::2].all()  # the catalog never
     samples = SampleSet(sources, "train", 40, 64, 0, Augmentation())
     for number in range(0, 40, 2):
-        image = sources.image(sources.pictures[samples.sources_drawn()[number]])
+        whole = sources.pixels(sources.pictures[samples.sources_drawn()[number]])
         draw = np.random.default_rng([*samples.key(0), number])
-        expected = vary(sample(image, draw, Augmentation(), 64), draw)
+        expected = vary(sample(whole, draw, Augmentation(), 64), draw)
         assert np.array_equal(varied[number], expected)
     assert torch.equal(plain("val"), drawn(sources, "val")[0])
 
@@ -160,13 +160,14 @@ def test_both_classes_go_through_the_same_alterations(sources: Sources) -> None:
     drawn_of = [sources.pictures[place] for place in samples.sources_drawn(2)]
     for number, image in enumerate(images):
         draw = np.random.default_rng([*samples.key(2), number])
-        expected = sample(sources.image(drawn_of[number]), draw, plain, 64)
+        expected = sample(sources.pixels(drawn_of[number]), draw, plain, 64)
         assert np.array_equal(image, expected)
     assert {source.kind for source in drawn_of} == {"catalog", "other"}
 
 
 def test_where_nothing_is_altered_the_picture_comes_through() -> None:
-    still = sample(product(1), np.random.default_rng(0), Augmentation(probability=0), 64)
+    whole, untouched = np.asarray(product(1)), Augmentation(probability=0)
+    still = sample(whole, np.random.default_rng(0), untouched, 64)
     expected = np.asarray(product(1).resize((64, 64), Image.Resampling.BILINEAR))
     assert np.abs(still.astype(int) - expected).mean() < 2
 

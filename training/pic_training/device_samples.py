@@ -64,7 +64,7 @@ class Pool:
         shape = (len(self.pictures), side, 3, side)
         self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         for place, picture in enumerate(self.pictures):
-            rows = np.asarray(sources.image(picture)).transpose(0, 2, 1)
+            rows = sources.pixels(picture).transpose(0, 2, 1)
             target = self.pixels[place, : picture.height, :, : picture.width]
             target.copy_(torch.tensor(rows))
         sizes = [(picture.height, picture.width) for picture in self.pictures]

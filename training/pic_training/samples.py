@@ -165,9 +165,9 @@ class _Batches(Dataset[Batch]):
         return self._samples.sources.pictures[int(self._drawn[index])]
 
     def _draw(self, index: int) -> NDArray[np.uint8]:
-        image = self._samples.sources.image(self._source(index))
+        whole = self._samples.sources.pixels(self._source(index))
         draw = np.random.default_rng([*self._key, index])
-        pixels = sample(image, draw, self._samples.augmentation, self._samples.size)
+        pixels = sample(whole, draw, self._samples.augmentation, self._samples.size)
         return vary(pixels, draw) if self._samples.varied and index % 2 == 0 else pixels
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from pic_daemon.corrections import Correction
 from pic_daemon.errors import InputError
 from pic_daemon.folders import Folder, about_names
-from pic_daemon.images import ImageError, is_blank, open_rgb, to_pixels
+from pic_daemon.images import ImageError, Pixels, is_blank, open_rgb, to_pixels
 from pic_daemon.reading import read_bytes
 from pic_training.near_duplicates import Look, first_copies, groups_of, look_of
 from pic_training.process import cores
@@ -77,12 +77,16 @@ class Sources:
             if p.kind == kind and (kind == "catalog" or p.split == split)
         ]
 
-    def image(self, source: Source) -> Image.Image:
-        """The working copy of one of the pictures."""
+    def pixels(self, source: Source) -> Pixels:
+        """The working copy of one of the pictures, uint8 RGB, (height, width, 3)."""
         shape = (source.height, source.width, 3)
         count = int(np.prod(shape))
         pixels = np.fromfile(self.file, np.uint8, count, offset=source.offset)
-        return Image.fromarray(pixels.reshape(shape))
+        return pixels.reshape(shape)
+
+    def image(self, source: Source) -> Image.Image:
+        """The same as Pillow has it."""
+        return Image.fromarray(self.pixels(source))
 
     def tested(self) -> NDArray[np.bool_]:
         """For each picture, whether it is a held-back decoy of the test half.
