@@ -22,7 +22,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.hooks import check_hooks, describe_hooks
 from pic_daemon.index_cli import about_promise
-from pic_daemon.inotify_limits import watches_left, watches_needed
+from pic_daemon.inotify_limits import instances_left, watches_left, watches_needed
 from pic_daemon.lock import lock
 from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
@@ -385,4 +385,9 @@ def _check_watches(settings: Config) -> None:
         raise InputError(
             f"{needed} folders need an inotify watch each and {left} are left: "
             "raise fs.inotify.max_user_watches with sysctl."
+        )
+    if len(watched) > (instances := instances_left() or 0):
+        raise InputError(
+            f"{len(watched)} watch folders need an inotify instance each and {instances} "
+            "are left: raise fs.inotify.max_user_instances with sysctl."
         )

@@ -1,23 +1,25 @@
-"""How many inotify watches this user has left, and how many a folder needs."""
+"""How much of inotify this user has left, and how many watches a folder needs.
+
+What is left is the system's limit less what those of the user's processes hold that this
+process may look into (proc(5), fdinfo).
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from pic_daemon.folders import Folder
 
 
 def watches_left() -> int | None:
-    """Watches this user may still add, or None where there is no inotify.
+    """Watches this user may still add, or None where there is no inotify."""
+    return _left("max_user_watches", lambda info: info.count("inotify wd:"))
 
-    Counts those of the user's processes that this process may look into
-    (proc(5), fdinfo).
-    """
-    try:
-        limit = int(Path("/proc/sys/fs/inotify/max_user_watches").read_text())
-    except OSError:
-        return None
-    return max(0, limit - sum(map(_watches_of, Path("/proc").glob("[0-9]*"))))
+
+def instances_left() -> int | None:
+    """The same for instances, of which each folder that is watched takes one."""
+    return _left("max_user_instances", lambda _: 1)
 
 
 def watches_needed(folder: Folder, progress: Callable[[], None] = lambda: None) -> int:
@@ -34,15 +36,22 @@ def watches_needed(folder: Folder, progress: Callable[[], None] = lambda: None) 
     return count
 
 
-def _watches_of(process: Path) -> int:
-    count = 0
+def _left(limit: str, held: Callable[[str], int]) -> int | None:
+    try:
+        most = int(Path("/proc/sys/fs/inotify", limit).read_text())
+    except OSError:
+        return None
+    infos = chain.from_iterable(map(_inotify_of, Path("/proc").glob("[0-9]*")))
+    return max(0, most - sum(map(held, infos)))
+
+
+def _inotify_of(process: Path) -> Iterator[str]:
+    """What the kernel says of each inotify instance of a process."""
     try:
         if process.stat().st_uid != os.getuid():
-            return 0
+            return
         for descriptor in (process / "fd").iterdir():
             if os.readlink(descriptor) == "anon_inode:inotify":
-                info = process / "fdinfo" / descriptor.name
-                count += info.read_text().count("inotify wd:")
+                yield (process / "fdinfo" / descriptor.name).read_text()
     except OSError:
         pass  # the process ended, or is not ours to look into
-    return count

@@ -365,6 +365,21 @@ class MatchLog:
                 [STALE, text_of(target), text_of(path), sha256],
             )
 
+    def failures(self) -> list[Outcome]:
+        """Files that failed, in short, but for those moved away or to be tried again; not
+        those whose name `text_of` changed, under which nothing can be found.
+        """
+        rows = self._db.execute(
+            "SELECT path, sha256, bytes, mtime_ns, inode FROM images "
+            "WHERE status = 'failed' AND mtime_ns <> ?",
+            [STALE],
+        )
+        return [
+            Outcome(path, sha256, FileStamp(*stamp), "failed", 0.0, 0.0)
+            for path, sha256, *stamp in rows
+            if "\\x" not in path
+        ]
+
     def mark_failed(self) -> int:
         """Have every failed image tried again by the next scan; returns how many."""
         return self._mark("status = 'failed'")

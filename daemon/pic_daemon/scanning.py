@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pic_daemon.folders import FileStamp, Folder, stamp_of, text_of
+from pic_daemon.systemd import STILL_STARTING, notify
 from pic_daemon.watch import FileHint, FolderWatch, HintsLost, hearing_overflows
 
 logger = logging.getLogger("pic_daemon")
@@ -24,6 +25,7 @@ logger = logging.getLogger("pic_daemon")
 _CHUNK = 1000  # files in a message; per folder one is read while the next is gathered
 _LOOK_S = 5.0  # between two looks at the folder itself
 _SILENT_S = 20.0  # a single look at the disk that takes longer is a hung one
+_BEAT_S = 1.0  # between two words to systemd while the first look goes on
 _END_S = 2.0  # the longest that the end of the service waits for a thread
 
 
@@ -250,8 +252,9 @@ def scanning(
         for scanner in scanners:
             scanner.start()
         for scanner in scanners:
-            while not scanner.looked.wait(0.1) and not scanner.silent:
+            while not scanner.looked.wait(_BEAT_S) and not scanner.silent:
                 scanner.judge()
+                notify(STILL_STARTING)  # thousands of sub-folders take their time
         try:
             yield scanners
         finally:

@@ -158,6 +158,7 @@ class Service:
             # rather than never.
             self._backlog.watch(scanners, besides=self.until_done)
             self._note_folders()
+            self._move_earlier_failures()
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -205,6 +206,14 @@ class Service:
             self.health.serve(self.config.metrics)
         for path in self._recorder.write(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
+
+    def _move_earlier_failures(self) -> None:
+        """What failed before there was a folder for it, or right before an end."""
+        if not self._mover:
+            return
+        for outcome in self._recorder.write(self.log.failures):
+            if self._backlog.online(outcome.path):
+                self._mover.heed(outcome)
 
     def _end_moves(self) -> None:
         """Note what is still moved."""
@@ -392,6 +401,8 @@ class Service:
         elif reading.sha256 and self._recorder.write(
             lambda: self.log.recognise(path, reading.sha256, stamp)
         ):
+            if self._mover:
+                self._mover.touch(path, stamp)
             self._backlog.let_go(path)
         else:
             if not self._batch:

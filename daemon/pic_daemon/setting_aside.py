@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pic_daemon.folders import FileStamp, stamp_of
@@ -58,6 +58,11 @@ class Mover:
         else:
             self._waiting[outcome.path] = outcome
 
+    def touch(self, path: str, stamp: FileStamp) -> None:
+        """Take note that a file which is as it was has another stamp now."""
+        if outcome := self._waiting.get(path):
+            self.heed(replace(outcome, stamp=stamp))
+
     def look(self) -> None:
         """Have those moved that nobody has written to since."""
         for outcome in list(self._waiting.values()):
@@ -71,10 +76,13 @@ class Mover:
             self._ended = True  # no more are begun, as nobody would note them
             logger.warning(
                 "failed files could not be moved to %s before the end; they stay where "
-                "they are", self._folder,
+                "they are until the next start", self._folder,
             )  # fmt: skip
         for outcome in self._waiting.values():
-            problem = f"the service ended less than {_QUIET_S:g} s after it was written to"
+            problem = (
+                f"the service ended less than {_QUIET_S:g} s after it was written to; "
+                "the next start moves it"
+            )
             self._send(SetAside(outcome, None, problem))
 
     def _run(self) -> None:

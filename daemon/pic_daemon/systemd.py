@@ -6,6 +6,9 @@ import socket
 import sys
 from contextlib import suppress
 
+STILL_STARTING = "EXTEND_TIMEOUT_USEC=30000000"
+"""Asks systemd for 30 s more, where its TimeoutStartSec is over (sd_notify(3))."""
+
 
 def notify(state: str) -> None:
     """Send `state`, such as ``READY=1``, to the service manager if there is one.

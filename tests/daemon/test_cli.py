@@ -107,6 +107,12 @@ def test_check_refuses_folders_that_need_more_watches_than_are_left(
         assert result.returncode == code
         assert f"inotify: 2 watches needed, {left} left" in result.stdout
     assert "raise fs.inotify.max_user_watches with sysctl" in result.stderr
+    monkeypatch.undo()
+    for left, code in ((1, 0), (0, 2)):
+        monkeypatch.setattr("pic_daemon.cli.instances_left", lambda left=left: left)
+        result = run_here("pic-daemon", *check)
+        assert result.returncode == code
+    assert "raise fs.inotify.max_user_instances with sysctl" in result.stderr
 
 
 def test_wrong_input_ends_with_a_sentence_and_exit_code_2(

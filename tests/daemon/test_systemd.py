@@ -4,6 +4,8 @@ import shlex
 import shutil
 import socket
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,10 @@ from conftest import BIN, DaemonProcess
 from shop import Shop
 
 from pic_daemon.config import Config, load_config
+from pic_daemon.folders import Folder
 from pic_daemon.health import Health
-from pic_daemon.systemd import notify
+from pic_daemon.scanning import scanning
+from pic_daemon.systemd import STILL_STARTING, notify
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 
@@ -134,13 +138,35 @@ def test_systemd_hears_when_the_service_is_ready_and_when_it_stops(
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
         monkeypatch.setenv("WATCHDOG_USEC", "2000000")
         daemon.start()
-        assert sock.recv(200) == b"READY=1"
+        while (message := sock.recv(200)) != b"READY=1":
+            assert message == STILL_STARTING.encode()
         heard = {sock.recv(200) for _ in range(5)}
         assert b"WATCHDOG=1" in heard
         assert b"STATUS=0 waiting; nothing recorded yet" in heard
         daemon.stop()
         while (message := sock.recv(200)) != b"STOPPING=1":
             assert message.startswith((b"WATCHDOG", b"STATUS"))
+
+
+def test_systemd_is_asked_for_more_time_while_folders_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(_: Folder, progress: Callable[[], None]) -> int:
+        for _ in range(25):
+            time.sleep(0.1)
+            progress()
+        return 1
+
+    monkeypatch.setattr("pic_daemon.watch.watches_needed", slow)
+    address = os.path.join(os.path.relpath(tmp_path), "n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        with scanning([Folder(tmp_path)], lambda _: None) as (scanner,):
+            assert scanner.online
+        assert sock.recv(200) == STILL_STARTING.encode()
+        assert sock.recv(200) == STILL_STARTING.encode()
 
 
 def test_a_service_manager_that_does_not_listen_costs_nothing(

@@ -453,6 +453,43 @@ def test_failed_files_are_moved_where_asked_and_may_come_back(
     assert "half.png' cannot be moved to" in daemon.log.read_text()
 
 
+def test_what_failed_before_there_was_a_folder_for_it_is_moved_at_the_next_start(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    failed, elsewhere = tmp_path / "failed", tmp_path / "elsewhere"
+    failed.mkdir()
+    elsewhere.mkdir()
+    left = daemon.lay("bad.png").rename(elsewhere / "left.png")
+    daemon.lay("bad.png")
+    daemon.start("--watch", elsewhere)
+    daemon.wait_for_rows(2)
+    fresh = daemon.drop / "fresh.png"
+    fresh.write_text("no picture either")
+    daemon.wait_for_rows(3)
+    daemon.stop(signal.SIGKILL)
+    daemon.start("--failed-folder", failed)
+    daemon.wait_until(lambda: "moved path=" in daemon.log.read_text())
+    assert daemon.stop() == 0
+    assert [path.name for path in failed.iterdir()] == ["bad.png"]
+    assert left.exists()  # its folder is not watched any more
+    assert fresh.exists()  # somebody may still be writing to it
+    assert "fresh.png' cannot be moved" in daemon.log.read_text()
+
+
+def test_a_failed_file_whose_time_was_changed_is_moved_all_the_same(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    daemon.start("--failed-folder", failed, "--rescan-seconds", 1)
+    bad = daemon.drop / "bad.png"
+    bad.write_text("no picture")
+    daemon.wait_for_rows(1)
+    os.utime(bad, (1e9, 1e9))
+    daemon.wait_until(lambda: (failed / "bad.png").exists())
+    assert len(daemon.rows()) == 1
+
+
 def test_a_failed_folder_that_is_not_there_is_said_and_holds_nothing_up(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from conftest import mounted
 
 from pic_daemon import watch
 from pic_daemon.folders import Folder
-from pic_daemon.inotify_limits import _watches_of
+from pic_daemon.inotify_limits import _inotify_of
 from pic_daemon.watch import FileHint, FolderWatch
 
 Watched = tuple[FolderWatch, Path, list[FileHint]]
@@ -29,6 +29,9 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
     assert found.look()
     yield found, drop, hints
     found.end()
+
+
+THIS = Path("/proc/self")
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -222,11 +225,21 @@ def test_a_folder_that_is_mounted_when_it_is_used_is_online(tmp_path: Path) -> N
         mounting.communicate()
 
 
-def test_watches_of_another_users_processes_are_not_counted(
+def test_each_watched_folder_holds_an_inotify_instance_with_its_watches(
+    watched: Watched, tmp_path: Path
+) -> None:
+    (tmp_path / "second" / "sub").mkdir(parents=True)
+    second = FolderWatch(Folder(tmp_path / "second"), lambda _: None, lambda _: None)
+    assert second.look()
+    held = [info.count("inotify wd:") for info in _inotify_of(THIS)]
+    assert sorted(held) == [1, 2]
+    second.end()
+
+
+def test_inotify_of_another_users_processes_is_not_counted(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    this = Path("/proc", str(os.getpid()))
-    assert _watches_of(this) == inotify_watches() > 0
+    assert list(_inotify_of(THIS))
     another = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: another)
-    assert _watches_of(this) == 0
+    assert not list(_inotify_of(THIS))
