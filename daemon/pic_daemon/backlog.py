@@ -285,11 +285,12 @@ class Backlog:
             if self.online(path):
                 self.drop(path)
         elif expected and self._settling.awaits(path, expected):
-            scanner = self._scanner_of(path)
-            if stamp == expected and scanner:
-                self._take(path, stamp, True, scanner)
+            now, scanner = time.monotonic(), self._scanner_of(path)
+            still = stamp == expected
+            if scanner and (still or self._settling.overdue(path, now)):
+                self._take(path, stamp, still, scanner)
             else:
-                self._settling.wait(path, stamp, time.monotonic(), time.time())
+                self._settling.wait(path, stamp, now, time.time())
 
     def _scanner_of(self, path: str) -> Scanner | None:
         return next((s for s in self._scanners if path.startswith(s.within)), None)

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ _UNREAD_STRIKES = 3  # attempts at one that cannot be read
 _STRIKE_WAIT_S = 5.0  # before the second attempt, twice as long before the next
 _LOOK_S = 5.0  # between two looks at the model file and at how the folders are
 _BEAT_S = 30.0  # between two heartbeats in the database
+_NEVER_STILL = "was written to whenever it was read"
 _STUCK_S = 60.0  # beyond the time that decoding may take
 _READ_AHEAD = 2  # batches being read or waiting to be scored
 _SCORED_AHEAD = 2  # batches being scored or waiting in the scorer
@@ -380,10 +381,14 @@ class Service:
     def _sort(self, reading: Reading) -> None:
         """Score it, wait for it to be completed, or let it go."""
         path, in_hand = reading.path, self._backlog.in_hand[reading.path]
+        # A single pass does not wait again for a file that never stood still.
+        last = self.until_done and not in_hand.settled
+        if reading.changed and last:
+            reading = replace(reading, changed=False, error=_NEVER_STILL)
         unfinished = reading.changed or reading.suspect or reading.transient
         stamp = reading.stamp or (in_hand.stamp if unfinished else None)
         # What was found still when it was chosen may be written on since.
-        settled = in_hand.settled and stamp == in_hand.stamp
+        settled = last or (in_hand.settled and stamp == in_hand.stamp)
         if stamp is None or (unfinished and not self._backlog.online(path)):
             # Gone before it was read, or with its folder, where it is found again.
             self._backlog.drop(path)

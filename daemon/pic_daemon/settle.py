@@ -4,20 +4,25 @@ Cases it handles:
 - a writer closed the file, or renamed it into place: read it at once;
 - nothing told of the end (a scan found it): read it once its stamp has stood
   still for `settle_seconds`;
-- it changes meanwhile: the wait begins anew;
+- it changes meanwhile: the wait begins anew, unless it never ends: what a camera writes
+  anew every second is read as it is then;
 - it was read at once and proved incomplete: `wait` puts it back to stand still.
 """
 
 import heapq
+import math
 from dataclasses import dataclass, field
 
 from pic_daemon.folders import FileStamp
+
+_PATIENCE = 30  # waits of `settle_seconds`, for a file that never stands still
 
 
 @dataclass
 class _Waiting:
     stamp: FileStamp
     due: float
+    latest: float
     seen_at: float
 
 
@@ -46,13 +51,21 @@ class SettleTracker:
         if waiting and waiting.stamp == stamp:
             return
         due = now + self.settle_seconds + longer
-        self._waiting[path] = _Waiting(stamp, due, waiting.seen_at if waiting else seen_at)
+        latest = due + (_PATIENCE - 1) * self.settle_seconds
+        if waiting:
+            due, latest, seen_at = min(due, waiting.latest), waiting.latest, waiting.seen_at
+        self._waiting[path] = _Waiting(stamp, due, latest, seen_at)
         heapq.heappush(self._queue, (due, path))
 
     def awaits(self, path: str, stamp: FileStamp) -> bool:
         """Whether `path` is still watched, and was last seen with this stamp."""
         waiting = self._waiting.get(path)
         return waiting is not None and waiting.stamp == stamp
+
+    def overdue(self, path: str, now: float) -> bool:
+        """Whether `path` has been waiting for so long that it may never stand still."""
+        waiting = self._waiting.get(path)
+        return waiting is not None and now >= waiting.latest
 
     def release(self, path: str) -> float | None:
         """Stop waiting for `path`; returns when it was first noticed, if it was here."""
@@ -64,7 +77,9 @@ class SettleTracker:
         over = []
         while (moment := self.next_due()) is not None and moment <= now:
             _, path = heapq.heappop(self._queue)
-            over.append((path, self._waiting[path].stamp))
+            waiting = self._waiting[path]
+            waiting.due = math.inf  # it may be in the queue once more for this moment
+            over.append((path, waiting.stamp))
         return over
 
     def oldest(self) -> float | None:

@@ -3,6 +3,8 @@
 import math
 import os
 import queue
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SIZE, write_image
+from conftest import SIZE, DaemonProcess, write_image
+from sqlite_utils import Database
 
 from pic_daemon import backlog, service, setting_aside
 from pic_daemon.backlog import Backlog, InHand
@@ -179,6 +182,60 @@ def test_an_upload_that_went_on_after_its_file_was_chosen_is_waited_for(
             if not goes_on:  # it is no picture, and would be recorded so
                 service._backlog.let_go(service._batch.pop().path)
         assert len(service._backlog) == 1 and not service._backlog.in_hand
+
+
+ALWAYS_WRITING = """
+import itertools, os, sys
+camera, endless, picture = sys.argv[1:]
+data = open(picture, "rb").read()
+with open(endless, "ab", 0) as file:
+    for _ in itertools.count():
+        file.write(b"x")
+        with open(camera + ".part", "wb") as part:
+            part.write(data)
+        os.rename(camera + ".part", camera)
+        for _ in range(2000):
+            file.write(b"x")
+"""
+"""A picture that is always replaced, and a file that never ends."""
+
+
+@contextmanager
+def always_writing(folder: Path) -> Iterator[None]:
+    folder.mkdir(exist_ok=True)
+    picture = write_image(folder.parent / "picture.png", 200)
+    files = (folder / "camera.png", folder / "endless.png")
+    files[1].write_bytes(bytes(8 << 20))  # takes longer to read than to add to
+    command = [sys.executable, "-c", ALWAYS_WRITING, *files, picture]
+    with subprocess.Popen(command) as writing:
+        try:
+            yield
+        finally:
+            writing.kill()
+
+
+def test_a_file_that_never_stands_still_is_read_as_it_is(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    config = tmp_path / "daemon.toml"
+    table = f'[[watch]]\npath = "{daemon.drop}"\nmode = "poll"\npoll_seconds = 1\n'
+    config.write_text(table)
+    daemon.start("--config", config, "--settle-seconds", 0.1, watch=False)
+    with always_writing(daemon.drop):
+        (row,) = daemon.wait_for_rows(1)
+        assert (Path(str(row["path"])).name, row["status"]) == ("camera.png", "match")
+
+
+def test_a_single_pass_ends_although_files_are_always_written_to(
+    tmp_path: Path, model_file: Path
+) -> None:
+    folders = (Folder(tmp_path / "archive", mode="poll", poll_seconds=math.inf),)
+    config = Config(folders, model_file, tmp_path / "log.db", settle_seconds=0.1)
+    with closing(MatchLog.open(config.database)) as log, always_writing(folders[0].path):
+        Service(config, load_model(model_file, "cpu"), log, until_done=True).run()
+    rows = {Path(row["path"]).name: row for row in Database(config.database)["images"].rows}
+    assert rows["camera.png"]["status"] == "match"
+    assert rows["endless.png"]["error"] == "was written to whenever it was read"
 
 
 def test_where_a_server_tells_the_times_a_young_file_must_stand_still(

@@ -24,6 +24,19 @@ def test_a_file_that_grows_waits_anew_and_keeps_when_it_was_first_seen() -> None
     assert tracker.release("a") == 5.0
 
 
+def test_a_file_that_never_stands_still_is_due_after_thirty_waits() -> None:
+    tracker = SettleTracker(2.0)
+    for second in range(60):
+        stamp = FileStamp(second, second, 7)
+        tracker.wait("a", stamp, now=100.0 + second, seen_at=5.0 + second)
+        assert tracker.due(100.0 + second) == []
+        assert not tracker.overdue("a", 100.0 + second)
+    assert tracker.due(160.0) == [("a", FileStamp(59, 59, 7))]
+    assert tracker.overdue("a", 160.0)
+    assert tracker.release("a") == 5.0
+    assert not tracker.overdue("a", 160.0)
+
+
 def test_seeing_an_unchanged_file_again_does_not_prolong_its_wait() -> None:
     tracker = SettleTracker(2.0)
     tracker.wait("a", SMALL, now=100.0, seen_at=5.0)
