@@ -9,8 +9,9 @@ WORKERS := $(shell echo $$(($$(nproc) + 1)))
 demo: install
 	$(BIN)/python tests/demo.py
 
+# PyTorch's threads, of as many processes, would mostly wait for each other.
 test: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		-m "not alone"
 	$(BIN)/python -m pytest -m alone
 

@@ -1,6 +1,12 @@
 """A training run as small as one can be."""
 
+import os
 from pathlib import Path
+
+EVERY_CORE = {
+    name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"
+}
+"""The environment in which PyTorch takes every core, as a user's does."""
 
 
 def options(folders: Path, out: Path, **changes: object) -> list[str]:

@@ -15,7 +15,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def test_from_two_folders_to_the_match_log(run_tool: Run, tmp_path: Path) -> None:
     write_products(tmp_path / "catalog", range(2))
     write_products(tmp_path / "others", range(100, 200))
-    training = options(tmp_path, tmp_path / "run", **{"train-images": 1200})
+    training = options(tmp_path, tmp_path / "run", **{"train-images": 800})
     trained = run_tool("pic-train", *training)
     assert trained.returncode == 0, trained.stderr
     exported = run_tool("pic-export", tmp_path / "run", "--output", tmp_path / "model.onnx")

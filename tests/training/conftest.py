@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import BIN
 from pictures import write_products
-from small_run import options
+from small_run import EVERY_CORE, options
 
 from pic_training.cli import _config
 from pic_training.run_folder import RunConfig
@@ -74,7 +74,9 @@ def finished(folders: Path, shared: Shared) -> Path:
 
     def train(out: Path) -> None:
         command = [str(BIN / "pic-train"), *options(folders, out)]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(
+            command, check=True, capture_output=True, timeout=300, env=EVERY_CORE
+        )
 
     return shared("run", train)
 

@@ -142,19 +142,25 @@ def test_a_resnet50_is_trained_and_exported_alike(
     assert (info.architecture, info.input_size) == ("resnet50", 224)
 
 
-def test_the_cnn_is_trained_and_exported_in_int8_alike(
+def test_a_cnn_that_learned_names_is_exported_in_fp32_and_int8_without_them(
     run_tool: Run, folders: Path, tmp_path: Path
 ) -> None:
-    changes = {"arch": "cnn", "epochs": 1}
-    trained = run_tool("pic-train", *options(folders, tmp_path / "run", **changes))
+    run = tmp_path / "run"
+    changes = {"arch": "cnn", "epochs": 1, "naming": 1, "train-images": 64}
+    trained = run_tool("pic-train", *options(folders, run, **changes))
     assert trained.returncode == 0, trained.stderr
-    output = tmp_path / "model.onnx"
-    exported = run_tool("pic-export", tmp_path / "run", "--output", output,
-                        "--precision", "int8", "--max-loss", 1)  # fmt: skip
-    assert exported.returncode == 0, exported.stderr
-    info = load_model(output, "cpu").info
-    assert (info.architecture, info.input_size) == ("cnn", 64)
-    assert what_decides_is_exact(output)
+    assert json.loads((run / "config.json").read_text())["naming"] == 1
+    _, network = load_network(run)
+    assert sum(p.numel() for p in network.parameters()) == 25_167_785
+    for precision in ("fp32", "int8"):
+        output = tmp_path / f"{precision}.onnx"
+        exported = run_tool("pic-export", run, "--output", output,
+                            "--precision", precision, "--max-loss", 1)  # fmt: skip
+        assert exported.returncode == 0, exported.stderr
+        assert "256 real samples" in exported.stdout
+        info = load_model(output, "cpu").info
+        assert (info.architecture, info.input_size) == ("cnn", 64)
+        assert what_decides_is_exact(output)
 
 
 def what_decides_is_exact(model: Path) -> bool:

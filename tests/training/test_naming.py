@@ -1,6 +1,5 @@
 """Telling the catalog's pictures apart: learned beside the decision, or how it is made."""
 
-import json
 import math
 import subprocess
 from collections.abc import Callable
@@ -9,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import options
 
 from pic_daemon.errors import InputError
-from pic_daemon.model import load_model
 from pic_training.augmentation import Augmentation
 from pic_training.distributed import ALONE
 from pic_training.learner import Learner
 from pic_training.networks import MARGIN, SCALE, Naming, Recogniser
-from pic_training.run_folder import RunConfig, fill, load_network, new_network
+from pic_training.run_folder import RunConfig, fill, new_network
 from pic_training.samples import Batch, SampleSet
 from pic_training.sources import gather
 
@@ -145,19 +142,3 @@ def test_weights_of_another_network_are_refused(config_of: Config) -> None:
 def test_a_resnet8_that_names_nothing_ends_in_one_number(config_of: Config) -> None:
     network = new_network(config_of(naming=0, arch="resnet8"), "none", 6)
     assert not isinstance(network, Recogniser) and network.head.out_features == 1
-
-
-def test_the_model_of_a_cnn_holds_no_names(
-    folders: Path, tmp_path: Path, run_tool: Run
-) -> None:
-    run, model = tmp_path / "run", tmp_path / "model.onnx"
-    changes = {"epochs": 1, "naming": 1, "arch": "cnn"}
-    trained = run_tool("pic-train", *options(folders, run, **changes))
-    assert trained.returncode == 0, trained.stderr
-    assert json.loads((run / "config.json").read_text())["naming"] == 1
-    exported = run_tool("pic-export", run, "--output", model)
-    assert exported.returncode == 0, exported.stderr
-    assert "256 real samples" in exported.stdout
-    _, network = load_network(run)
-    assert sum(p.numel() for p in network.parameters()) == 25_167_785
-    assert load_model(model, "cpu").info.architecture == "cnn"

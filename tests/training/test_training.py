@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import BIN
 from pictures import write_products
-from small_run import options
+from small_run import EVERY_CORE, options
 
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import Model, Verdict, load_model
@@ -117,7 +117,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_result(
 ) -> None:
     out = tmp_path / "run"
     command = [str(BIN / "pic-train"), *options(folders, out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=EVERY_CORE)
     assert process.stdout
     for line in process.stdout:
         if line.startswith("epoch 1/2"):
@@ -128,7 +128,8 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_result(
     progress = torch.load(out / "last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["batch"] > 0) == (1, True)
 
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    again = [*command, "--resume"]
+    subprocess.run(again, check=True, capture_output=True, env=EVERY_CORE)
     whole, parts = (
         torch.load(folder / "last.pt", weights_only=True)["network"]
         for folder in (finished, out)
