@@ -30,6 +30,8 @@ ARRIVALS = {1: 60, 10: 300, 100: 2000}  # a second: how many
 @click.option("--work", required=True, type=click.Path(path_type=Path))
 @click.option("--rounds", default=3, show_default=True)
 def main(images: Path, model: Path, work: Path, rounds: int) -> None:
+    if work.exists() and any(work.iterdir()):
+        raise click.UsageError(f"--work {work} is not empty")
     pictures = [path.read_bytes() for path in sorted(images.glob("*.jp*g"))[:200]]
     loaded = load_model(model, "cpu")
     results = []
@@ -72,14 +74,30 @@ def drop(
     log = work / "latency.log"
     with log.open("w") as stream:
         service = subprocess.Popen([*map(str, command)], stderr=stream)
-    while "ready" not in log.read_text():
-        time.sleep(0.05)
-    time.sleep(1)
+    try:
+        while "ready" not in log.read_text():
+            assert service.poll() is None, log.read_text()
+            time.sleep(0.05)
+        time.sleep(1)
+        return arrive(pictures, per_second, count, work, service)
+    finally:
+        service.terminate()
+        service.wait()
+
+
+def arrive(
+    pictures: list[bytes],
+    per_second: int,
+    count: int,
+    work: Path,
+    service: "subprocess.Popen[bytes]",
+) -> list[float]:
     connection = sqlite3.connect(f"file:{work}/latency.db?mode=ro", uri=True, timeout=60)
     closed: dict[str, float] = {}
     done: dict[str, float] = {}
     last, begun = 0, time.monotonic()
     while len(done) < count:
+        assert service.poll() is None, "the service ended"
         number = len(closed)
         if number < count and time.monotonic() >= begun + number / per_second:
             path = work / "drop" / f"{number:06d}.jpg"
@@ -93,8 +111,6 @@ def drop(
             last = max(last, number)
             done[name] = time.monotonic()
     connection.close()
-    service.terminate()
-    service.wait()
     return [1000 * (done[path] - closed[path]) for path in closed]
 
 

@@ -231,7 +231,7 @@ def write(log: MatchLog, count: int) -> tuple[float, float]:
     began, worked = time.perf_counter(), time.process_time()
     for start in range(0, WRITTEN, BATCH):
         batch = given[start : start + BATCH]
-        assert not any(log.knows(image.path, image.stamp) for image in batch)
+        assert not any(log.row_of(image.path, image.stamp) for image in batch)
         log.record(batch, MODEL)
     cpu = (time.process_time() - worked) / WRITTEN * 1e6
     return cpu, WRITTEN / (time.perf_counter() - began)

@@ -20,6 +20,8 @@ import click
 import numpy as np
 import onnxruntime
 
+from pic_daemon.cores import are_limited, cores
+
 SPINNING = "session.{}_op.allow_spinning"
 BATCHES = (1, 8, 32, 64)
 
@@ -82,6 +84,8 @@ def session(
 ) -> onnxruntime.InferenceSession:
     """As `pic_daemon.onnx_session` opens one, but for the change."""
     options = onnxruntime.SessionOptions()
+    if are_limited():
+        options.intra_op_num_threads = cores()
     options.log_severity_level = 3  # it warns of a setting that is given twice
     for kind in ("intra", "inter"):  # threads that spin would slow the next line
         options.add_session_config_entry(SPINNING.format(kind), "0")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pic_daemon.folders import FileStamp, mount_of, text_of
+from pic_daemon.match_log import Outcome
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain
 from pic_daemon.settle import SettleTracker
@@ -36,16 +37,24 @@ class InHand:
 
 
 class Backlog:
-    """Belongs to the service's loop; `passed` is told how many files need no more work."""
+    """Belongs to the service's loop; `passed` is told how many files need no more work.
+
+    `failed_before` gets what became of a file that failed and is met again as it was.
+    """
 
     def __init__(
-        self, recorder: Recorder, settle_seconds: float, passed: Callable[[int], None]
+        self,
+        recorder: Recorder,
+        settle_seconds: float,
+        passed: Callable[[int], None],
+        failed_before: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self.in_hand: dict[str, InHand] = {}
         self.gone = 0  # files that were dropped when their turn had come
         self._recorder = recorder
         self._settle_seconds = settle_seconds
         self._passed = passed
+        self._failed_before = failed_before
         self._settling = SettleTracker(settle_seconds)
         self._ready: dict[Scanner, deque[str]] = {}  # in the order of their turns
         self._found: list[Found] = []
@@ -202,8 +211,9 @@ class Backlog:
 
     def wait_again(self, path: str, stamp: FileStamp, longer: float = 0.0) -> None:
         """Have a file in hand stand still once more, `longer` seconds beyond the usual."""
-        seen_at = self.in_hand.pop(path).seen_at
-        self._settling.wait(path, stamp, time.monotonic(), seen_at, longer)
+        file = self.in_hand.pop(path)
+        self._settling.wait(path, stamp, time.monotonic(), file.seen_at, longer)
+        self._heed_again(path, file)
 
     def drop(self, path: str) -> None:
         """Forget a file that needs no row now; a scan finds it if it is there later."""
@@ -215,9 +225,13 @@ class Backlog:
     def let_go(self, path: str) -> None:
         """Be done with a file in hand, unless something happened to it meanwhile."""
         self._passed(1)
-        file, scanner = self.in_hand.pop(path), self._scanner_of(path)
+        file = self.in_hand.pop(path)
         self._hold(path, -1)
-        if file.hinted_again and scanner:
+        self._heed_again(path, file)
+
+    def _heed_again(self, path: str, file: InHand) -> None:
+        """What happened to a file while it was in hand."""
+        if file.hinted_again and (scanner := self._scanner_of(path)):
             closed = file.closed_again
             self._consider(path, file.hinted_again, closed, scanner, closed)
 
@@ -244,8 +258,11 @@ class Backlog:
                 in_hand.closed_again |= closed
                 in_hand.hinted_again = stamp
             return
-        if not closed and self._recorder.log.knows(path, stamp):
+        if not closed and (row := self._recorder.log.row_of(path, stamp)):
             self._passed(1)
+            status, sha256 = row
+            if status == "failed":
+                self._failed_before(Outcome(path, sha256, stamp, status, 0.0, 0.0))
             return
         age = time.time() - stamp.mtime_ns / 1e9
         own = self._scanner_of(path) or scanner  # which may be of a folder within

@@ -44,11 +44,11 @@ def classify_folder(
     config = Config(
         (place,), model.path, log.path, gate_threshold=gate, rescan_seconds=math.inf
     )
-    mount = mount_of(place.path)
     refused: dict[str, OSError] = {}
     passed_over: Counter[str] = Counter()
     found = place.walk(str(place.path), refused.__setitem__, passed_over)
     total = sum(1 for file in found if file)
+    mount = mount_of(place.path)  # which a first look into it may have mounted
     with click.progressbar(length=total, file=sys.stderr, label=str(folder)) as bar:
         cascade = Cascade(identifier, config) if identifier else None
         service = Service(config, model, log, cascade, until_done=True, passed=bar.update)

@@ -374,11 +374,12 @@ def _about_identifier(identifier: Identifier) -> str:
 
 
 def _check_watches(settings: Config) -> None:
-    left = watches_left()
-    if left is None:
+    watched = [folder for folder in settings.folders if folder.mode == "events"]
+    # A service that watches them holds what it needs already.
+    left, instances = watches_left(watched), instances_left(watched)
+    if left is None or instances is None:
         click.echo("inotify: not on this system")
         return
-    watched = [folder for folder in settings.folders if folder.mode == "events"]
     needed = sum(watches_needed(folder) for folder in watched)
     click.echo(f"inotify: {needed} watches needed, {left} left for this user")
     if needed > left:
@@ -386,7 +387,7 @@ def _check_watches(settings: Config) -> None:
             f"{needed} folders need an inotify watch each and {left} are left: "
             "raise fs.inotify.max_user_watches with sysctl."
         )
-    if len(watched) > (instances := instances_left() or 0):
+    if len(watched) > instances:
         raise InputError(
             f"{len(watched)} watch folders need an inotify instance each and {instances} "
             "are left: raise fs.inotify.max_user_instances with sysctl."

@@ -235,22 +235,22 @@ class MatchLog:
             "DELETE FROM in_hand WHERE path = ?", [[text_of(path)] for path in paths]
         )
 
-    def knows(self, path: str, stamp: FileStamp) -> bool:
-        """Whether the file at `path`, as it stands on the disk, has its row already.
+    def row_of(self, path: str, stamp: FileStamp) -> tuple[Status, str] | None:
+        """Status and SHA-256 in the row of the file at `path`, as it stands on the disk.
 
-        A file that met an I/O error is known for a while: then a scan tries it again.
+        A file that met an I/O error has one for a while: then a scan tries it again.
         """
         now = datetime.now(UTC).timestamp()
         # Both ends: the clock may have been ahead when it was written.
         lately = [iso_time(now - _UNREAD_AGAIN_S), iso_time(now + _UNREAD_AGAIN_S)]
         row = self._db.execute(
-            "SELECT 1 FROM images "
+            "SELECT status, sha256 FROM images "
             "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
             f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' "
             "AND classified_at NOT BETWEEN ? AND ?)",
             [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, *lately],
         ).fetchone()
-        return row is not None
+        return (row[0], row[1]) if row else None
 
     def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
         """Whether `path` with this content has its row; if so, remember the new stamp.
@@ -357,28 +357,16 @@ class MatchLog:
 
     def mark_moved(self, path: str, sha256: str, target: str) -> None:
         """Note that a failed file is at `target` now: should it come back to `path`, it is
-        read again."""
-        with self._transaction():
+        read again.
+
+        Not forced to the disk: lost, it costs that it is moved once more, unread.
+        """
+        with self._transaction(synchronous="NORMAL"):
             self._db.execute(
                 "UPDATE images SET mtime_ns = ?, error = error || '; moved to ' || ? "
                 "WHERE path = ? AND sha256 = ? AND status = 'failed'",
                 [STALE, text_of(target), text_of(path), sha256],
             )
-
-    def failures(self) -> list[Outcome]:
-        """Files that failed, in short, but for those moved away or to be tried again; not
-        those whose name `text_of` changed, under which nothing can be found.
-        """
-        rows = self._db.execute(
-            "SELECT path, sha256, bytes, mtime_ns, inode FROM images "
-            "WHERE status = 'failed' AND mtime_ns <> ?",
-            [STALE],
-        )
-        return [
-            Outcome(path, sha256, FileStamp(*stamp), "failed", 0.0, 0.0)
-            for path, sha256, *stamp in rows
-            if "\\x" not in path
-        ]
 
     def mark_failed(self) -> int:
         """Have every failed image tried again by the next scan; returns how many."""

@@ -117,7 +117,7 @@ class Retention:
         if not self._look.over:
             return
         seen, rows = self._look.seen, self._look.rows
-        gone = [row for row, stamp in seen if not stamp or log.knows(row.path, stamp)]
+        gone = [row for row, stamp in seen if not stamp or log.row_of(row.path, stamp)]
         self._deleted += log.delete(gone)
         self._look = None
         if len(rows) == _BATCH:

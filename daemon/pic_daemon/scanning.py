@@ -238,10 +238,12 @@ def scanning(
     folders: Sequence[Folder],
     send: Callable[[Sight], None],
     mount_points: Mapping[str, str] | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Scanner]]:
     """Scanners that have looked at their folders once, as far as these answer.
 
     `mount_points` says by folder where the file system that held it was mounted before.
+    Once `stop_asked` nobody waits for the first looks.
     """
     before = mount_points or {}
     scanners = [
@@ -252,7 +254,7 @@ def scanning(
         for scanner in scanners:
             scanner.start()
         for scanner in scanners:
-            while not scanner.looked.wait(_BEAT_S) and not scanner.silent:
+            while not (stop_asked() or scanner.silent or scanner.looked.wait(_BEAT_S)):
                 scanner.judge()
                 notify(STILL_STARTING)  # thousands of sub-folders take their time
         try:

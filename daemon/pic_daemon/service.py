@@ -113,9 +113,12 @@ class Service:
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._recorder = Recorder(self.log, self.config, self.health)
         config, send = self.config, self.inbox.put
+        known = self._recorder, config.settle_seconds, self.passed
         if config.failed_folder:
             self._mover = Mover(config.failed_folder, send)
-        self._backlog = Backlog(self._recorder, config.settle_seconds, self.passed)
+            self._backlog = Backlog(*known, self._mover.meet)
+        else:
+            self._backlog = Backlog(*known)
         load = partial(load_model, config.model, config.provider)
         model = ServedFiles("model", [config.model], load, self._swap, send, self.before)
         self._files = [model]
@@ -153,13 +156,13 @@ class Service:
                 self._hear,
                 # Where a single pass found it is where it is.
                 {} if self.until_done else self._recorder.write(self.log.mount_points),
+                lambda: self.stop_asked,
             ) as scanners,
         ):
             # The first scan comes after the watches: what arrives between is seen twice
             # rather than never.
             self._backlog.watch(scanners, besides=self.until_done)
             self._note_folders()
-            self._move_earlier_failures()
             if self.cascade:
                 self.cascade.start(partial(self._run, decoders))
             notify("READY=1")
@@ -207,14 +210,6 @@ class Service:
             self.health.serve(self.config.metrics)
         for path in self._recorder.write(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
-
-    def _move_earlier_failures(self) -> None:
-        """What failed before there was a folder for it, or right before an end."""
-        if not self._mover:
-            return
-        for outcome in self._recorder.write(self.log.failures):
-            if self._backlog.online(outcome.path):
-                self._mover.heed(outcome)
 
     def _end_moves(self) -> None:
         """Note what is still moved."""
@@ -354,6 +349,8 @@ class Service:
             case Stop():
                 self._stopping = True
             case SetAside():
+                if self._mover:
+                    self._mover.note(message)
                 self._recorder.set_aside(message)
             case _:
                 self._heed(message)
@@ -406,8 +403,6 @@ class Service:
         elif reading.sha256 and self._recorder.write(
             lambda: self.log.recognise(path, reading.sha256, stamp)
         ):
-            if self._mover:
-                self._mover.touch(path, stamp)
             self._backlog.let_go(path)
         else:
             if not self._batch:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pic_daemon.folders import FileStamp, stamp_of
@@ -21,6 +21,8 @@ logger = logging.getLogger("pic_daemon")
 _PART = ".pic-daemon.part"
 _QUIET_S = 60.0  # since a file was written to: an upload that pauses is not to be moved
 _LONGEST_NAME = 255  # bytes, on the common file systems
+_AT_ONCE = 100  # moves under way: each is a row to change before anything else is done
+_MOST_WAITING = 10_000  # files that failed before; the next scan meets the others
 _END_S = 5.0  # the longest that the end of the service waits for what is to be moved
 
 
@@ -36,13 +38,16 @@ class SetAside:
 class Mover:
     """Moves files that failed into `folder`, once nobody has written to them for a minute.
 
-    `send` gets a SetAside of each, most from the thread that moves.
+    `send` gets a SetAside of each from the thread that moves, and is to `note` it. One that
+    cannot be moved is left until it fails again, or the next start.
     """
 
     def __init__(self, folder: Path, send: Callable[[SetAside], None]) -> None:
         self._folder = folder
         self._send = send
         self._waiting: dict[str, Outcome] = {}  # by path
+        self._moving: set[str] = set()
+        self._left: set[str] = set()  # could not be moved
         self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
@@ -51,25 +56,32 @@ class Mover:
     def heed(self, outcome: Outcome) -> None:
         """Take note of what became of a file; returns at once."""
         self._waiting.pop(outcome.path, None)
-        if outcome.status != "failed":
-            return
-        if abs(time.time() - outcome.stamp.mtime_ns / 1e9) >= _QUIET_S:
-            self._asked.put(outcome)
-        else:
-            self._waiting[outcome.path] = outcome
+        self._left.discard(outcome.path)
+        if outcome.status == "failed":
+            self._move_once_quiet(outcome)
 
-    def touch(self, path: str, stamp: FileStamp) -> None:
-        """Take note that a file which is as it was has another stamp now."""
-        if outcome := self._waiting.get(path):
-            self.heed(replace(outcome, stamp=stamp))
+    def meet(self, outcome: Outcome) -> None:
+        """Take note of a file that failed before and is where it was; returns at once."""
+        if outcome.path in self._moving or outcome.path in self._left:
+            return
+        self._waiting.pop(outcome.path, None)  # its time may be another now
+        if len(self._waiting) < _MOST_WAITING:
+            self._move_once_quiet(outcome)
 
     def look(self) -> None:
         """Have those moved that nobody has written to since."""
-        for outcome in list(self._waiting.values()):
-            self.heed(outcome)
+        waiting, self._waiting = self._waiting, {}
+        for outcome in waiting.values():
+            self._move_once_quiet(outcome)
+
+    def note(self, moved: SetAside) -> None:
+        """Take note of what was sent."""
+        self._moving.discard(moved.outcome.path)
+        if moved.problem:
+            self._left.add(moved.outcome.path)
 
     def end(self) -> None:
-        """Wait a little for what is to be moved, and tell of what is not moved then."""
+        """Wait a little for what is being moved."""
         self._asked.put(None)
         self._thread.join(_END_S)
         if self._thread.is_alive():
@@ -78,12 +90,14 @@ class Mover:
                 "failed files could not be moved to %s before the end; they stay where "
                 "they are until the next start", self._folder,
             )  # fmt: skip
-        for outcome in self._waiting.values():
-            problem = (
-                f"the service ended less than {_QUIET_S:g} s after it was written to; "
-                "the next start moves it"
-            )
-            self._send(SetAside(outcome, None, problem))
+
+    def _move_once_quiet(self, outcome: Outcome) -> None:
+        quiet = abs(time.time() - outcome.stamp.mtime_ns / 1e9) >= _QUIET_S
+        if quiet and len(self._moving) < _AT_ONCE:
+            self._moving.add(outcome.path)
+            self._asked.put(outcome)
+        else:
+            self._waiting[outcome.path] = outcome
 
     def _run(self) -> None:
         while (outcome := self._asked.get()) and not self._ended:

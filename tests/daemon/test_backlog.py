@@ -29,7 +29,7 @@ from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.schema import Status
 from pic_daemon.service import Service
-from pic_daemon.setting_aside import SetAside
+from pic_daemon.setting_aside import Mover, SetAside
 from pic_daemon.watch import FileHint, HintsLost
 
 
@@ -105,6 +105,24 @@ def test_a_file_closed_again_while_it_is_read_is_read_once_more(
             waiting.heed(FileHint(path, stamp, complete, heard_in))
         waiting.let_go(path)
         assert waiting.choose(room=10)[0] == []
+
+
+def test_a_file_closed_while_its_unfinished_state_was_read_does_not_wait(
+    tmp_path: Path, model_file: Path
+) -> None:
+    folder = Folder(tmp_path / "drop", mode="poll")
+    folder.path.mkdir()
+    path = str(folder.path / "a.png")
+    half, whole = (FileStamp(n, time.time_ns(), 1) for n in (1, 2))
+    with backlog_of(tmp_path, model_file, folder) as (waiting, _):
+        for closed, chosen in ((True, [path]), (False, [])):
+            waiting.heed(FileHint(path, half, True, folder.path))
+            assert waiting.choose(room=10)[0] == [path]
+            waiting.heed(FileHint(path, whole, closed, folder.path))
+            waiting.wait_again(path, half)
+            assert waiting.choose(room=10)[0] == chosen
+            if chosen:
+                waiting.let_go(path)
 
 
 def test_a_busy_folder_does_not_keep_others_waiting(
@@ -291,6 +309,54 @@ def test_hints_beyond_what_fits_while_the_database_takes_nothing_cost_a_scan(
             running._look_around(0.0, decoders)
             running._look_around(0.0, decoders)
             assert asked == [True]
+
+
+def failure(path: Path) -> Outcome:
+    path.write_text("no picture")
+    os.utime(path, (1e9, 1e9))
+    stamp = stamp_of(str(path))
+    assert stamp
+    return Outcome(str(path), "", stamp, "failed", 0.0, 0.0)
+
+
+def test_of_many_earlier_failures_a_few_are_moved_at_a_time_and_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setting_aside, "_AT_ONCE", 3)
+    monkeypatch.setattr(setting_aside, "_MOST_WAITING", 5)
+    sent: queue.SimpleQueue[SetAside] = queue.SimpleQueue()
+    mover = Mover(tmp_path, sent.put)
+    (tmp_path / "drop").mkdir()
+    met = [failure(tmp_path / "drop" / f"{number}.png") for number in range(10)]
+    for outcome in (*met, *met):
+        mover.meet(outcome)
+    first = [sent.get(timeout=30) for _ in range(3)]
+    mover.look()
+    time.sleep(0.2)
+    assert sent.empty()  # until these are noted
+    for moved in first:
+        mover.note(moved)
+    mover.look()
+    then = [sent.get(timeout=30) for _ in range(3)]
+    assert {m.outcome.path for m in (*first, *then)} == {o.path for o in met[:6]}
+    assert all(m.target and m.target.exists() for m in (*first, *then))
+    mover.end()
+
+
+def test_what_cannot_be_moved_is_left_until_it_fails_again(tmp_path: Path) -> None:
+    sent: queue.SimpleQueue[SetAside] = queue.SimpleQueue()
+    mover = Mover(tmp_path / "failed", sent.put)
+    outcome = failure(tmp_path / "bad.png")
+    for tell in (mover.meet, mover.heed):
+        tell(outcome)
+        moved = sent.get(timeout=30)
+        assert moved.problem == "No such file or directory"
+        mover.note(moved)
+    (tmp_path / "failed").mkdir()
+    mover.meet(outcome)
+    mover.look()
+    mover.end()
+    assert sent.empty()
 
 
 def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(

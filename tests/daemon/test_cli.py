@@ -102,14 +102,14 @@ def test_check_refuses_folders_that_need_more_watches_than_are_left(
     check = ["check", "--watch", tmp_path / "drop", "--model", model_file]
     check += ["--database", tmp_path / "l.db"]
     for left, code in ((2, 0), (1, 2)):
-        monkeypatch.setattr("pic_daemon.cli.watches_left", lambda left=left: left)
+        monkeypatch.setattr("pic_daemon.cli.watches_left", lambda _, left=left: left)
         result = run_here("pic-daemon", *check)
         assert result.returncode == code
         assert f"inotify: 2 watches needed, {left} left" in result.stdout
     assert "raise fs.inotify.max_user_watches with sysctl" in result.stderr
     monkeypatch.undo()
     for left, code in ((1, 0), (0, 2)):
-        monkeypatch.setattr("pic_daemon.cli.instances_left", lambda left=left: left)
+        monkeypatch.setattr("pic_daemon.cli.instances_left", lambda _, left=left: left)
         result = run_here("pic-daemon", *check)
         assert result.returncode == code
     assert "raise fs.inotify.max_user_instances with sysctl" in result.stderr
@@ -229,7 +229,7 @@ def test_failed_images_are_not_scored_again_by_reclassify(
     assert result.stdout.startswith("1 images will be scored again")
     for path, known in ((good, False), (bad, True)):
         stamp = stamp_of(str(path))
-        assert stamp and shop.log.knows(str(path), stamp) == known
+        assert stamp and bool(shop.log.row_of(str(path), stamp)) == known
 
 
 def test_a_link_to_itself_is_no_file(

@@ -91,7 +91,7 @@ def test_the_present_model_is_known_though_the_clock_was_set_back(
     log._db.conn.commit()
     log.beat({"model": present.sha256})
     assert log.mark_outdated() == 1
-    assert log.knows("/drop/b.png", STAMP) and not log.knows("/drop/a.png", STAMP)
+    assert log.row_of("/drop/b.png", STAMP) and not log.row_of("/drop/a.png", STAMP)
 
 
 def test_a_picture_that_no_index_was_asked_about_is_not_outdated_by_it(
@@ -148,10 +148,10 @@ def test_what_was_recorded_is_known_until_the_file_changes(
 ) -> None:
     log.record([match("/drop/a.png")], model)
     touched = FileStamp(1000, 6, 7)
-    assert log.knows("/drop/a.png", STAMP)
-    assert not log.knows("/drop/a.png", touched)
+    assert log.row_of("/drop/a.png", STAMP)
+    assert not log.row_of("/drop/a.png", touched)
     assert log.recognise("/drop/a.png", "a" * 64, touched)
-    assert log.knows("/drop/a.png", touched)
+    assert log.row_of("/drop/a.png", touched)
     assert not log.recognise("/drop/a.png", "d" * 64, touched)
 
 
@@ -174,11 +174,11 @@ def test_a_failure_gives_way_to_what_the_file_became(log: MatchLog, model: Model
 def test_a_file_that_could_not_be_read_is_tried_again(log: MatchLog, model: Model) -> None:
     unread = replace(failure("/drop/a.png", sha256=""), error="cannot be read: no leave")
     log.record([unread], model)
-    assert not log.knows("/drop/a.png", STAMP)  # a row of 1970
+    assert not log.row_of("/drop/a.png", STAMP)  # a row of 1970
     log.record([replace(unread, classified_at=time.time())], model)
-    assert log.knows("/drop/a.png", STAMP)  # not again by the very next scan
+    assert log.row_of("/drop/a.png", STAMP)  # not again by the very next scan
     log.record([replace(unread, classified_at=time.time() + 86400)], model)
-    assert not log.knows("/drop/a.png", STAMP)  # the clock was ahead
+    assert not log.row_of("/drop/a.png", STAMP)  # the clock was ahead
     log.record([replace(unread, classified_at=time.time())], model)
     assert len(query(log, "SELECT * FROM images")) == 1
     log.record([match("/drop/a.png")], model)
@@ -190,9 +190,9 @@ def test_a_file_that_crashed_its_decoders_is_left_alone_until_asked(
 ) -> None:
     crashed = replace(failure("/drop/a.png", sha256=""), error="decoding crashed")
     log.record([crashed], model)
-    assert log.knows("/drop/a.png", STAMP)
+    assert log.row_of("/drop/a.png", STAMP)
     assert log.mark_failed() == 1
-    assert not log.knows("/drop/a.png", STAMP)
+    assert not log.row_of("/drop/a.png", STAMP)
 
 
 def test_folders_are_noted_instead_of_those_before_or_besides_them(log: MatchLog) -> None:
@@ -211,7 +211,7 @@ def test_what_is_asked_for_each_image_does_not_look_through_the_log(
     asked: list[str] = []
     log._db.conn.set_trace_callback(asked.append)
     log.record([match("/drop/a.png"), failure("/drop/b.png")], model, ["webhook"])
-    log.knows("/drop/a.png", STAMP)
+    log.row_of("/drop/a.png", STAMP)
     log.recognise("/drop/a.png", "a" * 64, FileStamp(1000, 6, 7))
     log._db.conn.set_trace_callback(None)
     details = {
@@ -252,7 +252,7 @@ def test_a_name_that_is_not_utf8_is_written_readably(log: MatchLog, model: Model
     path = b"/drop/caf\xe9.png".decode("utf-8", "surrogateescape")
     log.record([match(path)], model)
     assert query(log, "SELECT path FROM images") == [{"path": "/drop/caf\\xe9.png"}]
-    assert log.knows(path, STAMP)
+    assert log.row_of(path, STAMP)
 
 
 def test_matches_are_read_newest_first_while_the_writer_holds_its_lock(

@@ -167,6 +167,8 @@ def test_systemd_is_asked_for_more_time_while_folders_are_looked_at(
             assert scanner.online
         assert sock.recv(200) == STILL_STARTING.encode()
         assert sock.recv(200) == STILL_STARTING.encode()
+    with scanning([Folder(tmp_path)], lambda _: None, stop_asked=lambda: True) as (late,):
+        assert not late.looked.is_set()
 
 
 def test_a_service_manager_that_does_not_listen_costs_nothing(

@@ -14,7 +14,7 @@ from conftest import mounted
 
 from pic_daemon import watch
 from pic_daemon.folders import Folder
-from pic_daemon.inotify_limits import _inotify_of
+from pic_daemon.inotify_limits import _inotify_of, instances_left, watches_left
 from pic_daemon.watch import FileHint, FolderWatch
 
 Watched = tuple[FolderWatch, Path, list[FileHint]]
@@ -233,7 +233,23 @@ def test_each_watched_folder_holds_an_inotify_instance_with_its_watches(
     assert second.look()
     held = [info.count("inotify wd:") for info in _inotify_of(THIS)]
     assert sorted(held) == [1, 2]
+    # A number that is free, as that of the listing of them is once it is over.
+    gap = os.dup(2)
+    third = FolderWatch(Folder(tmp_path / "second"), lambda _: None, lambda _: None)
+    assert third.look()
+    os.close(gap)
+    assert len(list(_inotify_of(THIS))) == 3
+    third.end()
     second.end()
+
+
+def test_what_watches_the_folders_asked_about_is_not_counted_as_taken(
+    watched: Watched,
+) -> None:
+    _, drop, _ = watched
+    for left in (watches_left, instances_left):
+        with_it, without = left(), left([Folder(drop)])
+        assert with_it is not None and without is not None and without > with_it
 
 
 def test_inotify_of_another_users_processes_is_not_counted(
