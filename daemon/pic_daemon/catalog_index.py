@@ -229,7 +229,7 @@ class CatalogIndex:
 
         `path` is another place. Raises InputError where it cannot be written.
         """
-        path = path or self.path
+        path = Path(os.path.realpath(path or self.path))  # what a link names
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:

@@ -115,6 +115,16 @@ def test_a_picture_finds_itself_as_it_is_mirrored_grey_and_without_its_margins(
             assert similarity > 0.98
 
 
+def test_what_a_link_names_is_written_and_the_link_stays(
+    ready: Path, tmp_path: Path
+) -> None:
+    served, link = tmp_path / "served.index", tmp_path / "link.index"
+    served.touch()
+    link.symlink_to(served)
+    load_index(ready).save(link)
+    assert link.is_symlink() and load_index(served).items == load_index(ready).items
+
+
 def test_landmarks_come_back_from_the_file_as_they_were_made(ready: Path) -> None:
     index = load_index(ready)
     for number, item in index.items.items():

@@ -5,19 +5,25 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from small_run import options
+from torch import nn
+from torch.nn.functional import normalize
 
+from pic_daemon.errors import InputError
+from pic_daemon.images import Pixels
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import load_model
-from pic_training.export import _check_output
+from pic_training.export import Floats, Parity, _check_output, _descriptor, _prove
 from pic_training.preparation import pictures_of, samples_of
-from pic_training.run_folder import load_network
+from pic_training.run_folder import RunConfig, load_network
 from pic_training.threshold import gate_for
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -161,6 +167,45 @@ def test_a_cnn_that_learned_names_is_exported_in_fp32_and_int8_without_them(
         info = load_model(output, "cpu").info
         assert (info.architecture, info.input_size) == ("cnn", 64)
         assert what_decides_is_exact(output)
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(
+    finished: Path, exported: Path, run_here: Run, tmp_path: Path
+) -> None:
+    served, link = tmp_path / "served.onnx", tmp_path / "link.onnx"
+    served.touch()
+    link.symlink_to(served)
+    result = run_here("pic-export", finished, "--output", link)
+    assert result.returncode == 0, result.stderr
+    assert link.is_symlink() and not served.is_symlink()
+    assert load_model(served, "cpu").info.threshold == load_model(exported).info.threshold
+
+
+class _Directions(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(images.flatten(1)[:, :8].double(), dim=1).float()
+
+
+def test_a_cosine_that_lies_at_the_threshold_does_not_keep_a_descriptor_back(
+    config_of: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(1, 256, (256, 4, 4, 3), np.uint8)
+    network = _Directions()
+    known = network(torch.from_numpy(images)).numpy()
+    config = config_of(task="describe", arch="cnn", dimensions=8, naming=None)
+    report = {"threshold": float((known @ known.T)[3, 5]), "catalog_digest": "",
+              "catalog_size": 1, "versions": {}}  # fmt: skip
+
+    def proved(by: float) -> Parity:
+        def read(_: Path) -> Callable[[Pixels], Floats]:
+            return lambda images: network(torch.from_numpy(images)).numpy() - np.float32(by)
+
+        export = _descriptor(tmp_path, config, network, report)  # type: ignore[arg-type]
+        return _prove(replace(export, read=read), tmp_path / "d.onnx", images)
+
+    assert proved(1e-7).flipped == 0
+    with pytest.raises(InputError, match="disagrees with PyTorch"):
+        proved(2e-4)
 
 
 def what_decides_is_exact(model: Path) -> bool:

@@ -19,6 +19,7 @@ from small_run import EVERY_CORE, options
 from pic_daemon.images import DecodedImage, Pixels
 from pic_daemon.model import Model, Verdict, load_model
 from pic_training.learner import Learner
+from pic_training.report import doubt
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,6 +53,16 @@ def test_the_report_adds_up_on_the_half_held_back_for_the_test(finished: Path) -
     assert 0 <= report["calibration_error"]["after"] <= 1
     assert report["calibrated"]["accuracy"]["of"] == sum(counts)
     assert report["calibrated"]["loss"] > 0
+    likest = report["likest_others"]
+    scores = [other["score"] for other in likest]
+    assert scores == sorted(scores, reverse=True)
+    with (finished / "manifest.csv").open() as file:
+        held_back = {r["path"] for r in csv.DictReader(file) if r["split"] == "val"
+                     and r["kind"] == "other"}  # fmt: skip
+    assert {other["path"] for other in likest} == held_back and len(likest) == 6
+    assert (doubt(report) is None) == (scores[0] < report["threshold"])
+    above = doubt({**report, "threshold": scores[1]})
+    assert above and likest[1]["path"] in above and likest[2]["path"] not in above
     assert report["images_per_second"] > 0
     assert report["wall_seconds"] > report["training_seconds"] > 0
     assert report["device"].startswith("cpu")

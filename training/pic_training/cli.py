@@ -161,7 +161,7 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
     _need_the_train_extra()
     prepare_for_training()
     heed_sigterm()
-    from pic_training.report import summary, write_report
+    from pic_training.report import doubt, summary, write_report
     from pic_training.training import Interrupted, run_training
 
     config = _config(**options | (_as_begun(out, options) if resume else {}))
@@ -184,6 +184,8 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
             "same command with --resume writes the report."
         ) from error
     click.echo(summary(report))
+    if noted := doubt(report):
+        click.echo(f"note: {noted}", err=True)
     click.echo(text_of(f"report: {out / 'report.json'}"))
 
 
@@ -416,7 +418,12 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     help="Leave out every one of the others that this run has seen; may be repeated.",
 )
 @click.option("--describe", type=_FILE, help="A descriptor, measured with --index.")
-@click.option("--index", type=_FILE, help="The index that it made of the catalog.")
+@click.option(
+    "--index",
+    type=_FILE,
+    help="The index that it made of the catalog; its threshold must have been chosen on "
+    "other pictures than --others.",
+)
 @click.option(
     "--gate-threshold",
     type=FiniteRange(0, 1),
@@ -450,6 +457,8 @@ def evaluate(
     **plan: Any,
 ) -> None:
     """Measure a model beside perceptual hashes, against look-alikes, edit by edit.
+
+    Edits are made on copies of at most 256 pixels (or twice what the model sees).
 
     Example: pic-evaluate model.onnx --catalog products --others strangers --output report
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import onnxruntime
 from PIL import Image
 
 from pic_daemon.folders import text_of
@@ -18,6 +19,9 @@ from pic_daemon.promise import Interval
 from pic_training.edits import EDITS
 from pic_training.evaluation import Evaluation, MethodResult, Plan
 from pic_training.evaluation_scores import OURS, Scored, sample_file
+from pic_training.peers import peer_versions
+from pic_training.report import versions
+from pic_training.sources import working_side
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -32,6 +36,7 @@ def as_json(evaluation: Evaluation, model: Model, plan: Plan) -> dict[str, Any]:
     return {
         "model": {"sha256": model.sha256, **model.info.to_metadata()},
         "plan": asdict(plan),
+        "versions": versions() | {"onnxruntime": onnxruntime.__version__} | peer_versions(),
         "counts": evaluation.counts,
         "published": asdict(evaluation.published),
         "published_at_threshold": asdict(evaluation.published_at_threshold),
@@ -72,7 +77,9 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
             ],
         ),
         f"<h2>Hard protocol: look-alikes, false positive rate {rate}</h2>",
-        "<p>Each method at its own threshold, chosen on the calibration half; figures of "
+        "<p>Edits are made on copies of the pictures whose longer side is at most "
+        f"{working_side(model.info.input_size)} pixels. "
+        "Each method at its own threshold, chosen on the calibration half; figures of "
         "the test half, with 95% intervals bootstrapped by picture.</p>",
         _methods_table(evaluation.methods),
         "<p>At the thresholds stored in the files, by which the service decides:</p>",
@@ -84,7 +91,8 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
         "<h2>Shortcut checks</h2>",
         _shortcuts(evaluation),
         f"<h2>Worst mistakes of the {evaluation.decisive}</h2>",
-        "<p>Look-alikes with the highest scores, then copies with the lowest.</p>",
+        "<p>Look-alikes with the highest scores, then copies with the lowest; of each "
+        "picture the worst.</p>",
         _sheet(evaluation, plan),
     ]
     style = (
@@ -221,9 +229,10 @@ def _sheet(evaluation: Evaluation, plan: Plan) -> str:
     worst_out = np.argsort(positives.scores[evaluation.decisive], kind="stable")
     rows = []
     for scored, worst in ((decoys, worst_in), (positives, worst_out)):
-        cells = "".join(
-            _thumbnail(scored, int(n), evaluation, plan) for n in worst[:_MISTAKES]
-        )
+        drawn = evaluation.hard.groups[[scored.samples[n].picture for n in worst]]
+        _, firsts = np.unique(drawn, return_index=True)  # one picture's edits would fill it
+        shown = worst[np.sort(firsts)[:_MISTAKES]]
+        cells = "".join(_thumbnail(scored, int(n), evaluation, plan) for n in shown)
         rows.append(f"<div>{cells}</div>")
     return "<hr>".join(rows)
 

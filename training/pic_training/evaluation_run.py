@@ -87,7 +87,17 @@ def run_evaluation(
             tempfile.TemporaryFile(dir=output).close()
         with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
             evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
-        figures = json.dumps(as_json(evaluation, model, plan), indent=1)
+        asked = {
+            "catalog": _named(catalog, sources.catalog_digest),
+            "others": _named(others, sources.digest),
+            "general": list(general),
+            "runs": [text_of(str(run.resolve())) for run in runs],
+        }
+        if identifier:
+            descriptor, index = identifier.descriptor, identifier.index
+            asked["describe"] = _named(descriptor.path, descriptor.sha256)
+            asked["index"] = _named(index.path, index.sha256)
+        figures = json.dumps({**as_json(evaluation, model, plan), "asked": asked}, indent=1)
         page = as_html(evaluation, model, plan)
         with _writing(output):
             for name, text in (("json", figures + "\n"), ("html", page)):
@@ -110,6 +120,10 @@ def run_evaluation(
     return evaluation
 
 
+def _named(path: Path, digest: str) -> dict[str, str]:
+    return {"path": text_of(str(path.resolve())), "sha256": digest}
+
+
 @contextmanager
 def _writing(output: Path) -> Iterator[None]:
     try:
@@ -121,6 +135,8 @@ def _writing(output: Path) -> Iterator[None]:
 def _check_prefixes(general: Sequence[str], sources: Sources) -> None:
     names = [Path(p.path).name for p in sources.pictures if p.kind == "other"]
     for prefix in general:
+        if not prefix:
+            raise InputError("--general needs the beginning of a name, not nothing.")
         if not any(name.startswith(prefix) for name in names):
             raise InputError(f"--general {prefix}: no name among the others begins so.")
 
@@ -156,6 +172,8 @@ def _unseen(sources: Sources, run: Path, size: int) -> Sources:
     twins = first_copies(looks, among) if among else repeat(None)
     alike = {p.path for p, twin in zip(others, twins) if twin is not None}  # noqa: B905
     alike |= {p.path for p in others if p.sha256 in hashes}
+    groups = {p.group for p in others if p.path in alike}
+    alike |= {p.path for p in others if p.group in groups}
     kept = tuple(p for p in sources.pictures if p.kind == "catalog" or p.path not in alike)
     if all(p.kind == "catalog" for p in kept):
         raise InputError(f"{run} has seen every one of the others; give others it has not.")

@@ -1,6 +1,6 @@
 """Edited pictures, and what every method of the evaluation makes of each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -59,7 +59,8 @@ class Proposed:
     """What the descriptor proposes for N samples, nearest first: shape (N, CANDIDATES).
 
     Cosines and agreements are float64, 0 where fewer are proposed; `items` are their
-    names, '' there; `own` marks the picture that the sample was made from.
+    names, '' there; `own` marks the picture that the sample was made from, and its
+    near-duplicates.
     """
 
     cosines: NDArray[np.float64]
@@ -91,7 +92,8 @@ class Proposed:
 class Scored:
     """Samples of one part of the evaluation with every method's scores, shape (N,).
 
-    `named`: whether a method that names items puts the sample's own picture first.
+    `named`: whether a method that names items puts the sample's own picture, or a
+    near-duplicate of it, first.
     """
 
     samples: list[Sample]
@@ -166,17 +168,18 @@ class Scorer:
             self._show(len(chunk))
         scores = {OURS: np.array(ours)}
         named: dict[str, NDArray[np.bool_]] = {}
-        pictures = np.array([sample.picture for sample in samples])
+        groups = self._sources.groups()
+        own = groups[[sample.picture for sample in samples]]
         columns = zip(*hashes, strict=True)
         for name, column, known in zip(self._names, columns, self._known, strict=True):
             scores[name], places = nearest(column, known)
-            named[name] = (places >= 0) & (self._catalog[places] == pictures)
+            named[name] = (places >= 0) & (groups[self._catalog[places]] == own)
         found = None
         if self._identifier:
             # By content: a file may have been renamed, or be there under two names.
-            items = {i.sha256: i.name for i in self._identifier.index.items.values()}
-            drawn = [self._sources.pictures[n].sha256 for n in pictures]
-            found = _proposed(rows, [items.get(sha256) for sha256 in drawn])
+            of = {p.sha256: groups[n] for n, p in enumerate(self._sources.pictures)}
+            items = self._identifier.index.items.values()
+            found = _proposed(rows, {i.name: of.get(i.sha256, -1) for i in items}, own)
             scores[DESCRIPTOR] = found.cosines[:, 0].copy()
             scores[UNGATED] = found.joint[found.best]
             scores[CASCADE] = np.where(passed, scores[UNGATED], 0.0)
@@ -224,14 +227,16 @@ def _features(job: _Job) -> _Features:
     return _Features(decoded.pixels, decoded.blank, hashes, closeup)
 
 
-def _proposed(rows: Sequence[_Row], items_drawn: Sequence[str | None]) -> Proposed:
+def _proposed(
+    rows: Sequence[_Row], group_of: Mapping[str, int], groups: NDArray[np.int64]
+) -> Proposed:
     padded = [[*row, *[(0.0, 0.0, "")] * (CANDIDATES - len(row))] for row in rows]
     cosines, agreements, items = (
         [[found[part] for found in row] for row in padded] for part in range(3)
     )
     own = [
-        [bool(item) and item == drawn for item in row]
-        for drawn, row in zip(items_drawn, items, strict=True)
+        [group_of.get(str(item), -1) == group for item in row]
+        for group, row in zip(groups, items, strict=True)
     ]
     return Proposed(
         np.maximum(0.0, np.array(cosines)),

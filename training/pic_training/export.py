@@ -52,7 +52,8 @@ class _Export:
     """What is written, and how its reader is asked.
 
     `output` names the graph's output, `read` gives the reader's function from images
-    to outputs, and `decide` turns outputs into decisions that must not flip.
+    to outputs, and `above` says how far these lie above what decides. No decision may flip
+    that is at least `slack` from it.
     """
 
     served: nn.Module
@@ -60,7 +61,8 @@ class _Export:
     output: str
     verb: str
     read: Callable[[Path], Callable[[Pixels], Floats]]
-    decide: Callable[[Floats], NDArray[np.bool_]]
+    above: Callable[[Floats], Floats]
+    slack: float
 
 
 class _Served(nn.Module):
@@ -86,6 +88,7 @@ def export_run(
     the test half may fall by at most `max_loss`. Raises InputError where `folder` is no
     finished run or a proof fails; then no file is left behind.
     """
+    output = Path(os.path.realpath(output))  # what a link names, not the link
     _check_output(output)
     config, network = load_network(folder)
     report_file, parity_file = folder / "report.json", folder / "parity.npy"
@@ -171,7 +174,8 @@ def _classifier(
         "score",
         "score",
         lambda path: load_model(path, "cpu").score,
-        lambda scores: scores >= info.threshold,
+        lambda scores: scores - np.float32(info.threshold),
+        0.0,  # it was put midway between two scores
     )
 
 
@@ -184,7 +188,8 @@ def _descriptor(
         "embedding",
         "are described",
         lambda path: load_descriptor(path, "cpu").describe,
-        lambda embeddings: embeddings @ embeddings.T >= report["threshold"],
+        lambda embeddings: embeddings @ embeddings.T - np.float32(report["threshold"]),
+        TOLERANCE,  # of so many pairs some lie at any threshold
     )
 
 
@@ -265,7 +270,9 @@ def _prove(export: _Export, path: Path, images: Pixels) -> Parity:
         parts = [tried[i : i + batch] for i in range(0, len(tried), batch)]
         outputs = np.concatenate([read(part) for part in parts])
         worst = float(np.maximum(worst, np.abs(outputs - known).max()))
-        flipped += int((export.decide(outputs) != export.decide(known)).sum())
+        now, before = export.above(outputs), export.above(known)
+        flips = ((now >= 0) != (before >= 0)) & (np.abs(before) >= export.slack)
+        flipped += int(flips.sum())
     if not worst <= TOLERANCE or flipped:  # a difference that is no number is none
         raise InputError(
             f"the exported network disagrees with PyTorch: its {export.output}s differ by "

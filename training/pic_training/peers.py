@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import imagehash
 import numpy as np
@@ -37,6 +38,11 @@ def _dhash(image: Image.Image) -> Bits:
 def _pdq(image: Image.Image) -> Bits | None:
     bits, quality = pdqhash.compute(np.asarray(image))
     return np.packbits(bits.astype(bool)) if quality >= _PDQ_QUALITY else None
+
+
+def peer_versions() -> dict[str, str]:
+    """Of what need not be installed; `report.versions` has the others."""
+    return {"pdqhash": version("pdqhash")} if pdqhash else {}
 
 
 def peers() -> list[Peer]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pic_daemon.folders import text_of
 from pic_daemon.promise import Floats, Interval, Labels, threshold_for
 from pic_training.run_folder import EpochMetrics, RunConfig, best_of, read_json, write_json
 from pic_training.threshold import (
@@ -26,6 +27,8 @@ from pic_training.training import RunResult
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+_LIKEST = 12  # others that are named
 
 PLOT = "TrainingLossAccuracyPlot.png"
 
@@ -74,6 +77,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "sources_digest": result.sources.digest,
         "weights_digest": read_json(folder / "digest.json").get("weights"),
         "left_out": len(result.sources.left_out),
+        "likest_others": _likest(result, scores),
         "training_seconds": seconds,
         "wall_seconds": result.other_seconds
         + sum(m.seconds + m.val_seconds for m in result.history),
@@ -110,6 +114,33 @@ def summary(report: dict[str, Any]) -> str:
         f"{recall['value']:.2%} (95% {recall['low']:.2%} to {recall['high']:.2%}), false "
         f"positive rate {rate['value']:.3%} ({rate['low']:.3%} to {rate['high']:.3%})"
     )
+
+
+def doubt(report: dict[str, Any]) -> str | None:
+    """What to look at before the model is believed, if anything."""
+    above = [o for o in report["likest_others"] if o["score"] >= report["threshold"]]
+    if not above:
+        return None
+    named = ", ".join(f"{other['path']} ({other['score']:.4f})" for other in above[:3])
+    return (
+        "of the others held back these score most like the catalog, above the threshold: "
+        f"{named}. A cropped copy of yours among them is not left out by itself: take it "
+        "out (report.json has more of them)"
+    )
+
+
+def _likest(result: RunResult, scores: Floats) -> list[dict[str, Any]]:
+    """The others held back that score highest, each by its greatest score."""
+    others = np.flatnonzero(result.val_labels < 0.5)
+    ranked = others[np.argsort(-scores[others], kind="stable")]
+    _, firsts = np.unique(result.val_sources[ranked], return_index=True)
+    return [
+        {
+            "path": text_of(result.sources.pictures[result.val_sources[n]].path),
+            "score": float(scores[n]),
+        }
+        for n in ranked[np.sort(firsts)[:_LIKEST]]
+    ]
 
 
 def _calibrated(

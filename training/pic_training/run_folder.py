@@ -330,7 +330,10 @@ def read_manifest(folder: Path) -> dict[str, str]:
     """Path -> sha256 of every picture of a run; raises InputError where it is none."""
     try:
         with _table(folder / "manifest.csv", "r") as file:
-            return {row["path"]: row["sha256"] for row in csv.DictReader(file)}
+            rows = {row["path"]: row["sha256"] for row in csv.DictReader(file)}
+        if not rows:
+            raise ValueError("its manifest.csv names no picture")
+        return rows
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
 

@@ -412,7 +412,8 @@ def _leaking(found: Sequence[_Found], groups: dict[str, str]) -> dict[str, str]:
 
 
 def _held_back(groups: Sequence[str]) -> set[str]:
-    """Whole groups that make up VALIDATION_SHARE of the pictures, or as near as can be.
+    """Whole groups that make up VALIDATION_SHARE of the pictures, or as near as can be,
+    and of the groups: beside one large scene all the others would be held back.
 
     In the order of their names' hashes: in that of the names, which are the smallest
     of several hashes, large groups would come first.
@@ -421,11 +422,11 @@ def _held_back(groups: Sequence[str]) -> set[str]:
     if len(sizes) < 2:
         return set()
     order = sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).hexdigest())
-    wanted = max(1, round(VALIDATION_SHARE * len(groups)))
+    wanted, most = (max(1, round(VALIDATION_SHARE * len(of))) for of in (groups, sizes))
     chosen: set[str] = set()
     count = 0
     for group in order:
-        if count + sizes[group] <= wanted:
+        if count + sizes[group] <= wanted and len(chosen) < most:
             chosen.add(group)
             count += sizes[group]
     return chosen or {min(order, key=lambda group: sizes[group])}
