@@ -61,18 +61,15 @@ class DecodedImage:
     """One decoded file: `pixels` is uint8, shape (size, size, 3), RGB, 0..255.
 
     `width` and `height` are those of the stored image in pixels, before any
-    EXIF rotation; `format` is Pillow's name, such as ``JPEG``.
+    EXIF rotation; `format` is Pillow's name, such as ``JPEG``. `blank`: the picture is
+    nearly uniform, so that there is nothing to recognise.
     """
 
     pixels: Pixels
     width: int
     height: int
     format: str
-
-    @property
-    def blank(self) -> bool:
-        """Whether the picture is nearly uniform, so that there is nothing to recognise."""
-        return is_blank(self.pixels)
+    blank: bool = False
 
 
 def is_blank(pixels: Pixels) -> bool:
@@ -96,7 +93,7 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage
                 pixels = to_pixels(_rgb(source, data, size), size)
         except _DECODER_ERRORS as error:
             raise ImageError(_reason(error)) from error
-    return DecodedImage(pixels, width, height, name)
+    return DecodedImage(pixels, width, height, name, is_blank(pixels))
 
 
 def open_rgb(

@@ -240,17 +240,21 @@ class MatchLog:
 
         A file that met an I/O error has one for a while: then a scan tries it again.
         """
-        now = datetime.now(UTC).timestamp()
-        # Both ends: the clock may have been ahead when it was written.
-        lately = [iso_time(now - _UNREAD_AGAIN_S), iso_time(now + _UNREAD_AGAIN_S)]
         row = self._db.execute(
-            "SELECT status, sha256 FROM images "
-            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ? "
-            f"AND NOT (sha256 = '' AND error LIKE '{UNREAD}%' "
-            "AND classified_at NOT BETWEEN ? AND ?)",
-            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode, *lately],
+            "SELECT status, sha256, error, classified_at FROM images "
+            "WHERE path = ? AND bytes = ? AND mtime_ns = ? AND inode = ?",
+            [text_of(path), stamp.bytes, stamp.mtime_ns, stamp.inode],
         ).fetchone()
-        return (row[0], row[1]) if row else None
+        if row is None:
+            return None
+        status, sha256, error, classified_at = row
+        if not sha256 and error.startswith(UNREAD):
+            now = datetime.now(UTC).timestamp()
+            # Both ends: the clock may have been ahead when it was written.
+            lately = (iso_time(now + by) for by in (-_UNREAD_AGAIN_S, _UNREAD_AGAIN_S))
+            if not next(lately) <= classified_at <= next(lately):
+                return None
+        return status, sha256
 
     def recognise(self, path: str, sha256: str, stamp: FileStamp) -> bool:
         """Whether `path` with this content has its row; if so, remember the new stamp.
