@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -74,6 +75,8 @@ def main(
     provider: str,
     count: int | None,
 ) -> None:
+    if not daemon_only and not find_spec("pdqhash"):
+        raise click.UsageError("PDQ wants pip install '.[peers]'; or --daemon-only")
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, float]]] = {}
     context = multiprocessing.get_context("forkserver")
@@ -132,6 +135,7 @@ def rate(pool, work: Callable[[Path], None], files: list[Path]) -> float:  # typ
         return time.perf_counter() - begun
 
     some = files[: 8 * 2 * (os.cpu_count() or 1)]
+    took(some)  # which imports what it needs
     part = files[: max(len(some), round(len(some) * PEERS_S / took(some)))]
     return len(part) / took(part)
 

@@ -380,7 +380,7 @@ class Service:
         path, in_hand = reading.path, self._backlog.in_hand[reading.path]
         # A single pass does not wait again for a file that never stood still.
         last = self.until_done and not in_hand.settled
-        if reading.changed and last:
+        if reading.changed and reading.stamp and last:
             reading = replace(reading, changed=False, error=_NEVER_STILL)
         unfinished = reading.changed or reading.suspect or reading.transient
         stamp = reading.stamp or (in_hand.stamp if unfinished else None)

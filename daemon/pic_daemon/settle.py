@@ -4,7 +4,8 @@ Cases it handles:
 - a writer closed the file, or renamed it into place: read it at once;
 - nothing told of the end (a scan found it): read it once its stamp has stood
   still for `settle_seconds`;
-- it changes meanwhile: the wait begins anew, unless it never ends: what a camera writes
+- it changes meanwhile: the wait begins anew;
+- it never stands still, and does more than grow, as an upload does: what a camera writes
   anew every second is read as it is then;
 - it was read at once and proved incomplete: `wait` puts it back to stand still.
 """
@@ -24,6 +25,7 @@ class _Waiting:
     due: float
     latest: float
     seen_at: float
+    grows: bool = True  # and nothing else has happened to it
 
 
 @dataclass
@@ -51,10 +53,13 @@ class SettleTracker:
         if waiting and waiting.stamp == stamp:
             return
         due = now + self.settle_seconds + longer
-        latest = due + (_PATIENCE - 1) * self.settle_seconds
+        latest, grows = due + (_PATIENCE - 1) * self.settle_seconds, True
         if waiting:
-            due, latest, seen_at = min(due, waiting.latest), waiting.latest, waiting.seen_at
-        self._waiting[path] = _Waiting(stamp, due, latest, seen_at)
+            before, latest, seen_at = waiting.stamp, waiting.latest, waiting.seen_at
+            larger = stamp.inode == before.inode and stamp.bytes > before.bytes
+            grows = waiting.grows and larger
+            due = due if grows else min(due, latest)
+        self._waiting[path] = _Waiting(stamp, due, latest, seen_at, grows)
         heapq.heappush(self._queue, (due, path))
 
     def awaits(self, path: str, stamp: FileStamp) -> bool:
@@ -65,7 +70,7 @@ class SettleTracker:
     def overdue(self, path: str, now: float) -> bool:
         """Whether `path` has been waiting for so long that it may never stand still."""
         waiting = self._waiting.get(path)
-        return waiting is not None and now >= waiting.latest
+        return waiting is not None and now >= waiting.latest and not waiting.grows
 
     def release(self, path: str) -> float | None:
         """Stop waiting for `path`; returns when it was first noticed, if it was here."""

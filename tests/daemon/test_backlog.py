@@ -24,7 +24,7 @@ from pic_daemon.folders import FileStamp, Folder, stamp_of
 from pic_daemon.health import Health
 from pic_daemon.match_log import MatchLog, Outcome
 from pic_daemon.model import load_model
-from pic_daemon.reading import read_image
+from pic_daemon.reading import Reading, read_image
 from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.schema import Status
@@ -203,28 +203,22 @@ def test_an_upload_that_went_on_after_its_file_was_chosen_is_waited_for(
 
 
 ALWAYS_WRITING = """
-import itertools, os, sys
-camera, endless, picture = sys.argv[1:]
+import os, sys
+camera, picture = sys.argv[1:]
 data = open(picture, "rb").read()
-with open(endless, "ab", 0) as file:
-    for _ in itertools.count():
-        file.write(b"x")
-        with open(camera + ".part", "wb") as part:
-            part.write(data)
-        os.rename(camera + ".part", camera)
-        for _ in range(2000):
-            file.write(b"x")
+while True:
+    with open(camera + ".part", "wb") as part:
+        part.write(data)
+    os.rename(camera + ".part", camera)
 """
-"""A picture that is always replaced, and a file that never ends."""
 
 
 @contextmanager
-def always_writing(folder: Path) -> Iterator[None]:
+def camera(folder: Path) -> Iterator[None]:
+    """A picture there is always replaced by the next."""
     folder.mkdir(exist_ok=True)
     picture = write_image(folder.parent / "picture.png", 200)
-    files = (folder / "camera.png", folder / "endless.png")
-    files[1].write_bytes(bytes(8 << 20))  # takes longer to read than to add to
-    command = [sys.executable, "-c", ALWAYS_WRITING, *files, picture]
+    command = [sys.executable, "-c", ALWAYS_WRITING, folder / "camera.png", picture]
     with subprocess.Popen(command) as writing:
         try:
             yield
@@ -239,7 +233,7 @@ def test_a_file_that_never_stands_still_is_read_as_it_is(
     table = f'[[watch]]\npath = "{daemon.drop}"\nmode = "poll"\npoll_seconds = 1\n'
     config.write_text(table)
     daemon.start("--config", config, "--settle-seconds", 0.1, watch=False)
-    with always_writing(daemon.drop):
+    with camera(daemon.drop):
         (row,) = daemon.wait_for_rows(1)
         assert (Path(str(row["path"])).name, row["status"]) == ("camera.png", "match")
 
@@ -249,11 +243,25 @@ def test_a_single_pass_ends_although_files_are_always_written_to(
 ) -> None:
     folders = (Folder(tmp_path / "archive", mode="poll", poll_seconds=math.inf),)
     config = Config(folders, model_file, tmp_path / "log.db", settle_seconds=0.1)
-    with closing(MatchLog.open(config.database)) as log, always_writing(folders[0].path):
-        Service(config, load_model(model_file, "cpu"), log, until_done=True).run()
-    rows = {Path(row["path"]).name: row for row in Database(config.database)["images"].rows}
-    assert rows["camera.png"]["status"] == "match"
-    assert rows["endless.png"]["error"] == "was written to whenever it was read"
+    with closing(MatchLog.open(config.database)) as log, camera(folders[0].path):
+        running = Service(config, load_model(model_file, "cpu"), log, until_done=True)
+        running.run()
+        (row,) = Database(config.database)["images"].rows
+        assert row["status"] == "match"
+
+        path, stamp = row["path"], FileStamp(1, 1, 1)
+        for settled, wanted in (
+            (True, None),
+            (False, "was written to whenever it was read"),
+        ):
+            running._backlog.in_hand[path] = InHand(0.0, stamp, settled)
+            running._sort(Reading(path, FileStamp(2, 2, 1), changed=True))
+            errors = [reading.error for reading in running._batch]
+            assert errors == ([wanted] if wanted else [])
+        # Nothing is known of one whose worker was left behind.
+        running._backlog.in_hand[path] = InHand(0.0, stamp, settled=False)
+        running._sort(Reading(path, None, changed=True))
+        assert path not in running._backlog.in_hand and len(running._backlog) == 1
 
 
 def test_where_a_server_tells_the_times_a_young_file_must_stand_still(

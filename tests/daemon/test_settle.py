@@ -1,3 +1,5 @@
+import pytest
+
 from pic_daemon.folders import FileStamp
 from pic_daemon.settle import SettleTracker
 
@@ -24,17 +26,28 @@ def test_a_file_that_grows_waits_anew_and_keeps_when_it_was_first_seen() -> None
     assert tracker.release("a") == 5.0
 
 
-def test_a_file_that_never_stands_still_is_due_after_thirty_waits() -> None:
+@pytest.mark.parametrize("again", [FileStamp(10, 2, 8), FileStamp(5, 2, 7)])
+def test_a_file_that_never_stands_still_is_due_after_thirty_waits(again: FileStamp) -> None:
     tracker = SettleTracker(2.0)
-    for second in range(60):
-        stamp = FileStamp(second, second, 7)
+    for second in range(60):  # replaced, or written over, every second
+        stamp = SMALL if second % 2 else again
         tracker.wait("a", stamp, now=100.0 + second, seen_at=5.0 + second)
         assert tracker.due(100.0 + second) == []
         assert not tracker.overdue("a", 100.0 + second)
-    assert tracker.due(160.0) == [("a", FileStamp(59, 59, 7))]
+    assert tracker.due(160.0) == [("a", SMALL)]
     assert tracker.overdue("a", 160.0)
     assert tracker.release("a") == 5.0
     assert not tracker.overdue("a", 160.0)
+
+
+def test_an_upload_is_waited_for_however_long_it_takes() -> None:
+    tracker = SettleTracker(2.0)
+    for second in range(600):
+        stamp = FileStamp(second, second, 7)
+        tracker.wait("a", stamp, now=100.0 + second, seen_at=5.0)
+        assert tracker.due(100.0 + second) == []
+    assert not tracker.overdue("a", 700.0)
+    assert tracker.due(701.0) == [("a", stamp)]
 
 
 def test_seeing_an_unchanged_file_again_does_not_prolong_its_wait() -> None:

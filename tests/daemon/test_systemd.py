@@ -152,7 +152,7 @@ def test_systemd_is_asked_for_more_time_while_folders_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(_: Folder, progress: Callable[[], None]) -> int:
-        for _ in range(25):
+        for _ in range(50):
             time.sleep(0.1)
             progress()
         return 1

@@ -248,8 +248,8 @@ def test_what_watches_the_folders_asked_about_is_not_counted_as_taken(
 ) -> None:
     _, drop, _ = watched
     for left in (watches_left, instances_left):
-        with_it, without = left(), left([Folder(drop)])
-        assert with_it is not None and without is not None and without > with_it
+        # Services of other tests come and go meanwhile.
+        until(lambda: (left([Folder(drop)]) or 0) > (left() or 0))  # noqa: B023
 
 
 def test_inotify_of_another_users_processes_is_not_counted(

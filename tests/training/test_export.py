@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -196,16 +197,18 @@ def test_a_cosine_that_lies_at_the_threshold_does_not_keep_a_descriptor_back(
     report = {"threshold": float((known @ known.T)[3, 5]), "catalog_digest": "",
               "catalog_size": 1, "versions": {}}  # fmt: skip
 
-    def proved(by: float) -> Parity:
+    def proved(by: float, **changes: Any) -> Parity:
         def read(_: Path) -> Callable[[Pixels], Floats]:
             return lambda images: network(torch.from_numpy(images)).numpy() - np.float32(by)
 
         export = _descriptor(tmp_path, config, network, report)  # type: ignore[arg-type]
-        return _prove(replace(export, read=read), tmp_path / "d.onnx", images)
+        return _prove(replace(export, read=read, **changes), tmp_path / "d.onnx", images)
 
     assert proved(1e-7).flipped == 0
-    with pytest.raises(InputError, match="disagrees with PyTorch"):
-        proved(2e-4)
+    with pytest.raises(InputError, match=r"\b[1-9]\d* decisions flipped"):
+        proved(2e-5, slack=1e-6)
+    with pytest.raises(InputError, match=r"\b0 decisions flipped"):
+        proved(1.5e-4, above=lambda cosines: cosines + 2)
 
 
 def what_decides_is_exact(model: Path) -> bool:

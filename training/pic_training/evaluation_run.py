@@ -53,6 +53,7 @@ def run_evaluation(
         size = model.info.input_size
         sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", size)
         say_left_out(sources)
+        given = sources.digest_of("other")
         _check_prefixes(general, sources)
         for run in runs:
             sources = _unseen(sources, run, size)
@@ -89,7 +90,7 @@ def run_evaluation(
             evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
         asked = {
             "catalog": _named(catalog, sources.catalog_digest),
-            "others": _named(others, sources.digest),
+            "others": _named(others, given),
             "general": list(general),
             "runs": [text_of(str(run.resolve())) for run in runs],
         }

@@ -117,29 +117,30 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def doubt(report: dict[str, Any]) -> str | None:
-    """What to look at before the model is believed, if anything."""
+    """What to look at before the model is believed: others most of whose samples match."""
     above = [o for o in report["likest_others"] if o["score"] >= report["threshold"]]
     if not above:
         return None
     named = ", ".join(f"{other['path']} ({other['score']:.4f})" for other in above[:3])
     return (
-        "of the others held back these score most like the catalog, above the threshold: "
-        f"{named}. A cropped copy of yours among them is not left out by itself: take it "
-        "out (report.json has more of them)"
+        f"of the others held back, these are taken for the catalog at most times: {named}. "
+        "Where one is a copy of yours, cropped, it is not left out by itself: take it out "
+        "(report.json has more of them)"
     )
 
 
 def _likest(result: RunResult, scores: Floats) -> list[dict[str, Any]]:
-    """The others held back that score highest, each by its greatest score."""
-    others = np.flatnonzero(result.val_labels < 0.5)
-    ranked = others[np.argsort(-scores[others], kind="stable")]
-    _, firsts = np.unique(result.val_sources[ranked], return_index=True)
+    """The others held back that score highest, each by the median of its samples: of
+    nearly all decoys some sample may match, of a copy most do."""
+    drawn = result.val_sources
+    others = np.unique(drawn[result.val_labels < 0.5])
+    medians = np.array([np.median(scores[drawn == picture]) for picture in others])
     return [
         {
-            "path": text_of(result.sources.pictures[result.val_sources[n]].path),
-            "score": float(scores[n]),
+            "path": text_of(result.sources.pictures[others[n]].path),
+            "score": float(medians[n]),
         }
-        for n in ranked[np.sort(firsts)[:_LIKEST]]
+        for n in np.argsort(-medians, kind="stable")[:_LIKEST]
     ]
 
 

@@ -103,8 +103,12 @@ class Sources:
 
     @property
     def catalog_digest(self) -> str:
-        """SHA-256 over the sorted hashes of the catalog: names it, whatever its paths."""
-        hashes = sorted(p.sha256 for p in self.pictures if p.kind == "catalog")
+        """What names the catalog, whatever its paths."""
+        return self.digest_of("catalog")
+
+    def digest_of(self, kind: Kind) -> str:
+        """SHA-256 over the sorted hashes of the pictures of a kind."""
+        hashes = sorted(p.sha256 for p in self.pictures if p.kind == kind)
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     @property
