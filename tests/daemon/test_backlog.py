@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -259,9 +259,33 @@ def test_a_single_pass_ends_although_files_are_always_written_to(
             errors = [reading.error for reading in running._batch]
             assert errors == ([wanted] if wanted else [])
         # Nothing is known of one whose worker was left behind.
+        waiting, path = len(running._backlog), f"{path}-2"
         running._backlog.in_hand[path] = InHand(0.0, stamp, settled=False)
         running._sort(Reading(path, None, changed=True))
-        assert path not in running._backlog.in_hand and len(running._backlog) == 1
+        assert path not in running._backlog.in_hand
+        assert (len(running._backlog), running.gone) == (waiting + 1, 0)
+
+
+def test_a_stop_is_heeded_while_folders_are_looked_at_for_the_first_time(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def slow(_: Folder, progress: Callable[[], None]) -> int:
+        for _ in range(600):
+            time.sleep(0.1)
+            progress()
+        ended.append(True)
+        return 1
+
+    monkeypatch.setattr("pic_daemon.watch.watches_needed", slow)
+    (tmp_path / "drop").mkdir()
+    config = Config((Folder(tmp_path / "drop"),), model_file, tmp_path / "log.db")
+    with closing(MatchLog.open(config.database)) as log:
+        running = Service(config, load_model(model_file, "cpu"), log)
+        running.stop()
+        running.run()
+    assert not ended
 
 
 def test_where_a_server_tells_the_times_a_young_file_must_stand_still(
@@ -363,6 +387,13 @@ def test_what_cannot_be_moved_is_left_until_it_fails_again(tmp_path: Path) -> No
     (tmp_path / "failed").mkdir()
     mover.meet(outcome)
     mover.look()
+    assert not mover._moving and not mover._waiting
+    for tell in (mover.heed, mover.meet):  # then it is as any other
+        tell(outcome)
+        moved = sent.get(timeout=30)
+        assert moved.target
+        mover.note(moved)
+        outcome = failure(tmp_path / "bad.png")
     mover.end()
     assert sent.empty()
 

@@ -33,6 +33,13 @@ def test_a_border_of_any_colour_is_left_away(share: float, size: int) -> None:
         assert likeness_of(pixels, busy()) > max(0.85, whole + 0.1)
 
 
+@pytest.mark.parametrize("side", range(4))
+def test_so_is_one_on_a_single_side(side: int) -> None:
+    widths = tuple(60 if number == side else 0 for number in range(4))
+    framed = ImageOps.expand(busy(), widths, "white")  # type: ignore[arg-type]
+    assert likeness_of(looks(framed)[0], busy()) > 0.9
+
+
 def test_so_are_uneven_sides() -> None:
     framed = ImageOps.expand(busy(), (50, 5, 12, 30), "white")
     assert likeness_of(looks(framed)[0], busy()) > 0.9

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 
 from pic_daemon.folders import FileStamp
@@ -26,15 +28,21 @@ def test_a_file_that_grows_waits_anew_and_keeps_when_it_was_first_seen() -> None
     assert tracker.release("a") == 5.0
 
 
-@pytest.mark.parametrize("again", [FileStamp(10, 2, 8), FileStamp(5, 2, 7)])
-def test_a_file_that_never_stands_still_is_due_after_thirty_waits(again: FileStamp) -> None:
+@pytest.mark.parametrize(
+    "after",
+    [lambda n: FileStamp(n, n, n), lambda n: FileStamp(5 - n % 2, n, 7)],
+    ids=["replaced", "written over"],
+)
+def test_a_file_that_never_stands_still_is_due_after_thirty_waits(
+    after: Callable[[int], FileStamp],
+) -> None:
     tracker = SettleTracker(2.0)
-    for second in range(60):  # replaced, or written over, every second
-        stamp = SMALL if second % 2 else again
+    for second in range(60):
+        stamp = after(second)
         tracker.wait("a", stamp, now=100.0 + second, seen_at=5.0 + second)
         assert tracker.due(100.0 + second) == []
         assert not tracker.overdue("a", 100.0 + second)
-    assert tracker.due(160.0) == [("a", SMALL)]
+    assert tracker.due(160.0) == [("a", stamp)]
     assert tracker.overdue("a", 160.0)
     assert tracker.release("a") == 5.0
     assert not tracker.overdue("a", 160.0)

@@ -1,11 +1,12 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from pic_training.metric_learning import Known
-from pic_training.report import draw_plot
+from pic_training.report import _likest, doubt, draw_plot
 from pic_training.run_folder import EpochMetrics, best_of
 from pic_training.tasks import judge_classes, judge_embeddings
 
@@ -21,6 +22,22 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     draw_plot(history, tmp_path / "plot.png")
     image = Image.open(tmp_path / "plot.png").convert("RGB")
     assert len(image.getcolors(1 << 20) or []) > 50
+
+
+def test_others_are_doubted_for_most_of_their_samples_not_for_the_worst() -> None:
+    pictures = [SimpleNamespace(path=name) for name in ("ours", "odd", "copy", "far")]
+    result = SimpleNamespace(
+        sources=SimpleNamespace(pictures=pictures),
+        val_labels=np.array([1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        val_sources=np.array([0, 1, 1, 1, 2, 2, 2, 3, 3, 3]),
+    )
+    scores = np.array([1, 0.99, 0.1, 0.2, 0.3, 0.9, 0.8, 0, 0, 0])
+    found = _likest(result, scores)  # type: ignore[arg-type]
+    assert [(o["path"], o["score"]) for o in found] == [
+        ("copy", 0.8), ("odd", 0.2), ("far", 0.0)
+    ]  # fmt: skip
+    said = doubt({"likest_others": found, "threshold": 0.5})
+    assert said and "copy" in said and "odd (" not in said
 
 
 def test_an_epoch_that_tells_more_apart_is_kept_though_it_is_sure_of_too_much() -> None:
