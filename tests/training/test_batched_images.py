@@ -76,7 +76,7 @@ def test_a_jpeg_is_what_libjpeg_makes_of_it(
 ) -> None:
     image = product(5).resize(size)
     width, height = (-(-length * eighths // 8) for length in size)
-    data = compress(image, quality)
+    data = compress(np.asarray(image), quality)
     expected = decode_jpeg(data, "RGB", min_width=width, min_height=height)
     jpeg = Jpeg(SIDE, torch.device("cpu"), torch.float32)
     each = (torch.tensor([n]) for n in (size[1], quality, eighths))

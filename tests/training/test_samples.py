@@ -11,7 +11,7 @@ from pictures import product, write_products
 from PIL import Image
 
 from pic_daemon.errors import InputError
-from pic_training.augmentation import Augmentation, augment, sample, vary
+from pic_training.augmentation import Augmentation, augment, bicubic, compress, sample, vary
 from pic_training.preparation import samples_of
 from pic_training.run_folder import RunConfig
 from pic_training.samples import SampleSet
@@ -150,6 +150,24 @@ def test_an_alteration_keeps_to_its_ranges() -> None:
         data = augment(image, np.random.default_rng(number), whole)
         width, height = Image.open(io.BytesIO(data)).size
         assert width * height >= 0.49 * 256 * 256
+
+
+@pytest.mark.parametrize("size", [(48, 31), (90, 90), (255, 1), (256, 200), (300, 128)])
+def test_a_picture_is_resized_as_pillow_does_it(size: tuple[int, int]) -> None:
+    image = product(4).crop((20, 5, 231, 178))
+    made = bicubic(np.array(image), size[1], size[0])
+    expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    assert made.shape == expected.shape
+    apart = np.abs(made.astype(int) - expected)
+    assert apart.max() <= 3 and apart.mean() < 0.2
+
+
+@pytest.mark.parametrize("quality", [10, 50, 77, 95])
+def test_a_picture_is_compressed_as_pillow_does_it(quality: int) -> None:
+    image, file = product(4).crop((20, 5, 231, 178)), io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    made = Image.open(io.BytesIO(compress(np.asarray(image), quality)))
+    assert np.array_equal(np.asarray(made), np.asarray(Image.open(file)))
 
 
 def test_both_classes_go_through_the_same_alterations(sources: Sources) -> None:

@@ -9,8 +9,8 @@ import io
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pic_training.augmentation import compress
@@ -185,7 +185,7 @@ def quantisation() -> tuple[torch.Tensor, torch.Tensor]:
     2, ..., 100; uint8, shape (100, 8, 8)."""
     tables: tuple[list[int], list[int]] = ([], [])
     for quality in range(1, 101):
-        file = io.BytesIO(compress(Image.new("RGB", (1, 1)), quality))
+        file = io.BytesIO(compress(np.zeros((1, 1, 3), np.uint8), quality))
         with JpegImageFile(file) as image:
             for number, table in enumerate(tables):
                 table += image.quantization[number]
