@@ -231,6 +231,10 @@ class DaemonProcess:
         self._process.send_signal(number)
         return self._process.wait(30)
 
+    def wait_for_end(self) -> int:
+        """Wait until it ends by itself; returns its exit code."""
+        return self._process.wait(30)
+
     def reload(self) -> None:
         assert self._process
         self._process.send_signal(signal.SIGHUP)

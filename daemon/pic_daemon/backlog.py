@@ -52,7 +52,6 @@ class Backlog:
         self.in_hand: dict[str, InHand] = {}
         self.gone = 0  # files that were dropped when their turn had come
         self._recorder = recorder
-        self._settle_seconds = settle_seconds
         self._passed = passed
         self._failed_before = failed_before
         self._settling = SettleTracker(settle_seconds)
@@ -267,7 +266,7 @@ class Backlog:
         age = time.time() - stamp.mtime_ns / 1e9
         own = self._scanner_of(path) or scanner  # which may be of a folder within
         skew = _SKEW_S if own.folder.mode == "poll" else 0.0
-        still = age >= self._settle_seconds + skew
+        still = age >= self._settling.settle_seconds + skew
         if complete or still:
             self._take(path, stamp, still, scanner)
         else:

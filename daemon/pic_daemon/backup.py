@@ -22,8 +22,6 @@ def back_up(database: Path, output: Path) -> int:
     one or not at all. Raises InputError where that cannot be, and sqlite3.Error or
     OSError where reading, checking or writing fails.
     """
-    if not os.path.exists(database):
-        raise InputError(f"database {database} does not exist, or this user may not look.")
     check(database, for_writing=False)
     output = Path(os.path.realpath(output))  # what a link names, not the link
     _check_output(database, output)

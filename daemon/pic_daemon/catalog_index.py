@@ -306,12 +306,19 @@ def check_belongs(index: CatalogIndex, descriptor: Descriptor) -> None:
         )
 
 
+def _no_index(path: Path) -> str:
+    return (
+        f"{path} is no catalog index, or is cut off: name another file, or remove it and "
+        "make it with pic-index."
+    )
+
+
 def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
     if not zipfile.is_zipfile(file):
-        raise InputError(f"{path} is no catalog index; make one with pic-index.")
+        raise InputError(_no_index(path))
     with zipfile.ZipFile(file) as archive:
         if {_ABOUT, _ITEMS, _VECTORS, _LANDMARKS} - set(archive.namelist()):
-            raise InputError(f"{path} is no catalog index; make one with pic-index.")
+            raise InputError(_no_index(path))
         about = _about(path, archive.read(_ABOUT))
         if damaged := archive.testzip():
             raise InputError(_damaged(path, f"the checksum of {damaged} is wrong"))
@@ -341,7 +348,7 @@ def _load(path: Path, file: IO[bytes]) -> CatalogIndex:
 def _about(path: Path, data: bytes) -> About:
     values: dict[str, Any] = json.loads(data)
     if values.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is no catalog index; make one with pic-index.")
+        raise InputError(_no_index(path))
     version = values.pop("format_version", 0)
     if version != FORMAT_VERSION:
         raise InputError(

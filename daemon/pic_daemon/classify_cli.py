@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
-from pic_daemon.match_formats import escape_what_it_cannot_encode, one_line
+from pic_daemon.match_formats import one_line, printing
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.options import FiniteRange, Place
 from pic_daemon.reading import Reading, read_image
@@ -74,17 +73,16 @@ def classify(model: Path, describe: Path | None, index: Path | None,
             raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
         _classify_archive(recursive, database, loaded, identifier, gate_threshold)
         return
-    escape_what_it_cannot_encode(sys.stdout)
     gate = None
     if identifier:
         gate = loaded.info.gate_threshold if gate_threshold is None else gate_threshold
     failures = 0
-    for start in range(0, len(images), _BATCH):
-        for row in _classify_batch(
-            loaded, identifier, gate, images[start : start + _BATCH]
-        ):
-            failures += row["status"] == "failed"
-            click.echo(json.dumps(row) if as_json else _line(row))
+    with printing():
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            for row in _classify_batch(loaded, identifier, gate, part):
+                failures += row["status"] == "failed"
+                click.echo(json.dumps(row) if as_json else _line(row))
     if failures:
         raise InputError(f"{failures} of {len(images)} images could not be classified.")
 
@@ -134,7 +132,9 @@ def _classify_batch(
     rows = []
     for path, reading in zip(paths, readings, strict=True):
         verdict = next(verdicts) if reading.image else None
-        gone = "no such file" if reading.stamp is None else "changed while being read"
+        gone = "changed while being read"
+        if reading.stamp is None:
+            gone = "no regular file" if os.path.exists(path) else "no such file"
         row = {
             "path": text_of(str(path)),
             "status": verdict.status if verdict else "failed",

@@ -29,6 +29,7 @@ from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
 from pic_daemon.options import Place
 from pic_daemon.schema import check as check_log
+from pic_daemon.schema import must_be_there
 from pic_daemon.served_files import state_of
 from pic_daemon.service import Service
 from pic_daemon.systemd import log_format
@@ -139,11 +140,6 @@ def run(config: Path | None, verbose: bool, **overrides: Any) -> None:
             service.run()
     except sqlite3.Error as error:
         raise click.ClickException(f"database {settings.database}: {error}") from error
-    except BrokenPipeError as error:  # of which click would say nothing
-        raise click.ClickException(
-            "a process that reads files has ended or could not be started; may this user "
-            f"run {sys.executable}?"
-        ) from error
     finally:
         log.close()
 
@@ -318,8 +314,7 @@ def reclassify(database: Path) -> None:
 
 @contextmanager
 def _open_log(database: Path) -> Iterator[MatchLog]:
-    if not os.path.exists(database):  # unlike Path, never raises
-        raise InputError(f"database {database} does not exist, or this user may not look.")
+    must_be_there(database)
     log = opened(database)
     try:
         yield log
@@ -351,7 +346,7 @@ def _passing(database: Path) -> Iterator[None]:
 def _about_model(model: Model) -> str:
     info = model.info
     return (
-        f"model {model.path}: {info.architecture}, {info.input_size} x "
+        f"model {text_of(str(model.path))}: {info.architecture}, {info.input_size} x "
         f"{info.input_size}, threshold {info.threshold:.6g}, "
         f"catalog of {info.catalog_size}; provider {model.provider} "
         f"({model.provider_reason})"

@@ -94,7 +94,8 @@ _MINIMUM: dict[str, float] = {
     "keep_no_match_days": 1,
     "gate_threshold": 0,
 }
-_MAXIMUM = {"seconds": 1e9, "hours": 1e6, "days": 1e5}  # beyond which the clock ends
+# Beyond which the clock ends, or the processes of a machine.
+_MAXIMUM = {"seconds": 1e9, "hours": 1e6, "days": 1e5, "workers": 1024}
 _ANSWER_S = 10.0  # watch folders that do not answer within it start as offline
 _LEAST_S = 1.0  # for each, though those before it took all of it
 MISSING = "does not exist or is no folder"

@@ -3,11 +3,10 @@
 One picture may lie under several names: what was said last of its bytes counts.
 """
 
-import os
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -45,7 +44,7 @@ def correct(
     NotCorrectable, and sqlite3.OperationalError where the database stays locked or cannot
     be written.
     """
-    at = iso_time(datetime.now(UTC).timestamp())
+    at = iso_time(time.time())
     uri = f"{database.absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
         uri, uri=True, timeout=_WRITE_TIMEOUT_S, isolation_level=None
@@ -91,8 +90,6 @@ def read_corrections(database: Path) -> list[Correction]:
 
     Raises InputError where `database` is no match log or is older than corrections.
     """
-    if not os.path.exists(database):
-        raise InputError(f"database {database} does not exist, or this user may not look.")
     check(database, for_writing=False)
     try:
         with closing(open_read_only(database)) as db:

@@ -31,6 +31,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
+import click
 from pebble import ProcessExpired, ProcessPool
 
 from pic_daemon.reading import Reading, read_images
@@ -47,6 +48,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; the last u
 Task = Callable[..., list[Any]]
 
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
+_NOT_STARTED = (
+    "a process that reads files has ended or could not be started: may this user run "
+    f"{sys.executable}, and as many processes? Else set workers lower."
+)
 _LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
 _END_S = 10.0  # the longest that the end of the service waits for workers
 _START_S = 10.0  # the longest that its start waits for each of them
@@ -72,7 +77,10 @@ class Decoders:
 
     def __enter__(self) -> Self:
         # The first worker takes about a second to start, which no file is to wait for.
-        self._pool.schedule(read_images, args=[[], 1, 1]).result()
+        try:
+            self._schedule(read_images, [[], 1, 1]).result()
+        except BrokenProcessPool as error:
+            raise click.ClickException(_NOT_STARTED) from error
         # One that is still starting when the pool ends leaves a traceback.
         for _ in range(self._workers):
             self._started.acquire(timeout=_START_S)
@@ -132,7 +140,10 @@ class Decoders:
         future.add_done_callback(self._end)
 
     def _schedule(self, task: Task, arguments: Sequence[object]) -> "Future[list[Any]]":
-        return self._pool.schedule(task, args=arguments, timeout=self._timeout)
+        try:
+            return self._pool.schedule(task, args=arguments, timeout=self._timeout)
+        except (BrokenPipeError, BlockingIOError, EOFError) as error:
+            raise click.ClickException(_NOT_STARTED) from error
 
     def _replace_pool(self) -> None:
         _shut(self._pool)

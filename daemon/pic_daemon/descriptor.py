@@ -105,9 +105,10 @@ def load_descriptor(
 
 def _try_out(descriptor: Descriptor) -> None:
     size, dimensions = descriptor.info.input_size, descriptor.info.dimensions
-    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     path = descriptor.path
+    draw = np.random.default_rng(0)
     try:
+        images = draw.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
         embedding = descriptor.describe(images)
     except Exception as error:  # onnxruntime's errors share no public base class
         raise InputError(

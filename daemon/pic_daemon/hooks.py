@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pic_daemon.config import Config
 from pic_daemon.errors import InputError
+from pic_daemon.folders import text_of
 
 _REAP_S = 1.0  # the longest that a killed program is waited for
 
@@ -175,7 +176,7 @@ def describe_hooks(config: Config) -> list[str]:
         state = _try(config.webhook, config.hook_seconds)
         lines.append(f"webhook {parts.scheme}://{parts.netloc}: {state}")
     if config.command:
-        lines.append(f"command {config.command[0]}: can be run")
+        lines.append(f"command {text_of(config.command[0])}: can be run")
     return lines
 
 

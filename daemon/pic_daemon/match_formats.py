@@ -1,10 +1,15 @@
-"""Rows of the match log as a table, as CSV or as a JSON object a line."""
+"""Rows of the match log as a table, as CSV or as a JSON object a line, on stdout."""
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Literal, TextIO
+
+import click
 
 from pic_daemon.match_queries import COLUMNS, Row
 
@@ -73,10 +78,25 @@ class _Table:
         return f"{time:<24}  {score:>8}  {verdict:<8}  {named}{path}"
 
 
-def escape_what_it_cannot_encode(stream: TextIO) -> None:
-    """Have names that the stream's encoding lacks printed all the same."""
-    if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
+@contextmanager
+def printing() -> Iterator[None]:
+    """Have names that stdout's encoding lacks printed all the same; raise ClickException
+    where it takes no more, such as a full disk."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # click ends it quietly
+    except OSError as error:
+        let_go()
+        raise click.ClickException(f"cannot print: {error.strerror}") from error
+
+
+def let_go() -> None:
+    """What Python still holds for stdout has nowhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(text: str) -> str:

@@ -6,10 +6,10 @@ reported is on the disk. Only the names of files in hand are not waited for.
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -140,7 +140,7 @@ class MatchLog:
 
     def use_model(self, model: Model) -> None:
         """Note that `model` scores from now on; rows refer to it by its hash."""
-        now = iso_time(datetime.now(UTC).timestamp())
+        now = iso_time(time.time())
         with self._transaction():
             self._db.execute(
                 """
@@ -177,7 +177,7 @@ class MatchLog:
         Not forced to the disk: a decoder that takes everything down with it leaves the
         system's cache as it is, and after a loss of power there is nobody to blame.
         """
-        now = iso_time(datetime.now(UTC).timestamp())
+        now = iso_time(time.time())
         with self._transaction(synchronous="NORMAL"):
             self._db.conn.executemany(
                 "INSERT INTO in_hand (path, since) VALUES (?, ?) "
@@ -249,7 +249,7 @@ class MatchLog:
             return None
         status, sha256, error, classified_at = row
         if not sha256 and error.startswith(UNREAD):
-            now = datetime.now(UTC).timestamp()
+            now = time.time()
             # Both ends: the clock may have been ahead when it was written.
             lately = (iso_time(now + by) for by in (-_UNREAD_AGAIN_S, _UNREAD_AGAIN_S))
             if not next(lately) <= classified_at <= next(lately):
@@ -333,7 +333,7 @@ class MatchLog:
             self._forget([o.path for o in outcomes])
             self._db.execute(
                 "UPDATE models SET last_used_at = ? WHERE sha256 = ?",
-                [iso_time(datetime.now(UTC).timestamp()), model.sha256],
+                [iso_time(time.time()), model.sha256],
             )
 
     def _next_revision(self, rows: int) -> int:
@@ -345,7 +345,7 @@ class MatchLog:
 
     def beat(self, figures: Mapping[str, object]) -> None:
         """Say that the service lives, and how it is doing."""
-        now = iso_time(datetime.now(UTC).timestamp())
+        now = iso_time(time.time())
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO heartbeat VALUES (1, ?, ?)",

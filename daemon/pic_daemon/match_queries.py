@@ -1,7 +1,6 @@
 """What people and programs ask of the match log; reading never blocks the writer."""
 
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -27,8 +26,6 @@ _PART = 1000  # rows in memory at a time
 
 @contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    if not os.path.exists(path):
-        raise InputError(f"database {path} does not exist, or this user may not look.")
     check(path, for_writing=False)
     try:
         with closing(open_read_only(path)) as log:

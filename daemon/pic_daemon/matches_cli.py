@@ -6,8 +6,7 @@ import select
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from click.core import ParameterSource
 from pic_daemon.backup import back_up
 from pic_daemon.errors import InputError
 from pic_daemon.folders import answer_within, text_of
-from pic_daemon.match_formats import escape_what_it_cannot_encode, printer
+from pic_daemon.match_formats import let_go, printer, printing
 from pic_daemon.match_queries import Row, follow_images, read_images
 from pic_daemon.options import FiniteRange, Place
 from pic_daemon.web.queries import STATUSES, Filters, moment_of
@@ -120,8 +119,7 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         text_of(_known_as(folder)) if folder else "",
         text_of(narrowed["product"] or ""),
     )
-    escape_what_it_cannot_encode(sys.stdout)
-    with _printing():
+    with printing():
         show = printer("json" if as_json else "csv" if as_csv else "table", sys.stdout)
         if follow:
             _follow(database, filters, limit, show)
@@ -130,7 +128,6 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         for rows in read_images(database, filters, limit):
             show(rows)
             count += len(rows)
-        sys.stdout.flush()
     if (
         limit
         and count == limit
@@ -142,22 +139,6 @@ def list_matches(database: Path, limit: int, as_json: bool, as_csv: bool, follow
         click.echo(
             "no matches" if filters.status == "match" else "no such images", err=True
         )
-
-
-@contextmanager
-def _printing() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # click ends it quietly
-    except OSError as error:  # such as a full disk
-        _let_go()
-        raise click.ClickException(f"cannot print: {error.strerror}") from error
-
-
-def _let_go() -> None:
-    """What Python still holds for stdout has nowhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _follow(
@@ -176,7 +157,7 @@ def _follow(
     except BrokenPipeError:
         pass
     if reader.poll(0):
-        _let_go()
+        let_go()
 
 
 @matches.command()
@@ -192,7 +173,7 @@ def backup(database: Path, output: Path) -> None:
         rows = back_up(database, output)
     except (sqlite3.Error, OSError) as error:
         raise click.ClickException(f"no copy was made of {database}: {error}") from error
-    click.echo(f"{output}: {rows:,} images, integrity_check ok")
+    click.echo(f"{text_of(str(output))}: {rows:,} images, integrity_check ok")
 
 
 def _known_as(folder: Path) -> str:

@@ -30,6 +30,7 @@ from pic_daemon.onnx_session import (
 from pic_daemon.second_look import second_looks
 
 FORMAT = Format("product-image-classifier", 1)
+_HIGHEST = 1.001
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ModelInfo:
     0, all of them, in files that do not say. `looks_twice`: the threshold counts what is
     within a picture's even margins; not in files that do not say.
     `catalog_digest` is the SHA-256 over the sorted SHA-256s of the catalog images.
-    `precision` is what the network computes in.
+    `precision` is what the network computes in. Raises ValueError where a number cannot be
+    what it says: nothing would ever match.
     """
 
     architecture: str
@@ -68,6 +70,14 @@ class ModelInfo:
     gate_threshold: float = 0.0
     looks_twice: bool = False
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "gate_threshold"):
+            # A threshold that shuts out a decoy of score 1 lies a little above it.
+            if not 0 <= (value := getattr(self, name)) <= _HIGHEST:
+                raise ValueError(f"{name} {value} is no score")
+        if not (0 < self.temperature < math.inf and math.isfinite(self.bias)):
+            raise ValueError(f"temperature {self.temperature}, bias {self.bias}")
 
     def to_metadata(self) -> dict[str, str]:
         """The key-value pairs to store in the ONNX file."""
@@ -178,8 +188,8 @@ def load_model(path: Path, provider: Provider = "auto", threads: int = 0) -> Mod
 
 def _try_out(model: Model) -> None:
     size = model.info.input_size
-    images = np.zeros((2, size, size, 3), dtype=np.uint8)
     try:
+        images = np.zeros((2, size, size, 3), dtype=np.uint8)
         scores = model.score(images)
     except Exception as error:
         raise InputError(

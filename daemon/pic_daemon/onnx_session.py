@@ -153,7 +153,7 @@ def from_metadata(info: type[_I], kind: Format, metadata: dict[str, str], path: 
         }
         return info(**values)
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: incomplete metadata ({error}); export again.") from error
+        raise InputError(f"{path}: unusable metadata ({error}); export again.") from error
 
 
 def _session(

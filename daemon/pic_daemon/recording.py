@@ -50,14 +50,16 @@ class Recorder:
 
         A locked database or a full disk passes: nothing is read meanwhile, so that
         nothing is lost, and what waits in the folders is found later. Raises
-        sqlite3.OperationalError where the service is asked to stop meanwhile.
+        sqlite3.OperationalError where the service is asked to stop meanwhile, and where
+        waiting would not help.
         """
         waiting_since = None
         while True:
             try:
                 result = write()
             except sqlite3.OperationalError as error:
-                if self.stop_asked:
+                # A statement that cannot be run, as of a table that is gone, never will be.
+                if self.stop_asked or error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
                     raise
                 if waiting_since is None:
                     waiting_since = time.monotonic()

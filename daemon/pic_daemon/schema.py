@@ -270,9 +270,9 @@ def add_indexes_for_the_service(db: Database) -> None:
 def check(path: Path, for_writing: bool = True) -> None:
     """Raise InputError where `path` cannot be, or become, our match log.
 
-    Writes nothing; a file that does not exist yet is fine if its folder does. Where it is
-    only locked or its disk is full, which passes, sqlite3.OperationalError is raised
-    `for_writing`.
+    Writes nothing; `for_writing` a file that does not exist yet is fine if its folder does,
+    and sqlite3.OperationalError is raised where it is only locked or its disk is full,
+    which passes.
     """
     if not _is_there(path, for_writing):
         return
@@ -313,7 +313,15 @@ def check(path: Path, for_writing: bool = True) -> None:
         )
 
 
+def must_be_there(path: Path) -> None:
+    """Raise InputError where there is no log to read."""
+    if not os.path.exists(path):  # unlike Path, never raises
+        raise InputError(f"database {path} does not exist, or this user may not look.")
+
+
 def _is_there(path: Path, for_writing: bool) -> bool:
+    if not for_writing:
+        must_be_there(path)
     if not os.path.isdir(path.parent):  # unlike Path, never raises
         raise InputError(f"database {path}: its folder does not exist; create it.")
     if os.path.exists(path) and not os.path.isfile(path):

@@ -91,6 +91,7 @@ class Service:
     before: Mapping[Path, State | None] = field(default_factory=dict)
     health: Health = field(init=False)
     inbox: "queue.SimpleQueue[Message]" = field(default_factory=queue.SimpleQueue)
+    _mover: Mover = field(init=False)
     _backlog: Backlog = field(init=False)
     _reading: int = 0
     _batch: list[Reading] = field(default_factory=list)
@@ -104,7 +105,6 @@ class Service:
     _next_beat: float = 0.0
     _retention: Retention = field(init=False)
     _recorder: Recorder = field(init=False)
-    _mover: Mover | None = None
     _missed: bool = False  # hints that found no room
     _stopping: bool = False
 
@@ -113,12 +113,10 @@ class Service:
         self.health = Health(stuck_after=3 * self.config.decode_seconds + _STUCK_S)
         self._recorder = Recorder(self.log, self.config, self.health)
         config, send = self.config, self.inbox.put
-        known = self._recorder, config.settle_seconds, self.passed
-        if config.failed_folder:
-            self._mover = Mover(config.failed_folder, send)
-            self._backlog = Backlog(*known, self._mover.meet)
-        else:
-            self._backlog = Backlog(*known)
+        self._mover = Mover(config.failed_folder, send)
+        self._backlog = Backlog(
+            self._recorder, config.settle_seconds, self.passed, self._mover.meet
+        )
         load = partial(load_model, config.model, config.provider)
         model = ServedFiles("model", [config.model], load, self._swap, send, self.before)
         self._files = [model]
@@ -182,8 +180,9 @@ class Service:
                     self._go_on(self.cascade)
                 self.health.feed_watchdog(self._busy())
             notify("STOPPING=1")
-            self._end_moves()
+            self._mover.end()
             with suppress(sqlite3.OperationalError):  # every row is recorded already
+                self._note_moves()
                 self.log.put_all_down()
                 self.log.beat({**self._figures(), "stopped": 1})
 
@@ -211,11 +210,8 @@ class Service:
         for path in self._recorder.write(self.log.left_in_hand):
             logger.info("was in hand when the service last ended: path=%r", path)
 
-    def _end_moves(self) -> None:
-        """Note what is still moved."""
-        if not self._mover:
-            return
-        self._mover.end()
+    def _note_moves(self) -> None:
+        """Note what was still moved at the end."""
         while not self.inbox.empty():
             if isinstance(message := self.inbox.get(), SetAside):
                 self._handle(message)
@@ -264,8 +260,7 @@ class Service:
             for files in self._files:
                 files.look()
             decoders.look()
-            if self._mover:
-                self._mover.look()
+            self._mover.look()
             if self._backlog.look_at_folders():
                 decoders.leave_behind()
             self._note_folders()
@@ -349,8 +344,7 @@ class Service:
             case Stop():
                 self._stopping = True
             case SetAside():
-                if self._mover:
-                    self._mover.note(message)
+                self._mover.note(message)
                 self._recorder.set_aside(message)
             case _:
                 self._heed(message)
@@ -492,8 +486,7 @@ class Service:
     def _record(self, outcomes: list[Outcome], model: Model) -> None:
         self._recorder.record(outcomes, model)
         for outcome in outcomes:
-            if self._mover:
-                self._mover.heed(outcome)
+            self._mover.heed(outcome)
             self._backlog.let_go(outcome.path)
 
     def _outcome(

@@ -36,13 +36,14 @@ class SetAside:
 
 
 class Mover:
-    """Moves files that failed into `folder`, once nobody has written to them for a minute.
+    """Moves files that failed into `folder`, once nobody has written to them for a minute;
+    without a folder it leaves them.
 
     `send` gets a SetAside of each from the thread that moves, and is to `note` it. One that
     cannot be moved is left until it fails again, or the next start.
     """
 
-    def __init__(self, folder: Path, send: Callable[[SetAside], None]) -> None:
+    def __init__(self, folder: Path | None, send: Callable[[SetAside], None]) -> None:
         self._folder = folder
         self._send = send
         self._waiting: dict[str, Outcome] = {}  # by path
@@ -50,8 +51,11 @@ class Mover:
         self._left: set[str] = set()  # could not be moved
         self._asked: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="set aside", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(
+            target=self._run, args=[folder], name="set aside", daemon=True
+        )
+        if folder:
+            self._thread.start()
 
     def heed(self, outcome: Outcome) -> None:
         """Take note of what became of a file; returns at once."""
@@ -82,6 +86,8 @@ class Mover:
 
     def end(self) -> None:
         """Wait a little for what is being moved."""
+        if not self._folder:
+            return
         self._asked.put(None)
         self._thread.join(_END_S)
         if self._thread.is_alive():
@@ -92,6 +98,8 @@ class Mover:
             )  # fmt: skip
 
     def _move_once_quiet(self, outcome: Outcome) -> None:
+        if not self._folder:
+            return
         quiet = abs(time.time() - outcome.stamp.mtime_ns / 1e9) >= _QUIET_S
         if quiet and len(self._moving) < _AT_ONCE:
             self._moving.add(outcome.path)
@@ -99,10 +107,10 @@ class Mover:
         else:
             self._waiting[outcome.path] = outcome
 
-    def _run(self) -> None:
+    def _run(self, folder: Path) -> None:
         while (outcome := self._asked.get()) and not self._ended:
             try:
-                target = set_aside(outcome.path, outcome.stamp, self._folder)
+                target = set_aside(outcome.path, outcome.stamp, folder)
                 self._send(SetAside(outcome, target))
             except OSError as error:
                 self._send(SetAside(outcome, None, error.strerror or str(error)))

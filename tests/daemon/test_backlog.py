@@ -410,7 +410,6 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
     with closing(MatchLog.open(config.database)) as log:
         running = Service(config, load_model(model_file, "cpu"), log)
         mover = running._mover
-        assert mover
         log.use_model(running.model)
 
         def record(path: str, status: Status) -> None:
@@ -444,5 +443,6 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
         with Decoders(1, 60, lambda _: None) as decoders:
             running._look_around(0.0, decoders)
         assert moved() == failed / "fresh.png"
-        running._end_moves()
+        mover.end()
+        running._note_moves()
         assert running.inbox.empty()

@@ -37,12 +37,25 @@ def test_classify_as_json_names_what_it_could_not_read(
     run_tool: Run, model_file: Path, tmp_path: Path
 ) -> None:
     good = write_image(tmp_path / "good.png", 230)
-    result = run_tool("pic-classify", "--model", model_file, "--json", good, "missing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    bad = ("missing.png", tmp_path / "pipe.png")
+    result = run_tool("pic-classify", "--model", model_file, "--json", good, *bad)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [row["status"] for row in rows] == ["match", "failed"]
-    assert rows[1]["error"] == "no such file"
+    assert [row["status"] for row in rows] == ["match", "failed", "failed"]
+    assert [row["error"] for row in rows[1:]] == ["no such file", "no regular file"]
     assert result.returncode == 2
-    assert "1 of 2 images could not be classified" in result.stderr
+    assert "2 of 3 images could not be classified" in result.stderr
+
+
+def test_verdicts_that_cannot_be_printed_are_said_to_be(
+    model_file: Path, tmp_path: Path
+) -> None:
+    picture = write_image(tmp_path / "good.png", 230)
+    command = [str(BIN / "pic-classify"), "--model", str(model_file), str(picture)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert "Error: cannot print: No space left on device" in result.stderr
 
 
 def test_check_tells_what_the_service_would_run_on(

@@ -72,7 +72,7 @@ def metadata(**changes: str) -> dict[str, str]:
         ({}, "not one of ours"),
         (metadata(format_version="2"), "Upgrade product-image"),
         (metadata(format_version="two"), "not a number"),
-        (metadata(dimensions="many"), "incomplete metadata"),
+        (metadata(dimensions="many"), "unusable metadata"),
         (metadata(input_size="17"), "does not take images of 17 x 17"),
         (metadata(dimensions="4"), r"shape \(2, 3\) for two images, not \(2, 4\)"),
     ],

@@ -141,9 +141,13 @@ def test_insisting_on_cuda_without_it_says_why(model_file: Path) -> None:
     [
         ({}, "not one of ours"),
         ({**INFO.to_metadata(), "format_version": "2"}, "Upgrade product-image"),
-        ({**INFO.to_metadata(), "threshold": "high"}, "incomplete metadata"),
+        ({**INFO.to_metadata(), "threshold": "high"}, "unusable metadata"),
+        ({**INFO.to_metadata(), "threshold": "95"}, "threshold 95.0 is no score"),
+        ({**INFO.to_metadata(), "gate_threshold": "nan"}, "gate_threshold nan is no"),
+        ({**INFO.to_metadata(), "temperature": "0"}, "temperature 0.0"),
         ({k: v for k, v in INFO.to_metadata().items() if k != "input_size"}, "input_size"),
         ({**INFO.to_metadata(), "input_size": "17"}, "does not take images of 17 x 17"),
+        ({**INFO.to_metadata(), "input_size": "-5"}, "does not take images of -5 x -5"),
     ],
 )
 def test_a_file_that_is_not_ours_is_refused(

@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,15 @@ def test_a_locked_database_is_waited_for(daemon: DaemonProcess) -> None:
     daemon.wait_for_rows(51)
     daemon.wait_until(lambda: "goes on after" in daemon.log.read_text())
     assert daemon.stop() == 0
+
+
+def test_a_log_whose_tables_are_gone_is_not_waited_for(daemon: DaemonProcess) -> None:
+    daemon.start()
+    with closing(sqlite3.connect(daemon.database)) as other:
+        other.execute("DROP INDEX failed_by_path")
+    write_image(daemon.drop / "late.png", 200)
+    assert daemon.wait_for_end() == 1
+    assert "no such index: failed_by_path" in daemon.log.read_text()
 
 
 def test_a_stop_while_the_database_is_locked_ends_it_and_the_next_start_catches_up(

@@ -37,7 +37,7 @@ from pic_training.evaluation_scores import (
     sample_file,
 )
 from pic_training.peers import nearest, peers
-from pic_training.sources import Sources, gather
+from pic_training.sources import Sources, digest_of, gather
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -292,15 +292,23 @@ def test_too_few_look_alikes_for_the_rate_are_refused(
     assert not (tmp_path / "report").exists()
 
 
+def note_seen(run: Path, rows: list[tuple[Path, str, str]]) -> None:
+    """Write of which pictures, with SHA-256 and kind, a run was made."""
+    lines = [f"{path},{sha256},{kind},train\n" for path, sha256, kind in rows]
+    (run / "manifest.csv").write_text("path,sha256,kind,split\n" + "".join(lines))
+    digest = digest_of((sha256, kind, "train") for _, sha256, kind in rows)
+    (run / "digest.json").write_text(json.dumps({"sources": digest}))
+
+
 def test_near_duplicates_of_what_a_run_has_seen_are_left_out(
     run_tool: Run, report: Path, tmp_path: Path
 ) -> None:
     home, run = report.parent, tmp_path / "run"
     run.mkdir()
     seen = sorted((home / "others").glob("product*"))[:12]
-    rows = [f"{p},{hashlib.sha256(p.read_bytes()).hexdigest()},other" for p in seen]
-    rows.append(f"{home / 'others' / 'general.jpg'},{'0' * 64},other")  # another by now
-    (run / "manifest.csv").write_text("\n".join(["path,sha256,kind", *rows]))
+    rows = [(p, hashlib.sha256(p.read_bytes()).hexdigest(), "other") for p in seen]
+    rows.append((home / "others" / "general.jpg", "0" * 64, "other"))  # another by now
+    note_seen(run, rows)
     others = tmp_path / "others"
     others.mkdir()
     for path in (home / "others").iterdir():  # other bytes of the same pictures
@@ -330,17 +338,17 @@ def test_the_whole_group_of_what_a_run_has_seen_is_left_out(
 ) -> None:
     (tmp_path / "run").mkdir()
     others = tmp_path / "others"
-    rows = ["path,sha256,kind"]
+    rows = []
     for seed in range(200, 230):
         write_products(tmp_path / "seen", [seed])
         path = tmp_path / "seen" / f"product-{seed:05d}.jpg"
-        rows.append(f"{path},{hashlib.sha256(path.read_bytes()).hexdigest()},other")
+        rows.append((path, hashlib.sha256(path.read_bytes()).hexdigest(), "other"))
         others.mkdir(exist_ok=True)
         for darker in (8, 16):  # the second is a copy of the first, rather than of the seen
             image = Image.open(path).point(lambda v, by=darker: max(0, v - by))
             image.save(others / f"{seed}-{darker}.png")
     write_products(others, [300])
-    (tmp_path / "run" / "manifest.csv").write_text("\n".join(rows))
+    note_seen(tmp_path / "run", rows)
     catalog, work = report.parent / "catalog", tmp_path / "work.rgb"
     sources = gather(catalog, others, None, work, 64)
     kept = [p for p in _unseen(sources, tmp_path / "run", 64).pictures if p.kind == "other"]
@@ -351,6 +359,11 @@ def test_the_whole_group_of_what_a_run_has_seen_is_left_out(
                    for s in range(200, 230) if grouped(sources, s))  # fmt: skip
     (tmp_path / "run" / "manifest.csv").write_text("")
     with pytest.raises(InputError, match="names no picture"):
+        _unseen(sources, tmp_path / "run", 64)
+    note_seen(tmp_path / "run", rows)
+    cut_off = (tmp_path / "run" / "manifest.csv").read_text().rsplit("\n", 5)[0] + "\n"
+    (tmp_path / "run" / "manifest.csv").write_text(cut_off)
+    with pytest.raises(InputError, match="cut off, or of another run"):
         _unseen(sources, tmp_path / "run", 64)
 
 
@@ -441,9 +454,9 @@ def test_what_a_run_has_seen_is_left_out(
     assert result.returncode == 2 and "is not a run folder" in result.stderr
     seen = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (home / "others").iterdir()]
     # As the catalog too: what was called ours is seen as well.
-    lines = ["path,sha256,kind", f"/gone,{seen[0]},catalog"]
-    lines += [f"/gone/{sha256},{sha256},other" for sha256 in seen[1:]]
-    (tmp_path / "run" / "manifest.csv").write_text("\n".join(lines))
+    rows = [(Path("/gone"), seen[0], "catalog")]
+    rows += [(Path("/gone") / sha256, sha256, "other") for sha256 in seen[1:]]
+    note_seen(tmp_path / "run", rows)
     result = run_here(*arguments)
     assert result.returncode == 2 and "has seen every one of the others" in result.stderr
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pic_daemon.errors import InputError
 from pic_daemon.images import decode, is_blank
-from pic_training.run_folder import read_manifest, write_manifest
+from pic_training.run_folder import read_manifest, write_json, write_manifest
 from pic_training.sources import Sources, gather
 
 
@@ -165,6 +165,7 @@ def test_a_name_that_is_not_utf8_stops_nothing(
     )
     sources = collect(folders)
     write_manifest(sources, tmp_path)
+    write_json(tmp_path / "digest.json", {"sources": sources.digest})
     assert read_manifest(tmp_path) == {p.path: p.sha256 for p in sources.pictures}
 
 

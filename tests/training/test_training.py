@@ -351,6 +351,94 @@ def test_a_damaged_run_folder_is_said_to_be(
     assert "Traceback" not in result.stderr
 
 
+# Of another kind than the program writes, whether by hand or by another program.
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("report.json", "{}"),
+        ("report.json", "[]"),
+        ("parity.npy", np.zeros((1, 64, 64, 3), np.uint8)),
+        ("parity.npy", np.zeros((256, 32, 32, 3), np.uint8)),
+        ("best.pt", [1]),
+        ("best.pt", {"network": 1}),
+        ("best.pt", "hello"),
+    ],
+)
+def test_what_no_run_wrote_is_not_exported(
+    run_here: Run, finished: Path, tmp_path: Path, name: str, content: object
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    overwrite(run / name, content)
+    result = run_here("pic-export", run, "--output", tmp_path / "model.onnx")
+    assert result.returncode == 2
+    assert name in result.stderr or "is not a run folder" in result.stderr
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_threshold_that_is_no_score_is_not_exported(
+    run_here: Run, finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for false in (95, "high", None):
+        report = json.loads((run / "report.json").read_text()) | {"threshold": false}
+        (run / "report.json").write_text(json.dumps(report))
+        result = run_here("pic-export", run, "--output", tmp_path / "model.onnx")
+        assert result.returncode == 2 and "report.json is damaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("config.json", '{"arch": "cubist"}'),
+        ("digest.json", "{}"),
+        ("digest.json", None),
+        ("last.pt", [1]),
+        ("last.pt", {"network": {}}),
+        ("last.pt", "hello"),
+        ("validation.npz", np.zeros(3)),
+    ],
+)
+def test_nor_does_a_run_go_on_with_it(
+    run_here: Run, folders: Path, finished: Path, tmp_path: Path, name: str, content: object
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    overwrite(run / name, content)
+    result = run_here("pic-train", *options(folders, run), "--resume")
+    assert result.returncode == 2 and name in result.stderr
+
+
+def overwrite(path: Path, content: object) -> None:
+    """Replace a file of a run folder; None removes it."""
+    path.unlink()
+    if isinstance(content, str):
+        path.write_text(content)
+    elif isinstance(content, np.ndarray):
+        with path.open("wb") as file:
+            np.save(file, content)
+    elif content is not None:
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize("given", ["", "auto", "0", "-1"])
+def test_an_environment_that_is_not_torchruns_is_said_to_be(
+    run_here: Run,
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, given)
+            result = run_here("pic-train", *options(folders, tmp_path / "run"))
+        assert result.returncode == 2
+        assert f"{name}={given}, no such number: unset it" in result.stderr
+
+
 def test_a_run_of_a_version_that_altered_otherwise_does_not_go_on(
     run_here: Run, folders: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -474,11 +562,18 @@ def test_a_learning_rate_that_explodes_ends_with_a_sentence(
     assert not (tmp_path / "run" / "sources.rgb").exists()
 
 
-def test_a_step_that_does_not_fit_on_the_gpu_ends_with_a_sentence(
-    run_here: Run, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_step_that_does_not_fit_into_memory_ends_with_a_sentence(
+    run_here: Run,
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_gpu: bool,
 ) -> None:
     def too_large(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        if on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        torch.empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr(Learner, "step", too_large)
     result = run_here("pic-train", *options(folders, tmp_path / "run"))

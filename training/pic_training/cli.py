@@ -1,6 +1,5 @@
 """The commands of the box that trains: pic-train, pic-export and pic-evaluate."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,15 +9,20 @@ import click
 
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_daemon.options import FiniteRange
-from pic_training.process import cores, heed_sigterm, prepare_for_training
+from pic_daemon.options import FiniteRange, Place
+from pic_training.process import (
+    cores,
+    heed_sigterm,
+    prepare_for_training,
+    told_by_torchrun,
+)
 
 if TYPE_CHECKING:
     from pic_training.run_folder import RunConfig
 
 # PyTorch is imported where it is needed: help should not wait for it.
 
-_FILE = click.Path(path_type=Path)
+_FILE = Place()
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _SEED = click.IntRange(0, 2**32 - 1)
 _RATE = FiniteRange(1e-9, 1, max_open=True)  # no folder holds more decoys than that takes
@@ -192,16 +196,20 @@ def train(out: Path, workers: int | None, resume: bool, **options: Any) -> None:
 def _as_begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """What a run was begun with where the options leave it to a default, which may have
     changed since."""
+    from pic_training.networks import ARCHITECTURES
     from pic_training.run_folder import read_json
 
+    stored = out / "config.json"
     try:
-        stored = {"naming": 0.0} | read_json(out / "config.json")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        if not stored.exists():
+            return {}
     except OSError as error:
         raise InputError(f"--out {out} cannot be read: {error.strerror}.") from error
-    defaults = ("arch", "naming", "lr")
-    return {name: stored.get(name) for name in defaults if options[name] is None}
+    begun = read_json(stored)
+    if begun["arch"] not in ARCHITECTURES:
+        raise InputError(f"{stored}: this version knows no arch {begun['arch']!r}.")
+    begun.setdefault("naming", 0.0)
+    return {name: begun[name] for name in ("arch", "naming", "lr") if options[name] is None}
 
 
 def _check_place(out: Path, config: "RunConfig") -> None:
@@ -275,7 +283,7 @@ def _config(**options: Any) -> "RunConfig":
         device=device,
         precision=precision,
         target_fpr=options["target_fpr"],
-        processes=int(os.environ.get("WORLD_SIZE", "1")),  # set by torchrun
+        processes=told_by_torchrun("WORLD_SIZE", 1),
         task=options["task"],
         dimensions=(options["dimensions"] or 256) if describes else 1,
         naming=float(architecture.prototypes) if naming is None else naming,

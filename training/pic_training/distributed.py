@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from pic_daemon.errors import InputError
+from pic_training.process import told_by_torchrun
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ ALONE = Processes()
 
 def join(device: str) -> Processes:
     """Join the processes that torchrun started; alone where it did not start this one."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = told_by_torchrun("WORLD_SIZE", 1)
     if count == 1:
         return ALONE
     told = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
@@ -74,7 +75,7 @@ def join(device: str) -> Processes:
             "it to train in one process, or start pic-train with torchrun."
         )
     if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
+        local = told_by_torchrun("LOCAL_RANK", 0)
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"torchrun started more processes than there are GPUs "

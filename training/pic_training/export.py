@@ -25,7 +25,13 @@ from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
 from pic_daemon.model import ModelInfo, load_model
 from pic_training.networks import Normalised
 from pic_training.precision import Cost, Precision, convert, weigh
-from pic_training.run_folder import RunConfig, load_network, read_json, write_json
+from pic_training.run_folder import (
+    RunConfig,
+    load_network,
+    load_parity,
+    read_json,
+    write_json,
+)
 from pic_training.threshold import Calibration
 
 Floats = NDArray[np.float32]
@@ -91,20 +97,19 @@ def export_run(
     output = Path(os.path.realpath(output))  # what a link names, not the link
     _check_output(output)
     config, network = load_network(folder)
-    report_file, parity_file = folder / "report.json", folder / "parity.npy"
+    report_file = folder / "report.json"
     if not report_file.exists():
         raise InputError(f"{folder} is not finished: resume it with pic-train --resume.")
     report = read_json(report_file)
+    images = load_parity(folder, config.architecture.size)
+    describes = config.task == "describe"
+    if describes and precision != "fp32":
+        raise InputError("a descriptor is written in fp32 only: leave --precision out.")
+    make = _descriptor if describes else _classifier
     try:
-        images = np.load(parity_file)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{parity_file} is missing or damaged: {error}.") from error
-    if config.task == "describe":
-        if precision != "fp32":
-            raise InputError("a descriptor is written in fp32 only: leave --precision out.")
-        export = _descriptor(folder, config, network, report)
-    else:
-        export = _classifier(folder, config, network, report)
+        export = make(folder, config, network, report)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{report_file} is damaged: {error}.") from error
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         _write(export, temporary)
@@ -182,13 +187,14 @@ def _classifier(
 def _descriptor(
     folder: Path, config: RunConfig, network: Normalised, report: dict[str, Any]
 ) -> _Export:
+    threshold = np.float32(report["threshold"])
     return _Export(
         network,
         DescriptorInfo(dimensions=config.dimensions, **_common(folder, config, report)),
         "embedding",
         "are described",
         lambda path: load_descriptor(path, "cpu").describe,
-        lambda embeddings: embeddings @ embeddings.T - np.float32(report["threshold"]),
+        lambda embeddings: embeddings @ embeddings.T - threshold,
         TOLERANCE,  # of so many pairs some lie at any threshold
     )
 

@@ -61,17 +61,22 @@ def pictures_of(config: RunConfig, folder: Path, working_file: Path) -> Sources:
 
     Corrections are those that stood when the run began.
     """
-    corrections = folder / "corrections.json"
     return gather(
         Path(config.catalog),
         Path(config.others),
         Path(config.others_val) if config.others_val else None,
         working_file,
         config.architecture.size,
-        [Correction(**fields) for fields in read_json(corrections)]
-        if config.corrections
-        else [],
+        _corrections(folder) if config.corrections else [],
     )
+
+
+def _corrections(folder: Path) -> list[Correction]:
+    stored = folder / "corrections.json"
+    try:
+        return [Correction(**fields) for fields in read_json(stored, list)]
+    except TypeError as error:
+        raise InputError(f"{stored} is damaged: {error}.") from error
 
 
 def _note_corrections(database: Path, folder: Path) -> None:

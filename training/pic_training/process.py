@@ -6,6 +6,7 @@ import platform
 import signal
 
 from pic_daemon import cores as machine
+from pic_daemon.errors import InputError
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -15,7 +16,16 @@ _KEPT_BYTES = 2**31 - 1
 def cores() -> int:
     """Cores for this process, of those it may run on: its share where torchrun started
     several on this machine."""
-    return max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, machine.cores() // told_by_torchrun("LOCAL_WORLD_SIZE", 1))
+
+
+def told_by_torchrun(name: str, least: int) -> int:
+    """The number that torchrun put into the environment, `least` where it did not start
+    this; raises InputError where it is none, or smaller."""
+    given = os.environ.get(name, str(least))
+    if not given.isdecimal() or int(given) < least:
+        raise InputError(f"the environment says {name}={given}, no such number: unset it.")
+    return int(given)
 
 
 def heed_sigterm() -> None:

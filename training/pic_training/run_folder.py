@@ -4,10 +4,9 @@ import csv
 import fcntl
 import json
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from zipfile import BadZipFile
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pic_daemon.errors import InputError
+from pic_daemon.images import Pixels
 from pic_training.augmentation import Augmentation
 from pic_training.networks import (
     ARCHITECTURES,
@@ -26,9 +26,14 @@ from pic_training.networks import (
     Normalised,
     Recogniser,
 )
-from pic_training.sources import Sources
+from pic_training.sources import Sources, digest_of
 
+PARITY_SAMPLES = 256
+"""Validation samples by which an exported file is proved to see what PyTorch sees."""
+
+_PARITY = "parity.npy"
 _VALIDATION = "validation.npz"
+_RESTORE = "restore it, or train again in a new folder."
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,12 @@ def claim_folder(config: RunConfig, folder: Path, resume: bool) -> bool:
     if resume:
         if not stored.exists():
             raise InputError(f"{folder} holds no run to resume; begin it without --resume.")
+        before = read_json(stored)
+        before["weights"] = absolute(str(before["weights"]))  # once kept as it was given
         # A run begun before there was an option went by its default.
-        before = {f.name: f.default for f in fields(RunConfig)} | read_json(stored)
-        before["weights"] = absolute(before["weights"])  # once kept as it was given
+        for option in fields(RunConfig):
+            if option.default is not MISSING:
+                before.setdefault(option.name, option.default)
         now = json.loads(json.dumps(asdict(config)))
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["augmentation"]:  # no option: versions differ in it
@@ -220,13 +228,19 @@ def abandon(folder: Path, made: bool) -> None:
             folder.rmdir()
 
 
-def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normalised]:
+def load_network(folder: Path) -> tuple[RunConfig, Normalised]:
     """The settings and the trained network of a run folder, on the CPU, ready to score.
 
     Raises InputError where the folder holds no finished epoch.
     """
+    for needed in ("config.json", "best.pt"):
+        if not os.path.exists(folder / needed):
+            raise InputError(
+                f"{folder} holds no finished epoch ({needed} is missing); train first "
+                "with pic-train, or restore it."
+            )
+    stored = read_json(folder / "config.json")
     try:
-        stored = read_json(folder / "config.json")
         # Of an earlier version: how far decoys to train on were cropped, and no others.
         stored["augmentation"].pop("decoy_area", None)
         ranges: dict[str, Any] = {
@@ -234,16 +248,13 @@ def load_network(folder: Path, name: str = "best.pt") -> tuple[RunConfig, Normal
             for name, value in stored.pop("augmentation").items()
         }
         config = RunConfig(**stored, augmentation=Augmentation(**ranges))
-        state = load_checkpoint(folder / name, torch.device("cpu"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} holds no finished epoch ({Path(error.filename).name} is missing); "
-            "train first with pic-train."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config.architecture  # noqa: B018 - one that this version knows
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
-    network = new_network(config, "none", len(state["network"]["head.weight"]))
-    fill(network, state["network"], folder / name)
+    state = load_checkpoint(folder / "best.pt", torch.device("cpu"))
+    items = len(state["network"].get("head.weight", ()))
+    network = new_network(config, "none", items)
+    fill(network, state["network"], folder / "best.pt")
     return config, network.eval()
 
 
@@ -252,20 +263,28 @@ def fill(network: Normalised, state: dict[str, Any], path: Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(
-            f"the checkpoint {path} is of a version whose network was another: train "
-            "again in a new folder."
-        ) from error
+        raise InputError(another_version(path)) from error
+
+
+def another_version(path: Path) -> str:
+    """What to say of a checkpoint that this version cannot go on from."""
+    return (
+        f"the checkpoint {path} is of a version whose network was another: train "
+        "again in a new folder."
+    )
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint holds; raises InputError where it is damaged."""
+    """What a checkpoint holds, by name, the weights as "network"; raises InputError where
+    it is damaged or another file."""
     try:
         state: dict[str, Any] = torch.load(path, device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"the checkpoint {path} is damaged; restore it, or train again in a new folder."
-        ) from error
+        if not isinstance(state["network"], dict):
+            raise TypeError
+    except OSError:
+        raise
+    except Exception as error:  # whatever PyTorch makes of bytes that are none of its own
+        raise InputError(f"the checkpoint {path} is damaged; {_RESTORE}") from error
     return state
 
 
@@ -282,10 +301,10 @@ def load_validation(folder: Path, count: int) -> dict[str, NDArray[Any]]:
         with np.load(path) as stored:
             found = {name: stored[name] for name in ("scores", "right", "labels")}
             found["within"] = stored["within"] if "within" in stored else found["scores"]
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise InputError(f"{path} is missing or damaged: {error}.") from error
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); {_RESTORE}") from error
     if any(values.shape != (count,) for values in found.values()):
-        raise InputError(f"{path} is damaged: it is not of {count} samples.")
+        raise InputError(f"{path} is damaged (not of {count} samples); {_RESTORE}")
     return found
 
 
@@ -293,6 +312,25 @@ def save_validation(folder: Path, **values: NDArray[Any]) -> None:
     """Write what `load_validation` reads."""
     with replacing(folder / _VALIDATION) as path, path.open("wb") as file:
         np.savez(file, **values)  # type: ignore[arg-type]
+
+
+def load_parity(folder: Path, size: int) -> Pixels:
+    """The samples of `save_parity`, of that side; raises InputError where they are none."""
+    path = folder / _PARITY
+    try:
+        images = np.load(path)
+        if images.dtype != np.uint8 or images.shape != (PARITY_SAMPLES, size, size, 3):
+            raise ValueError(f"{images.shape} of {images.dtype}")
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); {_RESTORE}") from error
+    return np.asarray(images)
+
+
+def save_parity(folder: Path, images: Pixels) -> None:
+    """Write the first validation samples, once: uint8, shape (N, size, size, 3)."""
+    if not (folder / _PARITY).exists():
+        with replacing(folder / _PARITY) as path, path.open("wb") as file:
+            np.save(file, images[:PARITY_SAMPLES])
 
 
 def new_network(config: RunConfig, weights: str, items: int) -> Normalised:
@@ -327,14 +365,18 @@ def write_manifest(sources: Sources, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Path -> sha256 of every picture of a run; raises InputError where it is none."""
+    """Path -> sha256 of every picture of a run; raises InputError where it is none, and
+    where it names others than were trained on, as one that was cut off does."""
     try:
         with _table(folder / "manifest.csv", "r") as file:
-            rows = {row["path"]: row["sha256"] for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
         if not rows:
             raise ValueError("its manifest.csv names no picture")
-        return rows
-    except (OSError, KeyError, ValueError, csv.Error) as error:
+        digest = digest_of((row["sha256"], row["kind"], row["split"]) for row in rows)
+        if digest != read_json(folder / "digest.json")["sources"]:
+            raise ValueError("its manifest.csv is cut off, or of another run")
+        return {row["path"]: row["sha256"] for row in rows}
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
 
 
@@ -348,12 +390,36 @@ def _table(path: Path, mode: Literal["r", "w"]) -> TextIO:
     return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; raises InputError where it is damaged."""
+class _Stored(dict[str, Any]):
+    """An object of a JSON file; to ask for what it lacks raises InputError."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self.path} is damaged (it lacks {key!r}); {_RESTORE}")
+
+
+def read_json(path: Path, kind: type[dict[str, Any] | list[Any]] = dict) -> Any:
+    """The object, or other `kind` of value, in a JSON file of a run folder.
+
+    Raises InputError where the file is missing, unreadable or damaged, and where one of its
+    objects is asked for a key that it lacks.
+    """
+
+    def stored(pairs: list[tuple[str, Any]]) -> _Stored:
+        made = _Stored(pairs)
+        made.path = path
+        return made
+
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(), object_pairs_hook=stored)
+        if not isinstance(value, kind):
+            raise ValueError(f"no {kind.__name__}")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {_RESTORE}") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}.") from error
+        raise InputError(f"{path} is damaged ({error}); {_RESTORE}") from error
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

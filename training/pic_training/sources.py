@@ -113,9 +113,14 @@ class Sources:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over content, kind and split of every picture, in order."""
-        lines = (f"{p.sha256} {p.kind} {p.split}\n" for p in self.pictures)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        """As `digest_of`, of every picture, in order."""
+        return digest_of((p.sha256, p.kind, p.split) for p in self.pictures)
+
+
+def digest_of(pictures: Iterable[tuple[str, str, str]]) -> str:
+    """SHA-256 over the content's SHA-256, kind and split of pictures, in order."""
+    lines = (" ".join(picture) + "\n" for picture in pictures)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def test_half(decoys: Iterable[Source]) -> set[str]:

@@ -27,23 +27,23 @@ from pic_training.preparation import prepare, samples_of
 from pic_training.process import release_memory
 from pic_training.progress import progress_bar
 from pic_training.run_folder import (
+    PARITY_SAMPLES,
     EpochMetrics,
     RunConfig,
     altered_otherwise,
+    another_version,
     best_of,
     load_checkpoint,
     load_network,
     load_validation,
     replacing,
+    save_parity,
     save_validation,
     write_metrics,
 )
 from pic_training.samples import Batch, labels_of, saying_who_was_killed
 from pic_training.sources import Sources, working_side
 from pic_training.tasks import Judged
-
-PARITY_SAMPLES = 256
-"""Validation samples kept in the run folder, on which the export is checked."""
 
 FEATURE_BATCH = 128
 """Most images put through a network at once where nothing is learned from them: a
@@ -126,10 +126,14 @@ def run_training(
                 raise Interrupted from stop
     except OSError as error:
         raise InputError(f"{folder}: {error}.") from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        on_cpu = "can't allocate memory" in str(error)  # as PyTorch says it there
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise InputError(
-            f"the GPU's memory does not hold what a step of {config.batch_size} images "
-            "needs: free some, or start again with a smaller --batch-size."
+            f"the {config.device}'s memory does not hold what a step of "
+            f"{config.batch_size} images needs: free some, or start again with a smaller "
+            "--batch-size."
         ) from error
 
 
@@ -424,7 +428,6 @@ class _Run:
         if self.val_batches:
             yield from self.val_batches
             return
-        parity = self.folder / "parity.npy"
         keep = self.config.device == "cuda" and self._val_fits()
         first: list[torch.Tensor] = []
         size = min(self.config.batch_size, FEATURE_BATCH)
@@ -435,9 +438,7 @@ class _Run:
             if len(first) * size < PARITY_SAMPLES:
                 first.append(images)
             yield images, labels
-        if not parity.exists():
-            with replacing(parity) as path, path.open("wb") as file:
-                np.save(file, torch.cat(first)[:PARITY_SAMPLES].numpy())
+        save_parity(self.folder, torch.cat(first).numpy())
 
     def _val_fits(self) -> bool:
         """Whether the validation samples fill less than a quarter of what is free."""
@@ -467,14 +468,17 @@ class _Run:
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path, self.learner.device)
-        self.learner.restore(state, path)
-        history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
-        versions = state["progress"].pop("versions", None)  # of a GPU, until 2026-11-27
-        if versions and state["progress"]["epoch"] < self.config.epochs:
+        try:
+            self.learner.restore(state, path)
+            history = [EpochMetrics(**m) for m in state["progress"].pop("history")]
+            versions = state["progress"].pop("versions", None)  # of a GPU, until 2026-11-27
+            if versions == 0:  # they had no room there
+                state["progress"]["on_device"] = False
+            self.progress = _Progress(**state["progress"], history=history)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(another_version(path)) from error
+        if versions and self.progress.epoch < self.config.epochs:
             raise InputError(altered_otherwise(path.parent))
-        if versions == 0:  # they had no room there
-            state["progress"]["on_device"] = False
-        self.progress = _Progress(**state["progress"], history=history)
 
     def _bar(
         self, name: str, count: int, done: int

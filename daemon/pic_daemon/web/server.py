@@ -16,7 +16,7 @@ from datasette.plugins import pm
 
 from pic_daemon.errors import InputError, not_listening
 from pic_daemon.match_log import MatchLog
-from pic_daemon.schema import check, migrations, open_read_only
+from pic_daemon.schema import check, migrations, must_be_there, open_read_only
 from pic_daemon.web import pages
 from pic_daemon.web.gate import App, Gate, is_loopback, read_token
 
@@ -113,8 +113,7 @@ def _account() -> str:
 
 def prepare(database: Path) -> bool:
     """Bring the log's tables up to date where this account may; returns whether it may."""
-    if not os.path.exists(database):
-        raise InputError(f"database {database} does not exist, or this user may not look.")
+    must_be_there(database)
     if os.access(database, os.W_OK) and os.access(database.parent, os.W_OK):
         MatchLog.open(database).close()
         return True
