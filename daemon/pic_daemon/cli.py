@@ -239,7 +239,10 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
 @_DATABASE
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(database: Path, as_json: bool) -> None:
-    """Say how the service is doing; exit 1 where it is down, stuck or misses a folder.
+    """Say how the service is doing; exit 1 where something is wrong.
+
+    That is where the service is down or stuck, a folder is offline, or a file has waited
+    for 15 minutes.
 
     Example: pic-daemon status --database log.db
     """

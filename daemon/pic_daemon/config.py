@@ -34,8 +34,9 @@ class Config:
     `webhook` and `command` are told of every match: an http(s) address with, in
     `webhook_header_file`, a header of one's own; a program with its arguments. One
     attempt may take `hook_seconds`; a delivery is tried for `hook_hours`.
-    `keep_no_match_days`: see `retention`; None keeps every row. `missing`: those of the
-    folders that do not exist or are shut to this user.
+    `keep_no_match_days`: see `retention`; with None no row goes by its age. `missing`:
+    those of the folders that do not exist or are shut to this user, and a `failed_folder`
+    that does not exist.
     """
 
     folders: tuple[Folder, ...]

@@ -103,7 +103,7 @@ def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
 
 
 def read_header(file: Path) -> tuple[str, str]:
-    """Name and value of the header in the first line of a file, ``Name: value``.
+    """Name and value of the header, ``Name: value``, of the one line that a file holds.
 
     Raises InputError where there is none or the file is open to everyone.
     """

@@ -117,9 +117,8 @@ def open_rgb(
 def plain_jpeg(data: bytes, side: int) -> Image.Image:
     """A JPEG's picture in RGB at the smallest scale that leaves both sides at least `side`.
 
-    Twice that cost 0.2 ms more and told the catalog apart no better; Pillow's own way
-    through the same library takes a third longer (bench/results/throughput.md). Raises
-    ValueError where libjpeg-turbo has anything to say about the file.
+    Twice that cost 0.2 ms more (bench/results/throughput.md). Raises ValueError where
+    libjpeg-turbo has anything to say about the file.
     """
     return Image.fromarray(
         decode_jpeg(data, "RGB", min_height=side, min_width=side, strict=True)

@@ -82,7 +82,11 @@ _DATABASE = click.option("--database", required=True, type=_PATH, help="The matc
 @click.option("--min-score", type=FiniteRange(0, 1), help="Of the classifier.")
 @click.option("--max-score", type=FiniteRange(0, 1), help="The same.")
 @click.option("--folder", type=_PATH, metavar="DIR", help="In it or anywhere below it.")
-@click.option("--product", metavar="NAME", help="Matched to this catalog item.")
+@click.option(
+    "--product",
+    metavar="NAME",
+    help="Nearest to this catalog item, whatever the verdict (--status).",
+)
 @click.option(
     "--status",
     type=click.Choice([*STATUSES, "all"]),

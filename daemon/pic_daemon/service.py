@@ -64,7 +64,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Reload:
-    """Load the model file anew and compare folders and log."""
+    """Load model, descriptor and index anew, and compare folders and log."""
 
 
 _Read = Reading | CloserReading | Confirmation
@@ -139,7 +139,8 @@ class Service:
         return self._backlog.gone
 
     def reload(self) -> None:
-        """Ask the loop to load the model file anew; as safe as `stop`."""
+        """Ask the loop to load model, descriptor and index anew and to compare folders and
+        log, which heeds what retry and reclassify have marked; as safe as `stop`."""
         self.inbox.put(Reload())
 
     def run(self) -> None:

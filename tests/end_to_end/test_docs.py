@@ -15,7 +15,7 @@ SYSTEMS_WORDS = {
 
 PUT_TOGETHER = {  # by the programs, of what stands apart in them
     "-wal exists)", "in int8 the recall falls by",
-    "MB left, too little for so many processes that render samples",
+    "MB left, too little for the processes that render samples",
 }  # fmt: skip
 
 ROOT = Path(__file__).parents[2]

@@ -181,8 +181,8 @@ def _enlarged(side: int) -> torch.Tensor:
 
 
 def quantisation() -> tuple[torch.Tensor, torch.Tensor]:
-    """By what Pillow's JPEG divides coefficients of brightness and of colours at quality 1,
-    2, ..., 100; uint8, shape (100, 8, 8)."""
+    """By what an encoder divides coefficients of brightness and of colours at quality 1, 2,
+    ..., 100; uint8, shape (100, 8, 8)."""
     tables: tuple[list[int], list[int]] = ([], [])
     for quality in range(1, 101):
         file = io.BytesIO(compress(np.zeros((1, 1, 3), np.uint8), quality))

@@ -89,7 +89,7 @@ def export_run(
     """Write the best checkpoint of a run as one ONNX file and prove it.
 
     The file appears under its name only after onnx's checker passed and the daemon's
-    own reader saw at least 256 validation samples as PyTorch does. In another
+    own reader saw 256 validation samples as PyTorch does. In another
     precision than fp32 the threshold is then chosen anew, and recall and accuracy on
     the test half may fall by at most `max_loss`. Raises InputError where `folder` is no
     finished run or a proof fails; then no file is left behind.

@@ -18,7 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of torchvision's published ResNet50 weights, for RGB in [0, 1].
 
 SCALE = 24.0
-"""Of a Recogniser's cosines; learned ones came to 22 to 27 (bench/results/ablation.md)."""
+"""Of a Recogniser's cosines. Learned, it came out below zero, at -23.6 and -24.6
+(bench/results/published-protocol.md)."""
 
 MARGIN = 0.2
 """By which a copy's cosine to its own picture is to exceed those to others."""

@@ -54,8 +54,9 @@ def release_memory() -> None:
     """Give memory that is free between two epochs back to the kernel.
 
     A full run of five epochs without this, and with an array kept for each batch of
-    the validation, came to 5.9 GiB; two full epochs with both mended stay at 1.2
-    (bench/results/published-protocol.md). Which of the two it was is not known.
+    the validation, came to 5.9 GiB, of which there is no page. With both mended such runs
+    have stayed at 1.0 to 1.3 (bench/results/published-protocol.md). Which of the two it
+    was is not known.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

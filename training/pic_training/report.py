@@ -40,10 +40,10 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
     groups of near-duplicates, of the catalog every other sample of each picture. Accuracy,
     precision, recall and false positive rate come from the other half, and so does what
     `calibrated` says of scores decided at one half.
-    `at_one_half`, `top_1` and `loss` are of all validation samples, on which the best
-    epoch was chosen, of whole pictures and before the calibration; all else, where the
-    run classifies, counts the second look within margins, as the service does. Where it
-    describes, the score is the greatest cosine to the catalog.
+    `at_one_half`, `top_1` and `loss` are of all validation samples (the calibrating half of
+    which chose the epoch), of whole pictures and before the calibration; all else, where
+    the run classifies, counts the second look within margins, as the service does. Where
+    it describes, the score is the greatest cosine to the catalog.
     """
     describes = config.task == "describe"
     scores = result.val_scores.astype(np.float64)

@@ -96,7 +96,7 @@ class EpochMetrics:
     describes, it is the share of samples whose nearest neighbour is a copy of the same
     picture: in the batch for training, among the catalog's originals for validation.
     `val_calibrated_loss` is the validation loss of the samples that calibrate after the
-    calibration that makes it least; describing, it is `val_loss`.
+    calibration that makes it least; describing, it is their loss as it is.
 
     `network_share` of the training seconds went by in the network, the rest waiting
     for samples; on a GPU that makes its own, for the pictures that it makes them from.

@@ -209,7 +209,8 @@ def gather(
     ours, and what is like others held back: whole groups of near-duplicates, by content
     hash.
     Raises InputError where a folder holds no usable image or the disk is full; then
-    `file` is not there.
+    `file` is not there. It is where no other is left to train on or to validate against,
+    as all turned out to be copies.
     """
     ours = tuple(c for c in corrections if c.label == "ours")
     not_ours = tuple(c for c in corrections if c.label == "not-ours")

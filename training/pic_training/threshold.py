@@ -1,9 +1,10 @@
 """From logits to a decision with a promise: calibration, threshold, intervals.
 
-The threshold is chosen on one half of the validation pictures (calibration) for a
-target false positive rate; every figure that is reported comes from the other half
-(test), with intervals that are bootstrapped by source picture, because samples of
-one picture are not independent.
+The threshold is chosen on one half of the validation samples (calibration) for a target
+false positive rate: of the decoys whole groups of near-duplicates, of the catalog every
+other sample of each picture. Every figure of a report but `at_one_half`, `top_1`, `loss`
+and `likest_others` comes from the other half (test), with intervals that are bootstrapped
+by source picture, because samples of one picture are not independent.
 """
 
 from collections.abc import Sequence

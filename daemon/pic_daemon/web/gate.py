@@ -57,7 +57,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(file: Path) -> str:
-    """The token in the first line of a file.
+    """The one word that a file holds.
 
     Raises InputError where it is too short or the file is open to everyone.
     """

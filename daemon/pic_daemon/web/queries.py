@@ -219,7 +219,7 @@ def said_of(db: sqlite3.Connection, rows: list[Row]) -> dict[int, Row]:
 
 
 def watched(db: sqlite3.Connection) -> list[str]:
-    """The folders of the service that started last."""
+    """The folders of the service that started last, and of archives since."""
     return [folder for (folder,) in db.execute("SELECT folder FROM watched ORDER BY 1")]
 
 
