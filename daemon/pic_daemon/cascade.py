@@ -18,8 +18,8 @@ import numpy as np
 from pic_daemon.catalog_index import CatalogIndex, check_belongs, load_index
 from pic_daemon.config import Config
 from pic_daemon.descriptor import Descriptor, load_descriptor
-from pic_daemon.folders import text_of
 from pic_daemon.identification import (
+    UNDESCRIBED,
     Candidate,
     CloserReading,
     Closeup,
@@ -38,7 +38,6 @@ from pic_daemon.served_files import Loaded, ServedFiles, State
 logger = logging.getLogger("pic_daemon")
 
 _WAIT_S = 0.02  # the longest a picture waits for others to be described with it
-_NO_NUMBERS = "the descriptor gave no numbers for this picture"
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,14 @@ class Identifier:
         found = iter(self.index.look_up(vectors[np.isfinite(vectors).all(axis=1)]))
         return [next(found) if np.isfinite(v).all() else [] for v in vectors]
 
-    def identify(self, closeups: Sequence[Closeup]) -> list[Identification | None]:
+    def identify(self, closeup: Closeup) -> Identification | None:
         """Describe, look up and confirm in this process; None: no finite vector."""
-        decided: list[Identification | None] = []
-        for closeup, found in zip(closeups, self.candidates(closeups), strict=True):
-            items = [c.landmarks for c in worth_confirming(found, self.threshold)]
-            (confirmed,) = confirm("", closeup.landmarks, items)
-            values = confirmed.agreements
-            decided.append(identify(found, values, self.threshold) if found else None)
-        return decided
+        (found,) = self.candidates([closeup])
+        if not found:
+            return None
+        items = [c.landmarks for c in worth_confirming(found, self.threshold)]
+        (confirmed,) = confirm("", closeup.landmarks, items)
+        return identify(found, confirmed.agreements, self.threshold)
 
     @property
     def threshold(self) -> float:
@@ -220,19 +218,8 @@ class Cascade:
         found = identify(candidates, agreements, threshold) if candidates else None
         outcome = replace(
             passed.outcome,
-            status="match" if found and found.matched else "no-match",
             classified_at=time.time(),
-            error=None if found else _NO_NUMBERS,
             catalog_index=identifier.index.sha256,
+            **(found.columns() if found else UNDESCRIBED),
         )
-        if found:
-            outcome = replace(
-                outcome,
-                catalog_item=text_of(found.item),
-                similarity=found.similarity,
-                runner_up=found.runner_up and text_of(found.runner_up),
-                runner_up_similarity=found.runner_up_similarity,
-                joint_score=found.score,
-                joint_threshold=found.threshold,
-            )
         self._decided.append(replace(passed, outcome=outcome))

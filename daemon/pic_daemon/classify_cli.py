@@ -14,7 +14,7 @@ from pic_daemon.cascade import Identifier, load_identifier
 from pic_daemon.cli import PROVIDERS, alone_with, opened
 from pic_daemon.errors import InputError
 from pic_daemon.folders import about_names, text_of
-from pic_daemon.identification import CloserReading, look_closer
+from pic_daemon.identification import UNDESCRIBED, CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import one_line, printing
 from pic_daemon.model import Model, Verdict, load_model
@@ -160,13 +160,5 @@ def _second_stage(
     if not isinstance(seen, CloserReading):
         problem = seen.error or "changed while being read"
         return {"status": "failed", "score": None, "error": problem}
-    (found,) = identifier.identify([seen.closeup])
-    if not found:
-        return row
-    return row | {
-        "status": "match" if found.matched else "no-match",
-        "catalog_item": text_of(found.item),
-        "similarity": found.similarity,
-        "joint_score": found.score,
-        "joint_threshold": found.threshold,
-    }
+    found = identifier.identify(seen.closeup)
+    return row | (found.columns() if found else UNDESCRIBED)

@@ -7,11 +7,13 @@ decides by.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 from PIL import Image
 
 from pic_daemon.confirmation import PICTURE_SIDE, Landmarks, agreement, landmarks
+from pic_daemon.folders import text_of
 from pic_daemon.images import (
     MAX_PIXELS,
     DecodedImage,
@@ -30,6 +32,12 @@ CANDIDATES = 5
 
 DEFAULT_THRESHOLD = 0.5
 """Of the joint score, for an index that no decoys were measured with."""
+
+UNDESCRIBED: dict[str, Any] = {
+    "status": "no-match",
+    "error": "the descriptor gave no numbers for this picture",
+}
+"""The row's columns where there is no Identification."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,18 @@ class Identification:
     def matched(self) -> bool:
         """Whether the picture is taken for a copy of `item`."""
         return self.score >= self.threshold
+
+    def columns(self) -> dict[str, Any]:
+        """The row's columns that it decides."""
+        return {
+            "status": "match" if self.matched else "no-match",
+            "catalog_item": text_of(self.item),
+            "similarity": self.similarity,
+            "runner_up": self.runner_up and text_of(self.runner_up),
+            "runner_up_similarity": self.runner_up_similarity,
+            "joint_score": self.score,
+            "joint_threshold": self.threshold,
+        }
 
 
 def joint_score(similarity: float, agreement: float) -> float:

@@ -297,7 +297,23 @@ def test_single_files_are_named_too(
     )  # fmt: skip
     known, strange = map(json.loads, result.stdout.splitlines())
     assert (known["status"], known["catalog_item"]) == ("match", "product-00002.jpg")
+    assert known["runner_up"] not in (None, known["catalog_item"])
     assert strange["status"] == "no-match"
+
+
+def test_a_single_file_that_gets_no_numbers_says_so_too(
+    indexed: Indexed, run_here: Tool, model_file: Path, tmp_path: Path
+) -> None:
+    descriptor = write_descriptor(tmp_path / "blinded.onnx", blinded=225)
+    bright = Image.blend(product(1), Image.new("RGB", product(1).size, "white"), 0.8)
+    bright.save(tmp_path / "bright.jpg", quality=60)
+    result = run_here(
+        "pic-classify", "--model", model_file, "--describe", descriptor, "--index",
+        indexed(1, 2, descriptor=descriptor), "--json", tmp_path / "bright.jpg",
+    )  # fmt: skip
+    row = json.loads(result.stdout)
+    assert row["status"] == "no-match"
+    assert "gave no numbers" in row["error"]
 
 
 def test_pic_classify_takes_a_gate_of_its_own(
