@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from pic_daemon.folders import FileStamp
+from pic_daemon.folders import FileStamp, stamp_of
 from pic_daemon.images import MAX_PIXELS, DecodedImage, ImageError, decode
 
 MAX_BYTES = 1 << 30
@@ -77,7 +77,7 @@ def read_bytes(path: str) -> tuple[Reading, bytes]:
     except FileNotFoundError:
         return Reading(path, None), b""
     except OSError as error:
-        stamp = stamp or _stamp_unread(path)
+        stamp = stamp or stamp_of(path)
         problem = f"cannot be read: {error.strerror}"
         return Reading(path, stamp, error=problem, transient=True), b""
     if after != stamp or len(data) != stamp.bytes:
@@ -93,10 +93,3 @@ def _opened(path: str) -> BinaryIO:
     except BaseException:  # as of a folder
         os.close(handle)
         raise
-
-
-def _stamp_unread(path: str) -> FileStamp | None:
-    try:
-        return FileStamp.of(os.lstat(path))
-    except OSError:
-        return None

@@ -33,3 +33,12 @@ def test_a_folder_under_a_pictures_name_costs_no_descriptor(tmp_path: Path) -> N
         reading, data = read_bytes(str(tmp_path))
         assert (data, reading.sha256) == (b"", "")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_no_regular_file_any_more_has_no_stamp(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "link.png").symlink_to("a.png")
+    for path in (tmp_path, tmp_path / "link.png"):
+        reading, _ = read_bytes(str(path))
+        assert reading.stamp is None
+        assert reading.transient and "cannot be read" in str(reading.error)
