@@ -58,6 +58,11 @@ class Measured:
     left_out: dict[str, str]
     decoys: list[Decoy]
 
+    @property
+    def samples(self) -> int:
+        """How many samples of those pictures there were."""
+        return self.choosing * _COUNT
+
 
 def measure(
     index: CatalogIndex,

@@ -25,7 +25,7 @@ from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
 from pic_daemon.lock import lock
 from pic_daemon.options import FiniteRange, Place
-from pic_daemon.promise import supported_rate
+from pic_daemon.promise import about_support
 
 _PATH = Place()
 _SAVE_S = 600.0
@@ -298,13 +298,9 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
                 "note: a threshold that high comes of pictures among the decoys that look "
                 "like copies, see the nearest: take such out and measure again"
             )
-        of_pictures = supported_rate(measured.choosing)
-        if of_pictures > (measured.promise.target_fpr or 1):
-            click.echo(
-                f"note: the threshold is chosen on {measured.choosing} decoys, each in "
-                f"several versions: of other pictures up to {of_pictures:.2g} may match "
-                "(3 / n)"
-            )
+        target = measured.promise.target_fpr or 1
+        if note := about_support(measured.choosing, measured.samples, target):
+            click.echo(f"note: {note}")
     left_out = len(measured.left_out) if measured else 0
     click.echo(
         f"{text_of(str(made.path))}: {len(made.items)} items; {len(done.added)} added, "

@@ -49,6 +49,17 @@ def check_support(decoys: int, target: float, remedy: str) -> None:
         )
 
 
+def about_support(decoys: int, samples: int, target: float) -> str | None:
+    """A sentence where so many different decoys support less than their samples do."""
+    of_pictures = min(1.0, supported_rate(decoys))
+    if of_pictures <= target:
+        return None
+    return (
+        f"the threshold is chosen on {decoys} decoys, {samples} samples of them: of other "
+        f"pictures up to {of_pictures:.2g} may match (3 / n)"
+    )
+
+
 def threshold_for(scores: Floats, labels: Labels, target: float) -> float:
     """The lowest threshold at which at most the share `target` of decoys match.
 

@@ -518,7 +518,7 @@ def test_a_decoy_longer_than_any_jpeg_is_measured_all_the_same(
     product(113).resize((80_000, 300)).save(tmp_path / "others" / "scroll.png")
     output = make("--others", tmp_path / "others", "--target-fpr", 0.2).stdout
     assert "0 decoys left out" in output
-    assert "note: the threshold is chosen on 7 decoys" in output
+    assert "note: the threshold is chosen on 7 decoys, 21 samples of them" in output
 
 
 def test_names_that_are_not_utf8_are_printed(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pic_daemon.errors import InputError
-from pic_daemon.promise import Floats, check_support, rate, threshold_for
+from pic_daemon.promise import Floats, about_support, check_support, rate, threshold_for
 from pic_training.threshold import (
     calibration_error,
     confusion,
@@ -47,6 +47,15 @@ def test_a_rate_that_the_decoys_cannot_promise_is_refused() -> None:
         InputError, match=r"1000 decoy samples can promise .* 0\.003 at best"
     ):
         check_support(1000, 0.001, "use more")
+
+
+def test_few_decoys_in_many_samples_are_told_and_promise_no_more_than_all() -> None:
+    assert about_support(300, 900, 0.01) is None
+    told = about_support(100, 300, 0.01)
+    assert told and "100 decoys, 300 samples of them: of other pictures up to 0.03" in told
+    few = about_support(2, 6, 0.5)
+    assert few and "up to 1 may match" in few
+    assert about_support(2, 6, 1.0) is None
 
 
 def test_a_calibrated_score_of_one_half_is_an_even_chance_whatever_was_sampled() -> None:

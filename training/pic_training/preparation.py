@@ -11,7 +11,7 @@ import numpy as np
 from pic_daemon.corrections import Correction, read_corrections
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
-from pic_daemon.promise import check_support, supported_rate
+from pic_daemon.promise import about_support, check_support
 from pic_training.run_folder import (
     RunConfig,
     abandon,
@@ -152,12 +152,8 @@ def _check_halves(config: RunConfig, sources: Sources) -> None:
 
 def note_support(decoys: int, samples: int, target: float) -> None:
     """Say where so many different decoys support less than their samples do."""
-    if (of_pictures := min(1.0, supported_rate(decoys))) > target:
-        click.echo(
-            f"note: the threshold is chosen on {decoys} decoys, {samples} samples of "
-            f"them: of other pictures up to {of_pictures:.2g} may match (3 / n)",
-            err=True,
-        )
+    if note := about_support(decoys, samples, target):
+        click.echo(f"note: {note}", err=True)
 
 
 def _check_shares(config: RunConfig) -> None:
