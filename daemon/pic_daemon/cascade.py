@@ -25,6 +25,7 @@ from pic_daemon.identification import (
     Closeup,
     Confirmation,
     Identification,
+    agreements,
     confirm,
     identify,
     look_closer,
@@ -59,8 +60,8 @@ class Identifier:
         if not found:
             return None
         items = [c.landmarks for c in worth_confirming(found, self.threshold)]
-        (confirmed,) = confirm("", closeup.landmarks, items)
-        return identify(found, confirmed.agreements, self.threshold)
+        values = agreements(closeup.landmarks, items)
+        return identify(found, values, self.threshold)
 
     @property
     def threshold(self) -> float:

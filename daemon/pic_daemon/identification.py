@@ -143,6 +143,11 @@ def worth_confirming(candidates: Sequence[Candidate], threshold: float) -> list[
     return [c for c in candidates if joint_score(c.similarity, 1.0) >= threshold]
 
 
+def agreements(query: Landmarks, items: Sequence[bytes]) -> tuple[float, ...]:
+    """How surely `query` is a copy of each item, in [0, 1]; they are Landmarks as bytes."""
+    return tuple(agreement(query, Landmarks.from_bytes(item)) for item in items)
+
+
 def side_for(size: int) -> int:
     """The `size` to give to `open_rgb` for a descriptor of this input size."""
     return max(size, PICTURE_SIDE)
@@ -183,5 +188,4 @@ def look_closer(
 
 def confirm(path: str, query: Landmarks, items: Sequence[bytes]) -> list[Confirmation]:
     """Compare the picture at `path` with items, given as Landmarks in bytes."""
-    values = tuple(agreement(query, Landmarks.from_bytes(item)) for item in items)
-    return [Confirmation(path, values)]
+    return [Confirmation(path, agreements(query, items))]

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pic_daemon.cascade import Identifier
-from pic_daemon.confirmation import Landmarks, agreement
-from pic_daemon.identification import CANDIDATES, Closeup, joint_score, look_at
+from pic_daemon.identification import CANDIDATES, Closeup, agreements, joint_score, look_at
 from pic_daemon.images import Pixels, decode, open_rgb
 from pic_daemon.model import Model
 from pic_training.augmentation import Augmentation, augment
@@ -193,11 +192,9 @@ class Scorer:
         self, identifier: Identifier, closeups: Sequence[Closeup]
     ) -> list[_Row]:
         candidates = identifier.candidates(closeups)
-        pairs = [
-            (one.landmarks, [c.landmarks for c in near])
-            for one, near in zip(closeups, candidates, strict=True)
-        ]
-        agreed = self._pool.map(_agreed, pairs, chunksize=4)
+        marks = [closeup.landmarks for closeup in closeups]
+        items = [[c.landmarks for c in near] for near in candidates]
+        agreed = self._pool.map(agreements, marks, items, chunksize=4)
         return [
             [(c.similarity, value, c.item) for c, value in zip(near, values, strict=True)]
             for near, values in zip(candidates, agreed, strict=True)
@@ -244,8 +241,3 @@ def _proposed(
         np.array(items, dtype=object),
         np.array(own),
     )
-
-
-def _agreed(pair: tuple[Landmarks, list[bytes]]) -> list[float]:
-    query, items = pair
-    return [agreement(query, Landmarks.from_bytes(item)) for item in items]
