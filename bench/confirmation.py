@@ -30,8 +30,9 @@ from numpy.typing import NDArray  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pic_daemon import alignment, confirmation  # noqa: E402
-from pic_daemon.confirmation import EVIDENCE, PICTURE_SIDE, Landmarks, landmarks  # noqa: E402
+from pic_daemon.confirmation import EVIDENCE  # noqa: E402
 from pic_daemon.images import open_rgb  # noqa: E402
+from pic_daemon.landmarks import PICTURE_SIDE, Landmarks, landmarks  # noqa: E402
 from pic_training.edits import EDITS  # noqa: E402
 from pic_training.peers import peers  # noqa: E402
 

@@ -43,11 +43,12 @@ from PIL import Image
 
 from pic_daemon.cascade import Identifier, load_identifier
 from pic_daemon.catalog_index import load_index
-from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.confirmation import agreement
 from pic_daemon.descriptor import load_descriptor
 from pic_daemon.identification import Candidate, joint_score, look_at
 from pic_daemon.images import decode, open_rgb
 from pic_daemon.indexing import workers
+from pic_daemon.landmarks import Landmarks
 from pic_daemon.model import Model, load_model
 from pic_daemon.promise import rate, supported_rate, threshold_for
 from pic_daemon.reading import read_image
@@ -432,7 +433,7 @@ def step_by_step(task: Task) -> Found:
     closeup = look_at(data, size)
     closeup_ms = clock.lap()
     views: list[list[Candidate]] = []
-    for picture in (whole, closeup.image.pixels):
+    for picture in (whole, closeup.pixels):
         vectors = _identifier.descriptor.describe(picture[None])
         views += index.look_up(vectors, max(CONFIRMED))
     describe_ms = clock.lap() / 2

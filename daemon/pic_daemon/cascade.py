@@ -50,7 +50,7 @@ class Identifier:
 
     def candidates(self, closeups: Sequence[Closeup]) -> list[list[Candidate]]:
         """What each picture may be a copy of; empty where it has no finite vector."""
-        vectors = self.descriptor.describe(np.stack([c.image.pixels for c in closeups]))
+        vectors = self.descriptor.describe(np.stack([c.pixels for c in closeups]))
         found = iter(self.index.look_up(vectors[np.isfinite(vectors).all(axis=1)]))
         return [next(found) if np.isfinite(v).all() else [] for v in vectors]
 
@@ -171,7 +171,7 @@ class Cascade:
         """Describe the pictures that wait, and have their candidates confirmed."""
         size = self.identifier.descriptor.info.input_size
         seen, self._seen = self._seen, {}
-        for path in [p for p, c in seen.items() if len(c.image.pixels) != size]:
+        for path in [p for p, c in seen.items() if len(c.pixels) != size]:
             del seen[path]  # was read for the descriptor before this one
             self._look(self._passed[path].outcome)
         for start in range(0, len(seen), self.config.batch_size):

@@ -21,11 +21,11 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from pic_daemon.confirmation import Landmarks
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, Folder
 from pic_daemon.identification import CANDIDATES, Candidate
+from pic_daemon.landmarks import Landmarks
 from pic_daemon.neighbours import Neighbours, Vectors
 from pic_daemon.promise import Interval
 

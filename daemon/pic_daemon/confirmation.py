@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from pic_daemon.alignment import Mask, Pose, align, correlation, lay, line, overlap, refined
 from pic_daemon.images import Pixels
-from pic_daemon.landmarks import PICTURE_SIDE, Floats, Landmarks, View, landmarks
-
-__all__ = ["EVIDENCE", "PICTURE_SIDE", "Landmarks", "agreement", "evidence", "landmarks"]
+from pic_daemon.landmarks import Floats, Landmarks, View
 
 EVIDENCE = ("overlap", "explained", "edges", "local", "colour", "contrast")
 """What is weighed; `evidence` says how each is measured."""

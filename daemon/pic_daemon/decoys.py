@@ -18,7 +18,7 @@ from PIL import Image
 
 from pic_daemon.cascade import Identifier
 from pic_daemon.catalog_index import CatalogIndex, Promise, files_in
-from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.confirmation import agreement
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.folders import text_of
 from pic_daemon.identification import (
@@ -30,6 +30,7 @@ from pic_daemon.identification import (
 )
 from pic_daemon.images import ImageError
 from pic_daemon.indexing import looked_at, picture_at, slices
+from pic_daemon.landmarks import Landmarks
 from pic_daemon.promise import Floats, check_support, rate, threshold_for
 
 VERSIONS = "as it is, cropped to 70% of its area at JPEG quality 50, 96 px at quality 30"

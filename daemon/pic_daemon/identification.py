@@ -9,23 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 from PIL import Image
 
-from pic_daemon.confirmation import PICTURE_SIDE, Landmarks, agreement, landmarks
+from pic_daemon.confirmation import agreement
 from pic_daemon.folders import text_of
-from pic_daemon.images import (
-    MAX_PIXELS,
-    DecodedImage,
-    ImageError,
-    Pixels,
-    open_rgb,
-    to_pixels,
-)
+from pic_daemon.images import MAX_PIXELS, ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.landmarks import PICTURE_SIDE, Landmarks, landmarks
 from pic_daemon.margins import within_margins
 from pic_daemon.reading import Reading, read_bytes
-
-cv2.setNumThreads(1)  # as many processes as cores do this at the same time
 
 CANDIDATES = 5
 """Items that are confirmed or refused per picture, nearest first."""
@@ -44,11 +35,11 @@ UNDESCRIBED: dict[str, Any] = {
 class Closeup:
     """A picture as the second stage sees it.
 
-    `image` has pixels for the descriptor, uint8, shape (size, size, 3), of what lies within
-    the picture's margins; it is compared with items as a whole.
+    `pixels` are for the descriptor, uint8, shape (size, size, 3), of what lies within the
+    picture's margins; it is compared with items as a whole.
     """
 
-    image: DecodedImage
+    pixels: Pixels
     landmarks: Landmarks
 
 
@@ -155,17 +146,14 @@ def side_for(size: int) -> int:
 
 def look_at(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Closeup:
     """Decode a file's bytes for the second stage; raises ImageError as `decode` does."""
-    picture, stored = open_rgb(data, side_for(size), max_pixels)
-    return closeup_of(picture, size, stored)
+    picture, _ = open_rgb(data, side_for(size), max_pixels)
+    return closeup_of(picture, size)
 
 
-def closeup_of(
-    picture: Image.Image, size: int, stored: tuple[int, int] | None = None
-) -> Closeup:
+def closeup_of(picture: Image.Image, size: int) -> Closeup:
     """From an upright RGB picture."""
-    width, height = stored or picture.size
-    pixels: Pixels = to_pixels(within_margins(picture) or picture, size)
-    return Closeup(DecodedImage(pixels, width, height, "RGB"), landmarks(picture))
+    pixels = to_pixels(within_margins(picture) or picture, size)
+    return Closeup(pixels, landmarks(picture))
 
 
 # Tasks of the worker processes: each gives a list of one, as `read_images` one of many.

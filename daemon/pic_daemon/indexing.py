@@ -18,20 +18,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pic_daemon.catalog_index import CatalogIndex, Item, Refused, files_in, within
-from pic_daemon.confirmation import Landmarks, agreement
+from pic_daemon.confirmation import agreement
 from pic_daemon.cores import cores
 from pic_daemon.decoding import worker_context
 from pic_daemon.descriptor import Descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import FileStamp, text_of
-from pic_daemon.identification import (
-    CANDIDATES,
-    DEFAULT_THRESHOLD,
-    closeup_of,
-    joint_score,
-    side_for,
-)
+from pic_daemon.identification import CANDIDATES, DEFAULT_THRESHOLD, joint_score, side_for
 from pic_daemon.images import ImageError, Pixels, open_rgb, to_pixels
+from pic_daemon.landmarks import Landmarks, landmarks
 from pic_daemon.margins import within_margins
 from pic_daemon.neighbours import Vectors
 from pic_daemon.onnx_session import GPU_BATCH
@@ -247,7 +242,7 @@ def _prepare(path: str, size: int) -> _Prepared | str:
         picture, sha256 = picture_at(path, size)
     except ImageError as error:
         return str(error)
-    seen = closeup_of(picture, size).landmarks
+    seen = landmarks(picture)
     if seen.blank:
         return "nearly uniform picture: nothing to recognise"
     views = np.stack([to_pixels(view, size) for view in _views(picture)])

@@ -8,7 +8,8 @@ import pytest
 from pictures import SIDE, product
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from pic_daemon.confirmation import Landmarks, agreement, landmarks
+from pic_daemon.confirmation import agreement
+from pic_daemon.landmarks import Landmarks, landmarks
 
 SURE = 0.83  # one look-alike in a thousand exceeds it: bench/results/confirmation.md
 
