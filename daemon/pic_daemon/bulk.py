@@ -16,6 +16,7 @@ from pic_daemon.config import Config
 from pic_daemon.folders import Folder, mount_of, text_of
 from pic_daemon.match_log import MatchLog
 from pic_daemon.model import Model
+from pic_daemon.onnx_session import Provider
 from pic_daemon.service import Service
 
 
@@ -32,18 +33,20 @@ class Done:
 
 def classify_folder(
     folder: Path, model: Model, log: MatchLog, identifier: Identifier | None = None,
-    gate: float | None = None,
+    gate: float | None = None, provider: Provider = "auto",
 ) -> Done:  # fmt: skip
     """Record every image below `folder` that the log does not hold yet; `gate` is the
-    score from which on descriptor and index decide, None for the model's. Ctrl-C or
-    SIGTERM finishes what is in hand and raises click.Abort, a folder that goes away
-    click.ClickException; the same call goes on from there.
+    score from which on descriptor and index decide, None for the model's. A model or index
+    that is replaced meanwhile is loaded on `provider`. Ctrl-C or SIGTERM finishes what is
+    in hand and raises click.Abort, a folder that goes away click.ClickException; the same
+    call goes on from there.
     """
     # Nobody announces anything here: a poll that never comes again is one scan.
     place = Folder(folder.resolve(), mode="poll", poll_seconds=math.inf)
     config = Config(
-        (place,), model.path, log.path, gate_threshold=gate, rescan_seconds=math.inf
-    )
+        (place,), model.path, log.path, provider, gate_threshold=gate,
+        rescan_seconds=math.inf,
+    )  # fmt: skip
     refused: dict[str, OSError] = {}
     passed_over: Counter[str] = Counter()
     found = place.walk(str(place.path), refused.__setitem__, passed_over)

@@ -18,6 +18,7 @@ from pic_daemon.identification import UNDESCRIBED, CloserReading, look_closer
 from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import one_line, printing
 from pic_daemon.model import Model, Verdict, load_model
+from pic_daemon.onnx_session import Provider
 from pic_daemon.options import FiniteRange, Place
 from pic_daemon.reading import Reading, read_image
 
@@ -71,7 +72,7 @@ def classify(model: Path, describe: Path | None, index: Path | None,
     if recursive and database:
         if as_json:
             raise click.UsageError("--json goes with IMAGE...; here ask pic-matches.")
-        _classify_archive(recursive, database, loaded, identifier, gate_threshold)
+        _classify_archive(recursive, database, loaded, identifier, gate_threshold, provider)
         return
     gate = None
     if identifier:
@@ -97,12 +98,12 @@ def _line(row: dict[str, Any]) -> str:
 
 def _classify_archive(
     folder: Path, database: Path, model: Model, identifier: Identifier | None,
-    gate: float | None,
+    gate: float | None, provider: Provider,
 ) -> None:  # fmt: skip
     if not os.path.isdir(folder):  # before a database is made for it; never raises
         raise InputError(f"{folder} is not a folder.")
     with closing(opened(database)) as log, alone_with(database):
-        done = classify_folder(folder, model, log, identifier, gate)
+        done = classify_folder(folder, model, log, identifier, gate, provider)
         outdated = log.outdated(folder.resolve())
     told = ", ".join(f"{n} {status}" for status, n in sorted(done.outcomes.items()))
     shown = text_of(str(database))

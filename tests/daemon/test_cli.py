@@ -15,6 +15,8 @@ from conftest import BIN, INFO, DaemonProcess, write_image, write_model
 from shop import Shop
 from sqlite_utils import Database
 
+from pic_daemon.config import Config
+from pic_daemon.errors import InputError
 from pic_daemon.folders import Mount, stamp_of
 from pic_daemon.match_log import MatchLog
 
@@ -393,6 +395,21 @@ def test_an_archive_says_what_another_model_decided(
     elsewhere = ("--recursive", write_image(tmp_path / "b" / "b.png", 200).parent)
     fourth = run_tool("pic-classify", "--model", model_file, *elsewhere, *bulk[2:])
     assert fourth.stdout.startswith("1 match;") and "note" not in fourth.stderr
+
+
+def test_an_archive_stays_on_the_provider_that_was_asked_for(
+    model_file: Path, run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Config, *_: object, **__: object) -> None:
+        raise InputError(f"would load on {config.provider}")
+
+    monkeypatch.setattr("pic_daemon.bulk.Service", refuse)
+    (tmp_path / "archive").mkdir()
+    result = run_here(
+        "pic-classify", "--model", model_file, "--provider", "cpu",
+        "--recursive", tmp_path / "archive", "--database", tmp_path / "log.db",
+    )  # fmt: skip
+    assert "would load on cpu" in result.stderr
 
 
 def test_an_archive_of_which_a_part_may_not_be_read_is_not_done(
