@@ -142,6 +142,23 @@ class CatalogIndex:
         hashes = sorted(item.sha256 for item in self.items.values())
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+    def about_promise(self) -> str:
+        """The threshold and what is promised of it, in a sentence."""
+        promise = self.about.promise
+        text = f"threshold {promise.threshold:.6g}, {promise.rule}"
+        if promise.rate and promise.rate.value is not None:
+            text += (
+                f"; of {promise.rate.of} samples of others {promise.rate.value:.3g} "
+                f"matched (95% interval {promise.rate.low:.2g} to {promise.rate.high:.2g})"
+            )
+        exchanged = promise.catalog_digest and promise.catalog_digest != self.digest()
+        if promise.rate and (exchanged or promise.catalog_size != len(self.items)):
+            text += (
+                f"; measured with {promise.catalog_size} items, now {len(self.items)}, not "
+                "all of them the same: measure again with --others"
+            )
+        return text
+
     def add(self, item: Item, vectors: Vectors, landmarks: bytes) -> int:
         """Add an item by its vectors, float32, shape (views, D); returns its number."""
         number = next(reversed(self.items), -1) + 1  # they are in order

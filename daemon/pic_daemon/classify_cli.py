@@ -11,7 +11,7 @@ import click
 
 from pic_daemon.bulk import classify_folder
 from pic_daemon.cascade import Identifier, load_identifier
-from pic_daemon.cli import PROVIDERS, alone_with, opened
+from pic_daemon.cli import alone_with, opened
 from pic_daemon.errors import InputError
 from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import UNDESCRIBED, CloserReading, look_closer
@@ -19,7 +19,7 @@ from pic_daemon.images import MAX_PIXELS
 from pic_daemon.match_formats import one_line, printing
 from pic_daemon.model import Model, Verdict, load_model
 from pic_daemon.onnx_session import Provider
-from pic_daemon.options import FiniteRange, Place
+from pic_daemon.options import PROVIDERS, FiniteRange, Place
 from pic_daemon.reading import Reading, read_image
 
 _BATCH = 32

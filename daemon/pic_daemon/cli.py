@@ -21,13 +21,12 @@ from pic_daemon.dispatch import dispatching
 from pic_daemon.errors import InputError
 from pic_daemon.folders import mount_of, text_of
 from pic_daemon.hooks import check_hooks, describe_hooks
-from pic_daemon.index_cli import about_promise
 from pic_daemon.inotify_limits import instances_left, watches_left, watches_needed
 from pic_daemon.lock import lock
 from pic_daemon.match_log import SILENT_S, MatchLog
 from pic_daemon.match_queries import read_status
 from pic_daemon.model import Model, load_model
-from pic_daemon.options import Place
+from pic_daemon.options import DATABASE, PROVIDERS, Place
 from pic_daemon.schema import check as check_log
 from pic_daemon.schema import must_be_there
 from pic_daemon.served_files import state_of
@@ -36,7 +35,6 @@ from pic_daemon.systemd import log_format
 
 _OVERDUE_S = 900.0
 _PATH = Place()
-PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
 _NO_EVENTS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph")
 
 
@@ -232,11 +230,8 @@ def check(config: Path | None, **overrides: Any) -> None:
     _check_watches(settings)
 
 
-_DATABASE = click.option("--database", required=True, type=_PATH, help="The match log.")
-
-
 @daemon.command()
-@_DATABASE
+@DATABASE
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(database: Path, as_json: bool) -> None:
     """Say how the service is doing; exit 1 where something is wrong.
@@ -274,7 +269,7 @@ def status(database: Path, as_json: bool) -> None:
 
 
 @daemon.command()
-@_DATABASE
+@DATABASE
 @click.option("--deliveries", is_flag=True,
               help="Instead tell hooks, at once, what was given up.")  # fmt: skip
 @click.option("--forget", is_flag=True,
@@ -300,7 +295,7 @@ def retry(database: Path, deliveries: bool, forget: bool) -> None:
 
 
 @daemon.command()
-@_DATABASE
+@DATABASE
 def reclassify(database: Path) -> None:
     """Have the service score again what an earlier model scored, as far as it is there.
 
@@ -367,7 +362,7 @@ def _about_identifier(identifier: Identifier) -> str:
     return (
         f"index {text_of(str(index.path))}: {len(index.items)} items by "
         f"{info.architecture}, {info.dimensions} numbers from {info.input_size} x "
-        f"{info.input_size}; {about_promise(index)}"
+        f"{info.input_size}; {index.about_promise()}"
     )
 
 

@@ -24,7 +24,7 @@ from pic_daemon.folders import about_names, text_of
 from pic_daemon.identification import DEFAULT_THRESHOLD
 from pic_daemon.indexing import Update, check_shut, find_twins, remove, update, workers
 from pic_daemon.lock import lock
-from pic_daemon.options import FiniteRange, Place
+from pic_daemon.options import PROVIDERS, FiniteRange, Place
 from pic_daemon.promise import about_support
 
 _PATH = Place()
@@ -51,12 +51,7 @@ _NEARLY_COPIES = 0.9  # joint score; look-alikes asked for 0.75 (bench/results/c
     show_default=True,
     help="Largest share of them that may match.",
 )
-@click.option(
-    "--provider",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-)
+@click.option("--provider", type=PROVIDERS, default="auto", show_default=True)
 @click.option(
     "--list",
     "listed",
@@ -308,7 +303,7 @@ def _report(made: CatalogIndex, done: Update, measured: Measured | None) -> None
         f"{len(done.refused)} refused, {len(done.twins)} pairs of near-duplicates, "
         f"{left_out} decoys left out"
     )
-    click.echo(about_promise(made))
+    click.echo(made.about_promise())
 
 
 def _say_some(lines: Iterable[str]) -> None:
@@ -318,24 +313,6 @@ def _say_some(lines: Iterable[str]) -> None:
         click.echo(line)
     if len(said) > _NAMED:
         click.echo(f"... and {len(said) - _NAMED} more")
-
-
-def about_promise(made: CatalogIndex) -> str:
-    """The threshold of an index and what is promised of it, in a sentence."""
-    promise = made.about.promise
-    text = f"threshold {promise.threshold:.6g}, {promise.rule}"
-    if promise.rate and promise.rate.value is not None:
-        text += (
-            f"; of {promise.rate.of} samples of others {promise.rate.value:.3g} matched "
-            f"(95% interval {promise.rate.low:.2g} to {promise.rate.high:.2g})"
-        )
-    exchanged = promise.catalog_digest and promise.catalog_digest != made.digest()
-    if promise.rate and (exchanged or promise.catalog_size != len(made.items)):
-        text += (
-            f"; measured with {promise.catalog_size} items, now {len(made.items)}, not all "
-            "of them the same: measure again with --others"
-        )
-    return text
 
 
 def _shown(name: str) -> str:

@@ -20,7 +20,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import answer_within, text_of
 from pic_daemon.match_formats import let_go, printer, printing
 from pic_daemon.match_queries import Row, follow_images, read_images
-from pic_daemon.options import FiniteRange, Place
+from pic_daemon.options import DATABASE, FiniteRange, Place
 from pic_daemon.web.queries import STATUSES, Filters, moment_of
 
 _LOOK_MS = 500  # between two looks for new rows
@@ -67,11 +67,8 @@ def _moment(_: click.Context, __: click.Parameter, text: str | None) -> datetime
         raise click.BadParameter("neither a span like 2h nor an ISO 8601 time") from error
 
 
-_DATABASE = click.option("--database", required=True, type=_PATH, help="The match log.")
-
-
 @matches.command("list")
-@_DATABASE
+@DATABASE
 @click.option(
     "--since",
     callback=_moment,
@@ -165,7 +162,7 @@ def _follow(
 
 
 @matches.command()
-@_DATABASE
+@DATABASE
 @click.option("--output", required=True, type=_PATH, help="The copy; replaced if there.")
 def backup(database: Path, output: Path) -> None:
     """Copy the log, whole and checked, while the service goes on.
@@ -187,7 +184,7 @@ def _known_as(folder: Path) -> str:
 
 
 @matches.command()
-@_DATABASE
+@DATABASE
 @click.option(
     "--catalog",
     type=_PATH,

@@ -1,4 +1,4 @@
-"""Types of command-line options that click lacks."""
+"""Command-line options that several commands have, and types that click lacks."""
 
 import math
 from pathlib import Path
@@ -32,3 +32,9 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+PROVIDERS = click.Choice(["auto", "cpu", "cuda"])
+"""Execution providers, as `open_session` takes them."""
+
+DATABASE = click.option("--database", required=True, type=Place(), help="The match log.")
