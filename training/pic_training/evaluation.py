@@ -8,7 +8,7 @@ each method is chosen on one half of them, and every figure comes from the other
 is the share of copies whose catalog item a method puts first, whatever its score.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -106,6 +106,42 @@ class Hard:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much is evaluated; the seed decides every draw. `gate_threshold` is the score
+    from which on the cascade decides, None for the model's."""
+
+    target_fpr: float = 0.001
+    per_edit: int = 200
+    per_decoy: int = 15
+    published: int = 4000
+    seed: int = 0
+    gate_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a plan asks of some sources: pictures, by their positions, and samples of them.
+
+    Of the look-alikes `calibration` are the pictures that the thresholds are chosen on, by
+    the samples `calibrating`, and `test` those that measure, by `decoys`.
+    """
+
+    catalog: list[int]
+    general: list[int]
+    calibration: list[int]
+    test: list[int]
+    copies: list[Sample]
+    calibrating: list[Sample]
+    decoys: list[Sample]
+    published: list[Sample]
+
+    @property
+    def parts(self) -> tuple[list[Sample], ...]:
+        """The samples in the order in which they are scored."""
+        return self.copies, self.calibrating, self.decoys, self.published
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured; `hard` holds the scores for plots and further questions.
 
@@ -114,7 +150,7 @@ class Evaluation:
     cascade is also measured with everything let through by the model.
     """
 
-    target_fpr: float
+    plan: Plan
     published: Confusion
     published_at_threshold: Confusion
     methods: dict[str, MethodResult]
@@ -129,59 +165,59 @@ class Evaluation:
         return CASCADE if CASCADE in self.methods else OURS
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is evaluated; the seed decides every draw. `gate_threshold` is the score
-    from which on the cascade decides, None for the model's."""
+def drawn(sources: Sources, is_general: Callable[[Source], bool], plan: Plan) -> Drawn:
+    """What `plan` asks of the catalog and the other pictures of `sources`.
 
-    target_fpr: float = 0.001
-    per_edit: int = 200
-    per_decoy: int = 15
-    published: int = 4000
-    seed: int = 0
-    gate_threshold: float | None = None
-
-
-def evaluate(
-    model: Model,
-    sources: Sources,
-    is_general: Callable[[Source], bool],
-    plan: Plan,
-    show: Callable[[int], None],
-    identifier: Identifier | None = None,
-) -> Evaluation:
-    """Score `model` and the hashes on the catalog and the other pictures of `sources`.
-
-    None of the other pictures may have been trained on. Where none of them is general, the
-    published protocol is asked against the look-alikes as well. With an `identifier` its
-    descriptor alone (the nearest item's cosine) and the whole cascade are scored too.
-    `show` is told how many samples are done.
+    Whole groups of near-duplicates calibrate or test. Where none of the other pictures is
+    general, the published protocol is asked against the look-alikes as well.
     """
-    if plan.gate_threshold is not None:
-        info = replace(model.info, gate_threshold=plan.gate_threshold)
-        model = replace(model, info=info)
     draw = np.random.default_rng(plan.seed)
     pictures = sources.pictures
     catalog = [n for n, p in enumerate(pictures) if p.kind == "catalog"]
     others = [n for n, p in enumerate(pictures) if p.kind == "other"]
     general = [n for n in others if is_general(pictures[n])]
     alike = [n for n in others if not is_general(pictures[n])]
-    calibration, test = halves(alike, sources)
-
-    augmented = [
+    tested = test_half(pictures[n] for n in alike)
+    calibration = [n for n in alike if pictures[n].group not in tested]
+    test = [n for n in alike if pictures[n].group in tested]
+    published = [
         Sample(int(draw.choice(group)), AUGMENTED, number)
         for number in range(plan.published // 2)
         for group in (catalog, general or alike)
     ]
-    parts = [
-        _per_edit(catalog, plan.per_edit, draw),
-        _mixed(calibration, plan.per_decoy, draw),
-        _mixed(test, plan.per_decoy, draw),
-        augmented,
-    ]
+    return Drawn(
+        catalog,
+        general,
+        calibration,
+        test,
+        copies=_per_edit(catalog, plan.per_edit, draw),
+        calibrating=_mixed(calibration, plan.per_decoy, draw),
+        decoys=_mixed(test, plan.per_decoy, draw),
+        published=published,
+    )
+
+
+def evaluate(
+    model: Model,
+    sources: Sources,
+    plan: Plan,
+    samples: Drawn,
+    show: Callable[[int], None],
+    identifier: Identifier | None = None,
+) -> Evaluation:
+    """Score `model` and the hashes on what `plan` asks of `sources`.
+
+    None of the other pictures may have been trained on. With an `identifier` its descriptor
+    alone (the nearest item's cosine) and the whole cascade are scored too. `show` is told
+    how many samples are done.
+    """
+    if plan.gate_threshold is not None:
+        info = replace(model.info, gate_threshold=plan.gate_threshold)
+        model = replace(model, info=info)
+    catalog = samples.catalog
     with workers() as pool:
         scorer = Scorer(pool, model, identifier, sources, catalog, plan.seed, show)
-        copies, calibrating, decoys, published = map(scorer.score, parts)
+        copies, calibrating, decoys, published = map(scorer.score, samples.parts)
     drawn_from = np.array([s.picture for s in published.samples])
     is_ours = np.isin(drawn_from, catalog)
     ours = published.scores[OURS]
@@ -191,7 +227,7 @@ def evaluate(
     if identifier:
         thresholds[UNGATED] = thresholds[CASCADE] = identifier.threshold
     return Evaluation(
-        target_fpr=plan.target_fpr,
+        plan=plan,
         published=confusion(ours, is_ours, groups[drawn_from], 0.5),
         published_at_threshold=confusion(
             ours, is_ours, groups[drawn_from], thresholds[OURS]
@@ -203,24 +239,17 @@ def evaluate(
         hard=hard,
         counts={
             "catalog pictures": len(catalog),
-            "look-alike pictures to calibrate": len(calibration),
-            "look-alike pictures to test": len(test),
-            "calibration decoy samples": len(hard.calibrating.samples),
-            "test decoy samples": len(hard.decoys.samples),
-            "test catalog samples": len(hard.positives.samples),
-            "general pictures": len(general),
-            "published-protocol samples": len(published.samples),
+            "look-alike pictures to calibrate": len(samples.calibration),
+            "look-alike pictures to test": len(samples.test),
+            "calibration decoy samples": len(samples.calibrating),
+            "test decoy samples": len(samples.decoys),
+            "test catalog samples": len(samples.copies),
+            "general pictures": len(samples.general),
+            "published-protocol samples": len(samples.published),
             "files left out": len(sources.left_out),
         },
         sources=sources,
     )
-
-
-def halves(pictures: Sequence[int], sources: Sources) -> tuple[list[int], list[int]]:
-    """Pictures, by their positions, that calibrate and that test: whole groups each."""
-    tested = test_half(sources.pictures[n] for n in pictures)
-    test = [n for n in pictures if sources.pictures[n].group in tested]
-    return [n for n in pictures if sources.pictures[n].group not in tested], test
 
 
 def _per_edit(pictures: list[int], count: int, draw: np.random.Generator) -> list[Sample]:

@@ -17,7 +17,7 @@ from pic_daemon.images import open_rgb
 from pic_daemon.model import Model
 from pic_daemon.promise import Interval
 from pic_training.edits import EDITS
-from pic_training.evaluation import Evaluation, MethodResult, Plan
+from pic_training.evaluation import Evaluation, MethodResult
 from pic_training.evaluation_scores import OURS, Scored, sample_file
 from pic_training.peers import peer_versions
 from pic_training.report import versions
@@ -31,11 +31,11 @@ _MISTAKES = 12
 _THUMBNAIL = 120
 
 
-def as_json(evaluation: Evaluation, model: Model, plan: Plan) -> dict[str, Any]:
+def as_json(evaluation: Evaluation, model: Model) -> dict[str, Any]:
     """Every figure, ready for json.dumps."""
     return {
         "model": {"sha256": model.sha256, **model.info.to_metadata()},
-        "plan": asdict(plan),
+        "plan": asdict(evaluation.plan),
         "versions": versions() | {"onnxruntime": onnxruntime.__version__} | peer_versions(),
         "counts": evaluation.counts,
         "published": asdict(evaluation.published),
@@ -55,10 +55,10 @@ def _figures(result: MethodResult) -> dict[str, Any]:
     }
 
 
-def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
+def as_html(evaluation: Evaluation, model: Model) -> str:
     """One self-contained page."""
     published = evaluation.published
-    rate = f"{plan.target_fpr:g}"
+    rate = f"{evaluation.plan.target_fpr:g}"
     counts = ", ".join(f"{n:,} {name}" for name, n in evaluation.counts.items())
     sections = [
         f"<h1>Evaluation of {html.escape(text_of(model.path.name))}</h1>",
@@ -93,7 +93,7 @@ def as_html(evaluation: Evaluation, model: Model, plan: Plan) -> str:
         f"<h2>Worst mistakes of the {evaluation.decisive}</h2>",
         "<p>Look-alikes with the highest scores, then copies with the lowest; of each "
         "picture the worst.</p>",
-        _sheet(evaluation, plan),
+        _sheet(evaluation),
     ]
     style = (
         "body{font:15px sans-serif;max-width:60em;margin:2em auto}"
@@ -187,7 +187,7 @@ def _curves(evaluation: Evaluation) -> Figure:
         with np.errstate(invalid="ignore"):
             precision.plot(recall, recall / (recall + rate), label=name)
     roc.set(xscale="log", xlabel="false positive rate", ylabel="recall", title="ROC")
-    roc.axvline(evaluation.target_fpr, color="grey", linestyle=":")
+    roc.axvline(evaluation.plan.target_fpr, color="grey", linestyle=":")
     precision.set(xlabel="recall", ylabel="precision, classes balanced", title="Precision")
     for scored, label in (
         (evaluation.hard.positives, "copies"),
@@ -217,13 +217,14 @@ def _edit_bars(evaluation: Evaluation) -> Figure:
     labels = [e.name + ("" if e.trained else " *") for e in EDITS]
     axes.set_yticks(np.arange(len(EDITS)) + 0.4, labels)
     axes.invert_yaxis()
-    axes.set(xlabel=f"recall at {evaluation.target_fpr:g} (* not in training)", xlim=(0, 1))
+    rate = f"{evaluation.plan.target_fpr:g}"
+    axes.set(xlabel=f"recall at {rate} (* not in training)", xlim=(0, 1))
     axes.grid(alpha=0.3, axis="x")
     axes.legend()
     return figure
 
 
-def _sheet(evaluation: Evaluation, plan: Plan) -> str:
+def _sheet(evaluation: Evaluation) -> str:
     decoys, positives = evaluation.hard.decoys, evaluation.hard.positives
     worst_in = np.argsort(-decoys.scores[evaluation.decisive], kind="stable")
     worst_out = np.argsort(positives.scores[evaluation.decisive], kind="stable")
@@ -232,15 +233,15 @@ def _sheet(evaluation: Evaluation, plan: Plan) -> str:
         drawn = evaluation.hard.groups[[scored.samples[n].picture for n in worst]]
         _, firsts = np.unique(drawn, return_index=True)  # one picture's edits would fill it
         shown = worst[np.sort(firsts)[:_MISTAKES]]
-        cells = "".join(_thumbnail(scored, int(n), evaluation, plan) for n in shown)
+        cells = "".join(_thumbnail(scored, int(n), evaluation) for n in shown)
         rows.append(f"<div>{cells}</div>")
     return "<hr>".join(rows)
 
 
-def _thumbnail(scored: Scored, number: int, evaluation: Evaluation, plan: Plan) -> str:
+def _thumbnail(scored: Scored, number: int, evaluation: Evaluation) -> str:
     sample, score = scored.samples[number], scored.scores[evaluation.decisive][number]
     source = evaluation.sources.pictures[sample.picture]
-    data = sample_file(sample, source, evaluation.sources.file, plan.seed)
+    data = sample_file(sample, source, evaluation.sources.file, evaluation.plan.seed)
     image, _ = open_rgb(data, 256)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
     file = io.BytesIO()

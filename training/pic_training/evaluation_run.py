@@ -18,8 +18,7 @@ from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.model import load_model
 from pic_daemon.promise import check_support
-from pic_training.edits import EDITS
-from pic_training.evaluation import Evaluation, Plan, evaluate, halves
+from pic_training.evaluation import Evaluation, Plan, drawn, evaluate
 from pic_training.evaluation_report import as_html, as_json
 from pic_training.near_duplicates import first_copies, look_of
 from pic_training.preparation import note_support, say_left_out
@@ -57,7 +56,8 @@ def run_evaluation(
         _check_prefixes(general, sources)
         for run in runs:
             sources = _unseen(sources, run, size)
-        if not any(p.kind == "other" and is_general(p) for p in sources.pictures):
+        samples = drawn(sources, is_general, plan)
+        if not samples.general:
             click.echo(
                 "note: none of the others is --general, or left so, and the published "
                 "protocol is asked against look-alikes",
@@ -68,26 +68,20 @@ def run_evaluation(
             click.echo(f"note: the model was trained {problem}", err=True)
         if identifier:
             _compare(identifier.index, sources)
-        alike = [
-            n
-            for n, p in enumerate(sources.pictures)
-            if p.kind == "other" and not is_general(p)
-        ]
-        calibrating, testing = halves(alike, sources)
-        if not testing:
+        if not samples.test:
             raise InputError(
                 f"{others} has no two look-alikes that differ: the threshold is chosen on "
                 "one and tested on another; add some."
             )
-        decoys = len(calibrating) * min(plan.per_decoy, len(EDITS))
+        decoys = len(samples.calibrating)
         check_support(decoys, plan.target_fpr, "add look-alikes or raise --target-fpr")
-        different = len(np.unique(sources.groups()[calibrating]))
+        different = len(np.unique(sources.groups()[samples.calibration]))
         note_support(different, decoys, plan.target_fpr)
         with _writing(output):  # before all that takes long
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()
-        with click.progressbar(label="samples", length=_count(sources, alike, plan)) as bar:
-            evaluation = evaluate(model, sources, is_general, plan, bar.update, identifier)
+        with click.progressbar(label="samples", length=sum(map(len, samples.parts))) as bar:
+            evaluation = evaluate(model, sources, plan, samples, bar.update, identifier)
         asked = {
             "catalog": _named(catalog, sources.catalog_digest),
             "others": _named(others, given),
@@ -98,8 +92,8 @@ def run_evaluation(
             descriptor, index = identifier.descriptor, identifier.index
             asked["describe"] = _named(descriptor.path, descriptor.sha256)
             asked["index"] = _named(index.path, index.sha256)
-        figures = json.dumps({**as_json(evaluation, model, plan), "asked": asked}, indent=1)
-        page = as_html(evaluation, model, plan)
+        figures = json.dumps({**as_json(evaluation, model), "asked": asked}, indent=1)
+        page = as_html(evaluation, model)
         with _writing(output):
             for name, text in (("json", figures + "\n"), ("html", page)):
                 with replacing(output / f"evaluation.{name}") as path:
@@ -181,12 +175,3 @@ def _unseen(sources: Sources, run: Path, size: int) -> Sources:
     left_out = len(sources.pictures) - len(kept)
     click.echo(f"{left_out} of the others left out: {run} has seen them", err=True)
     return replace(sources, pictures=kept)
-
-
-def _count(sources: Sources, alike: Sequence[int], plan: Plan) -> int:
-    catalog = sum(p.kind == "catalog" for p in sources.pictures)
-    return (
-        len(EDITS) * min(plan.per_edit, catalog)
-        + len(alike) * min(plan.per_decoy, len(EDITS))
-        + plan.published // 2 * 2
-    )
