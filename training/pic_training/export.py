@@ -5,7 +5,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,14 +21,15 @@ from pic_daemon.descriptor import DescriptorInfo, load_descriptor
 from pic_daemon.errors import InputError
 from pic_daemon.folders import text_of
 from pic_daemon.images import COLOR, RESIZE_FILTER, Pixels
-from pic_daemon.model import ModelInfo, load_model
+from pic_daemon.model import ModelInfo, Precision, load_model
 from pic_training.networks import Normalised
-from pic_training.precision import Cost, Precision, convert, weigh
+from pic_training.precision import Cost, convert, weigh
 from pic_training.run_folder import (
     RunConfig,
     load_network,
     load_parity,
     read_json,
+    replacing,
     write_json,
 )
 from pic_training.threshold import Calibration
@@ -45,11 +45,13 @@ _BATCHES = ((32, None), (1, 16), (7, 70))
 
 @dataclass(frozen=True)
 class Parity:
-    """How well the exported file agrees with PyTorch on `samples` real samples."""
+    """How well the exported file agrees with PyTorch on `samples` real samples.
+
+    No decision flipped: such a file is refused.
+    """
 
     samples: int
     max_difference: float
-    flipped: int
     verb: str
 
 
@@ -110,26 +112,20 @@ def export_run(
         export = make(folder, config, network, report)
     except (TypeError, ValueError) as error:
         raise InputError(f"{report_file} is damaged: {error}.") from error
-    temporary = output.with_name(f".{output.name}.tmp")
+    cost = None
     try:
-        _write(export, temporary)
-        parity = _prove(export, temporary, images)
-        cost = None
-        if precision != "fp32":
-            assert isinstance(export.info, ModelInfo)
-            info = replace(export.info, precision=precision)
-            cost = _convert(temporary, info, images, folder, config, max_loss)
-        if cost:
-            write_json(folder / f"export-{precision}.json", cost.to_json())
-        with temporary.open("rb") as file:
-            os.fsync(file)
-        temporary.replace(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as temporary:
+            _write(export, temporary)
+            parity = _prove(export, temporary, images)
+            if precision != "fp32":
+                assert isinstance(export.info, ModelInfo)
+                info = replace(export.info, precision=precision)
+                cost = _convert(temporary, info, images, folder, config, max_loss)
+                write_json(folder / f"export-{precision}.json", cost.to_json())
     except OSError as error:
         where = error.filename or output
         raise InputError(f"cannot write {where}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):  # its folder is none
-            temporary.unlink()
     return parity, cost
 
 
@@ -233,7 +229,6 @@ def _write(export: _Export, path: Path) -> None:
     model = program.model_proto
     onnx.helper.set_model_props(model, export.info.to_metadata())
     onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path, save_as_external_data=False)
 
 
@@ -245,9 +240,8 @@ def _convert(
     config: RunConfig,
     max_loss: float,
 ) -> Cost:
-    assert info.precision != "fp32"
     plain = load_model(path, "cpu")
-    convert(path, info, info.precision, images)
+    convert(path, info, images)
     info, cost = weigh(plain, path, folder, config)
     for name in ("recall", "accuracy"):
         if cost.fall(name) > max_loss:
@@ -285,4 +279,4 @@ def _prove(export: _Export, path: Path, images: Pixels) -> Parity:
             f"up to {worst:.2e} (allowed {TOLERANCE:.0e}), {flipped} decisions flipped. "
             "No file was written."
         )
-    return Parity(len(images), worst, flipped, export.verb)
+    return Parity(len(images), worst, export.verb)

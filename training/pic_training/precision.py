@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,8 +25,6 @@ from pic_daemon.promise import threshold_for
 from pic_training.preparation import pictures_of, samples_of, say_left_out
 from pic_training.run_folder import RunConfig, read_json
 from pic_training.threshold import Confusion, confusion, gate_for
-
-Precision = Literal["fp32", "fp16", "int8"]
 
 _RESIDUAL = ["Conv", "Add", "Relu"]
 _QUANTIZED = {"cnn": ["Gemm"], "resnet8": _RESIDUAL, "resnet50": _RESIDUAL}
@@ -64,13 +62,13 @@ class Cost:
                 "after": asdict(self.after)}  # fmt: skip
 
 
-def convert(path: Path, info: ModelInfo, precision: Precision, images: Pixels) -> None:
-    """Turn the fp32 network at `path` into `precision`, in place.
+def convert(path: Path, info: ModelInfo, images: Pixels) -> None:
+    """Turn the fp32 network at `path` into the precision that `info` says, in place.
 
     `images`, uint8 (N, H, W, 3), are real samples by which int8 ranges are chosen.
     """
     logging.getLogger().setLevel(logging.ERROR)  # both tools talk through the root logger
-    if precision == "fp16":
+    if info.precision == "fp16":
         model = convert_float_to_float16(onnx.load(path), keep_io_types=True)
     else:
         quant_pre_process(path, path, skip_symbolic_shape=True)
