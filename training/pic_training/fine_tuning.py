@@ -1,6 +1,6 @@
 """The first stage of fine-tuning: the head alone, on features of a trunk left as it is."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,29 +11,41 @@ from pic_training.samples import Batch
 _PENALTY = 1e-3  # on the squared weights, for features of unit variance
 
 
-@torch.no_grad()
 def features_of(
     network: Normalised,
     batches: Iterable[Batch],
     count: int,
     device: torch.device,
     bf16: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trunk's features of `count` samples, float32, (N, F), and labels, (N,), on the
-    CPU."""
+) -> Batch:
+    """The trunk's features of `count` samples, (N, F), and labels, as `collected`."""
     network.eval()
-    # One array for all: put together at the end, they would take twice the memory.
-    features, labels, done = torch.empty(0), torch.empty(0), 0
-    for images, some in batches:
+
+    def features(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            made = network.features(images.to(device)).float().cpu()
+            return network.features(images.to(device))
+
+    return collected(batches, count, features)
+
+
+@torch.no_grad()
+def collected(
+    batches: Iterable[Batch], count: int, make: Callable[[torch.Tensor], torch.Tensor]
+) -> Batch:
+    """What `make` makes of the images of `count` samples, float32, (N, ...), and their
+    labels, (N,), on the CPU."""
+    # One array for all: put together at the end, they would take twice the memory, and
+    # small ones in between would pin that of every batch.
+    outputs, labels, done = torch.empty(0), torch.empty(0), 0
+    for images, some in batches:
+        made = make(images).float().cpu()
         if not done:
-            features = torch.empty((count, made.shape[1]))
+            outputs = torch.empty((count, *made.shape[1:]))
             labels = torch.empty(count, dtype=some.dtype)
         part = slice(done, done + len(some))
-        features[part], labels[part] = made, some.cpu()
+        outputs[part], labels[part] = made, some.cpu()
         done += len(some)
-    return features, labels
+    return outputs, labels
 
 
 def fit_head(network: Normalised, features: torch.Tensor, labels: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from pic_daemon.second_look import second_looks
 from pic_training.device_samples import DeviceSamples, Pool, fits
 from pic_training.distributed import Processes, join
 from pic_training.feature_samples import FeatureSamples, unaltered
-from pic_training.fine_tuning import features_of
+from pic_training.fine_tuning import collected, features_of
 from pic_training.learner import Learner
 from pic_training.metric_learning import Known
 from pic_training.preparation import prepare, samples_of
@@ -205,27 +205,21 @@ class _Run:
         network = network.to(self.learner.device).to(memory_format=torch.channels_last)
         best = load_validation(self.folder, self.val_set.count)
         within, done = best["scores"].copy(), 0
-        with self._bar("second look", len(within), 0) as show:
-            for images, some in self._until_interrupted(self._val_batches(), show):
-                if looks := second_looks(images.cpu().numpy()):
-                    seen = torch.from_numpy(np.stack(list(looks.values())))
-                    made = network(seen.to(self.learner.device)).float().cpu().numpy()
-                    within[[done + number for number in looks]] = made
-                done += len(some)
+        batches = self._val_batches()
+        for images, some in self._until_interrupted("second look", batches, len(within)):
+            if looks := second_looks(images.cpu().numpy()):
+                seen = torch.from_numpy(np.stack(list(looks.values())))
+                made = network(seen.to(self.learner.device)).float().cpu().numpy()
+                within[[done + number for number in looks]] = made
+            done += len(some)
         save_validation(self.folder, **{**best, "within": within})
 
     def _start_head(self) -> None:
         samples = replace(self.train_set, count=self.config.head_start)
         # An epoch of its own, so that the head is not fitted to samples seen later.
         batches = samples.load(self.config.epochs, self.config.batch_size, self.workers)
-        with self._bar("features", samples.count, 0) as show:
-            features, labels = features_of(
-                self.learner.network,
-                self._until_interrupted(batches, show),
-                samples.count,
-                self.learner.device,
-                self.config.precision == "bf16",
-            )
+        bf16 = self.config.precision == "bf16"
+        features, labels = self._features("features", batches, samples.count, bf16)
         loss = self.learner.task.start_head(self.learner.network, features, labels)
         self.progress.head_fitted = True
         fit = "" if loss is None else f": loss {loss:.4f}"
@@ -233,23 +227,24 @@ class _Run:
 
     def _keep_features(self) -> None:
         """Compute once what the frozen trunk makes of every sample, and train on that."""
-        network, bf16 = self.learner.network, self.config.precision == "bf16"
-
-        def kept(name: str, batches: Iterator[Batch], count: int, bf16: bool) -> Batch:
-            with self._bar(f"{name} features", count, 0) as show:
-                batches = self._until_interrupted(batches, show)
-                return features_of(network, batches, count, self.learner.device, bf16)
-
-        size, train, val = FEATURE_BATCH, self.train_set, self.val_set
-        features = kept("training", train.load(0, size, self.workers), train.count, bf16)
+        train, bf16 = self.train_set, self.config.precision == "bf16"
+        batches = train.load(0, FEATURE_BATCH, self.workers)
+        features = self._features("training features", batches, train.count, bf16)
         # What measures is seen as the exported network will see it.
-        self.val_batches = [kept("validation", self._val_batches(), val.count, False)]
-        count = len(self.sources.of("catalog", "val"))
-        self.catalog_batches = [kept("catalog", self._catalog_batches(), count, False)]
+        batches, count = self._val_batches(), self.val_set.count
+        self.val_batches = [self._features("validation features", batches, count)]
+        batches, count = self._catalog_batches(), len(self.sources.of("catalog", "val"))
+        self.catalog_batches = [self._features("catalog features", batches, count)]
         self.on_device = FeatureSamples(train, *features)
         if not self.progress.head_fitted:
-            self.learner.task.start_head(network, *features)
+            self.learner.task.start_head(self.learner.network, *features)
             self.progress.head_fitted = True
+
+    def _features(
+        self, name: str, batches: Iterator[Batch], count: int, bf16: bool = False
+    ) -> Batch:
+        batches = self._until_interrupted(name, batches, count)
+        return features_of(self.learner.network, batches, count, self.learner.device, bf16)
 
     def _move_samples(self) -> None:
         side = working_side(self.train_set.size)
@@ -396,25 +391,17 @@ class _Run:
         outputs, labels = self._outputs("validate", self._val_batches(), self.val_set.count)
         return task.judge(outputs, labels, ~self.val_set.is_test(), known), labels
 
-    @torch.no_grad()
     def _outputs(
         self, name: str, batches: Iterator[Batch], count: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What the network makes of `count` samples, (N,) or (N, D), and labels, 1 or 0."""
         network = self.learner.network.eval()
-        # One array for all: small ones in between would pin the memory of every batch.
-        labels = np.empty(count, np.float32)
-        outputs = np.empty(0, np.float32)
-        done = 0
-        with self._bar(name, count, 0) as show:
-            for images, some in self._until_interrupted(batches, show):
-                made = network(images.to(self.learner.device)).float().cpu().numpy()
-                if not len(outputs):
-                    outputs = np.empty((count, *made.shape[1:]), np.float32)
-                part = slice(done, done + len(some))
-                outputs[part], labels[part] = made, (some > 0).numpy()
-                done += len(some)
-        return outputs, labels
+        outputs, labels = collected(
+            self._until_interrupted(name, batches, count),
+            count,
+            lambda images: network(images.to(self.learner.device)),
+        )
+        return outputs.numpy(), (labels > 0).float().numpy()
 
     def _catalog_batches(self) -> Iterator[Batch]:
         """The catalog's pictures as they are."""
@@ -446,16 +433,17 @@ class _Run:
         return self.val_set.count * self.val_set.size**2 * 3 < free // 4
 
     def _until_interrupted(
-        self, batches: Iterator[Batch], show: Callable[[int], None]
+        self, name: str, batches: Iterator[Batch], count: int
     ) -> Iterator[Batch]:
         """The batches, shown as they go by; a checkpoint and Interrupted after Ctrl-C."""
-        for batch in batches:
-            yield batch
-            show(len(batch[1]))
-            if self.interrupted:
-                # What is trained is kept: resuming goes over these batches anew.
-                self._save("last.pt")
-                raise Interrupted
+        with self._bar(name, count) as show:
+            for batch in batches:
+                yield batch
+                show(len(batch[1]))
+                if self.interrupted:
+                    # What is trained is kept: resuming goes over these batches anew.
+                    self._save("last.pt")
+                    raise Interrupted
 
     def _save(self, name: str) -> None:
         if not self.processes.is_first:
@@ -481,7 +469,7 @@ class _Run:
             raise InputError(altered_otherwise(path.parent))
 
     def _bar(
-        self, name: str, count: int, done: int
+        self, name: str, count: int, done: int = 0
     ) -> AbstractContextManager[Callable[[int], None]]:
         epoch, epochs = self.progress.epoch + 1, self.config.epochs
         label = f"epoch {epoch}/{epochs} {name}" if epoch <= epochs else name
