@@ -242,9 +242,9 @@ def test_a_folder_without_a_usable_image_is_refused(
 def test_the_digest_names_content_not_paths(folders: tuple[Path, Path]) -> None:
     before = collect(folders)
     (folders[0] / "deep" / "product-00000.jpg").rename(folders[0] / "renamed.jpg")
-    assert collect(folders).catalog_digest == before.catalog_digest
+    assert collect(folders).digest_of("catalog") == before.digest_of("catalog")
     write_products(folders[0], [77])
-    assert collect(folders).catalog_digest != before.catalog_digest
+    assert collect(folders).digest_of("catalog") != before.digest_of("catalog")
 
 
 def test_a_full_disk_while_caching_is_said_and_leaves_nothing(

@@ -63,7 +63,7 @@ def run_evaluation(
                 "protocol is asked against look-alikes",
                 err=True,
             )
-        if sources.catalog_digest != model.info.catalog_digest:
+        if sources.digest_of("catalog") != model.info.catalog_digest:
             problem = "for another catalog, or with corrections of it"
             click.echo(f"note: the model was trained {problem}", err=True)
         if identifier:
@@ -83,7 +83,7 @@ def run_evaluation(
         with click.progressbar(label="samples", length=sum(map(len, samples.parts))) as bar:
             evaluation = evaluate(model, sources, plan, samples, bar.update, identifier)
         asked = {
-            "catalog": _named(catalog, sources.catalog_digest),
+            "catalog": _named(catalog, sources.digest_of("catalog")),
             "others": _named(others, given),
             "general": list(general),
             "runs": [text_of(str(run.resolve())) for run in runs],

@@ -73,7 +73,7 @@ def write_report(result: RunResult, config: RunConfig, folder: Path) -> dict[str
         "loss": best.val_loss,
         "test_pictures": len(np.unique(result.val_sources[test])),
         "catalog_size": len(result.sources.of("catalog", "train")),
-        "catalog_digest": result.sources.catalog_digest,
+        "catalog_digest": result.sources.digest_of("catalog"),
         "sources_digest": result.sources.digest,
         "weights_digest": read_json(folder / "digest.json").get("weights"),
         "left_out": len(result.sources.left_out),

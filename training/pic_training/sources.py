@@ -101,11 +101,6 @@ class Sources:
         names = [f"{p.kind} {p.group}" for p in self.pictures]
         return np.unique(names, return_inverse=True)[1]
 
-    @property
-    def catalog_digest(self) -> str:
-        """What names the catalog, whatever its paths."""
-        return self.digest_of("catalog")
-
     def digest_of(self, kind: Kind) -> str:
         """SHA-256 over the sorted hashes of the pictures of a kind."""
         hashes = sorted(p.sha256 for p in self.pictures if p.kind == kind)
@@ -142,18 +137,15 @@ class _Decoded:
 class _Found:
     """A decoded picture without its pixels, which lie in the working file."""
 
-    decoded: _Decoded
+    path: str
+    sha256: str
     kind: Kind
     split: Split | None
     offset: int
-
-    @property
-    def sha256(self) -> str:
-        return self.decoded.sha256
-
-    @property
-    def path(self) -> str:
-        return self.decoded.path
+    height: int
+    width: int
+    stored: tuple[int, int]
+    look: Look
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,7 @@ def gather(
     found = _without(found, _copies_among_others(found), left_out)
     groups: dict[str, str] = {}
     for kind in get_args(Kind):
-        groups |= groups_of({f.sha256: f.decoded.look for f in found if f.kind == kind})
+        groups |= groups_of({f.sha256: f.look for f in found if f.kind == kind})
     found = _split(found, groups)
     found = _without(found, _leaking(found, groups), left_out)
     pictures = tuple(
@@ -239,10 +231,10 @@ def gather(
             split=f.split or "train",
             group=groups[f.sha256],
             offset=f.offset,
-            height=f.decoded.pixels.shape[0],
-            width=f.decoded.pixels.shape[1],
-            stored_width=f.decoded.stored[0],
-            stored_height=f.decoded.stored[1],
+            height=f.height,
+            width=f.width,
+            stored_width=f.stored[0],
+            stored_height=f.stored[1],
         )
         for f in found
     )
@@ -276,8 +268,7 @@ def _decode_into(
                         left_out.append(LeftOut(item.path, reason))
                     else:
                         seen[item.sha256] = item.path
-                        kept = _without_pixels(item)
-                        found.append(_Found(kept, origin.kind, origin.split, out.tell()))
+                        found.append(_kept(item, origin, out.tell()))
                         out.write(item.pixels.tobytes())
                 if origin.folder and len(found) == before:
                     raise InputError(_nothing_in(origin.folder, left_out))
@@ -289,6 +280,21 @@ def _decode_into(
     finally:
         temporary.unlink(missing_ok=True)
     return found, left_out
+
+
+def _kept(item: _Decoded, origin: _Origin, offset: int) -> _Found:
+    height, width, _ = item.pixels.shape
+    return _Found(
+        item.path,
+        item.sha256,
+        origin.kind,
+        origin.split,
+        offset,
+        height,
+        width,
+        item.stored,
+        item.look,
+    )
 
 
 def _reason_against(
@@ -375,17 +381,11 @@ def _decode(path: str, size: int) -> _Decoded | LeftOut:
     return _Decoded(path, reading.sha256, pixels, stored, look_of(image), blank)
 
 
-def _without_pixels(item: _Decoded) -> _Decoded:
-    # The copy keeps the shape and gives the memory back.
-    shape_only = np.broadcast_to(np.uint8(0), item.pixels.shape)
-    return replace(item, pixels=shape_only)
-
-
 def _copies_among_others(found: Sequence[_Found]) -> dict[str, str]:
     """Path of each other image that is a copy of a catalog image -> of which."""
-    catalog = [f.decoded for f in found if f.kind == "catalog"]
-    others = [f.decoded for f in found if f.kind == "other"]
-    twins = first_copies([d.look for d in others], [d.look for d in catalog])
+    catalog = [f for f in found if f.kind == "catalog"]
+    others = [f for f in found if f.kind == "other"]
+    twins = first_copies([f.look for f in others], [f.look for f in catalog])
     return {
         other.path: f"copy of {catalog[twin].path}"
         for other, twin in zip(others, twins, strict=True)
