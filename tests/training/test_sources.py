@@ -13,7 +13,7 @@ from PIL import Image
 from pic_daemon.errors import InputError
 from pic_daemon.images import decode, is_blank
 from pic_training.run_folder import read_manifest, write_json, write_manifest
-from pic_training.sources import Sources, gather
+from pic_training.sources import Sources, gather, scratch_file
 
 
 @pytest.fixture
@@ -167,6 +167,20 @@ def test_a_name_that_is_not_utf8_stops_nothing(
     write_manifest(sources, tmp_path)
     write_json(tmp_path / "digest.json", {"sources": sources.digest})
     assert read_manifest(tmp_path) == {p.path: p.sha256 for p in sources.pictures}
+
+
+def test_where_temporary_files_have_no_folder_another_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scratch_file() as file:
+        file.touch()
+    assert not file.parent.exists()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with (
+        pytest.raises(InputError, match=r"No such file.*TMPDIR names another"),
+        scratch_file(),
+    ):
+        pass
 
 
 def test_folders_that_overlap_are_told_of(folders: tuple[Path, Path]) -> None:

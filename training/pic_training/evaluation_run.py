@@ -23,7 +23,7 @@ from pic_training.evaluation_report import as_html, as_json
 from pic_training.near_duplicates import first_copies, look_of
 from pic_training.preparation import note_support, say_left_out
 from pic_training.run_folder import read_manifest, replacing
-from pic_training.sources import Source, Sources, gather, looks_at
+from pic_training.sources import Source, Sources, gather, looks_at, scratch_file
 
 
 def run_evaluation(
@@ -48,9 +48,9 @@ def run_evaluation(
     def is_general(source: Source) -> bool:
         return Path(source.path).name.startswith(tuple(general)) if general else False
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_file() as copies:
         size = model.info.input_size
-        sources = gather(catalog, others, None, Path(scratch) / "sources.rgb", size)
+        sources = gather(catalog, others, None, copies, size)
         say_left_out(sources)
         given = sources.digest_of("other")
         _check_prefixes(general, sources)

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pic_daemon.model import Model, ModelInfo, load_model
 from pic_daemon.promise import threshold_for
 from pic_training.preparation import pictures_of, samples_of, say_left_out
 from pic_training.run_folder import RunConfig, read_json
+from pic_training.sources import scratch_file
 from pic_training.threshold import Confusion, confusion, gate_for
 
 _RESIDUAL = ["Conv", "Add", "Relu"]
@@ -102,8 +102,8 @@ def weigh(
     InputError where its pictures are no longer those that it was trained with.
     """
     model = load_model(path, "cpu")
-    with TemporaryDirectory() as cache:
-        sources = pictures_of(config, folder, Path(cache) / "sources.rgb")
+    with scratch_file() as copies:
+        sources = pictures_of(config, folder, copies)
         if read_json(folder / "digest.json")["sources"] != sources.digest:
             say_left_out(sources)  # perhaps they are among those
             raise InputError(

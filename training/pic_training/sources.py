@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,22 @@ def digest_of(pictures: Iterable[tuple[str, str, str]]) -> str:
     """SHA-256 over the content's SHA-256, kind and split of pictures, in order."""
     lines = (" ".join(picture) + "\n" for picture in pictures)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def scratch_file() -> Iterator[Path]:
+    """A name for working copies that are needed for a while.
+
+    Raises InputError where there is no folder for such files.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(
+            f"no room for working copies: {error.strerror}. TMPDIR names another folder."
+        ) from error
+    with folder as place:
+        yield Path(place) / "sources.rgb"
 
 
 def test_half(decoys: Iterable[Source]) -> set[str]:
