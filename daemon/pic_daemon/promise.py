@@ -76,13 +76,12 @@ def threshold_for(scores: Floats, labels: Labels, target: float) -> float:
     return (shut_out + float(above.min())) / 2 if len(above) else shut_out + 1e-6
 
 
-def rate(hits: Labels, sources: Sequence[int] | NDArray[np.int64], seed: int = 0
-         ) -> Interval:  # fmt: skip
+def rate(hits: Labels, sources: Sequence[int] | NDArray[np.int64]) -> Interval:
     """The share of samples that hit; `sources` numbers the picture that each is of."""
     _, number = np.unique(np.asarray(sources), return_inverse=True)
     counts = np.zeros((number.max(initial=-1) + 1, 2))
     np.add.at(counts, (number, np.where(hits, 0, 1)), 1)
-    drawn = resample(counts, np.random.default_rng(seed))
+    drawn = resample(counts, np.random.default_rng(0))
     shares = drawn[:, 0] / np.maximum(1, drawn.sum(axis=1))
     return interval(counts, shares)
 

@@ -170,8 +170,7 @@ class DeviceSamples:
         """For every sample of an epoch, as `augmentation` draws for one."""
         ranges, count = self.samples.augmentation, self.samples.count
         device = self.pool.pixels.device
-        # The CPU's generator, which gives the same to every device.
-        draw = torch.Generator().manual_seed(self.samples.seed * 100_003 + epoch)
+        draw = self.samples.generator(epoch)
 
         def uniform(low: float = 0.0, high: float = 1.0) -> torch.Tensor:
             return torch.rand(count, generator=draw).to(device) * (high - low) + low

@@ -17,7 +17,7 @@ from pic_daemon.model import Model
 from pic_training.augmentation import Augmentation, augment
 from pic_training.edits import EDITS
 from pic_training.peers import Bits, nearest, peers
-from pic_training.sources import Source, Sources
+from pic_training.sources import Source, Sources, pixels_of
 
 OURS = "model"
 DESCRIPTOR = "descriptor"
@@ -112,11 +112,8 @@ class Scored:
 
 def sample_file(sample: Sample, source: Source, file: Path, seed: int) -> bytes:
     """The edited file of a sample, the same every time."""
-    data = np.memmap(file, np.uint8, "r")
-    shape = (source.height, source.width, 3)
-    pixels = data[source.offset : source.offset + int(np.prod(shape))].reshape(shape)
     draw = np.random.default_rng([seed, sample.picture, sample.edit + 1, sample.number])
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels_of(source, file))
     if sample.edit == AUGMENTED:
         return augment(image, draw, Augmentation())
     return EDITS[sample.edit].apply(image, draw)

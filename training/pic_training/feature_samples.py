@@ -29,7 +29,7 @@ class FeatureSamples:
     ) -> Iterator[Batch]:
         """This process's share of each batch from number `first` on."""
         copies = self.samples.copies
-        draw = torch.Generator().manual_seed(self.samples.seed * 100_003 + epoch)
+        draw = self.samples.generator(epoch)
         groups = torch.randperm(self.samples.count // copies, generator=draw)
         order = (groups[:, None] * copies + torch.arange(copies)).flatten()
         for number in range(first, self.samples.batches(batch_size)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, ResNet50_Weights, resnet50
 
 from pic_daemon.errors import InputError
 
@@ -246,11 +246,9 @@ def resnet50_trunk(weights: str = "imagenet") -> nn.Module:
     state dict in torchvision's layout, whose last layer is left aside. Raises
     InputError naming the keys or shapes that do not fit.
     """
-    from torchvision import models  # takes seconds, which only this network needs
-
-    network = models.resnet50()
+    network = resnet50()
     if weights == "imagenet":
-        _load_imagenet(network, models.ResNet50_Weights.IMAGENET1K_V2)
+        _load_imagenet(network, ResNet50_Weights.IMAGENET1K_V2)
     elif weights != "none":
         _load_file(network, Path(weights))
     network.fc = nn.Identity()

@@ -100,6 +100,11 @@ class SampleSet:
         fixed = self.split == "val"
         return [self.seed, _SPLIT_NUMBER[self.split], 0 if fixed else epoch]
 
+    def generator(self, epoch: int) -> torch.Generator:
+        """For draws that PyTorch makes for all training samples of an epoch at once; the
+        CPU's, which gives the same to every device."""
+        return torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+
     def share(self, number: int, batch_size: int, processes: Processes) -> range:
         """The samples of a batch that fall to this process."""
         first = number * batch_size

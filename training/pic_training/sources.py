@@ -79,11 +79,8 @@ class Sources:
         ]
 
     def pixels(self, source: Source) -> Pixels:
-        """The working copy of one of the pictures, uint8 RGB, (height, width, 3)."""
-        shape = (source.height, source.width, 3)
-        count = int(np.prod(shape))
-        pixels = np.fromfile(self.file, np.uint8, count, offset=source.offset)
-        return pixels.reshape(shape)
+        """The working copy of one of the pictures, as `pixels_of`."""
+        return pixels_of(source, self.file)
 
     def image(self, source: Source) -> Image.Image:
         """The same as Pillow has it."""
@@ -133,6 +130,13 @@ def scratch_file() -> Iterator[Path]:
         ) from error
     with folder as place:
         yield Path(place) / "sources.rgb"
+
+
+def pixels_of(source: Source, file: Path) -> Pixels:
+    """A picture's copy in the working file, uint8 RGB, (height, width, 3)."""
+    shape = (source.height, source.width, 3)
+    count = int(np.prod(shape))
+    return np.fromfile(file, np.uint8, count, offset=source.offset).reshape(shape)
 
 
 def test_half(decoys: Iterable[Source]) -> set[str]:

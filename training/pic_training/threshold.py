@@ -127,7 +127,7 @@ def gate_for(scores: Floats, labels: Labels, threshold: float) -> float:
 
 
 def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[np.int64],
-              threshold: float, seed: int = 0) -> Confusion:  # fmt: skip
+              threshold: float) -> Confusion:  # fmt: skip
     """Decisions at `threshold`, with intervals bootstrapped by source.
 
     `sources` of shape (N,) numbers the picture that each sample was made from. What mixes
@@ -139,7 +139,7 @@ def confusion(scores: Floats, labels: Labels, sources: Sequence[int] | NDArray[n
     counts = np.zeros((number.max(initial=-1) + 1, 4))
     np.add.at(counts, (number, outcome), 1)
     is_catalog = counts[:, [0, 2]].sum(axis=1) > 0
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     resampled = resample(counts[is_catalog], draw) + resample(counts[~is_catalog], draw)
     tp, fp, fn, tn = (int(n) for n in counts.sum(axis=0))
 
