@@ -20,10 +20,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
@@ -48,10 +48,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; the last u
 Task = Callable[..., list[Any]]
 
 _GROUP = 8  # files: beyond it a task's own cost is lost beside theirs
-_NOT_STARTED = (
-    "a process that reads files has ended or could not be started: may this user run "
-    f"{sys.executable}, and as many processes? Else set workers lower."
-)
 _LATE_S = 15.0  # beyond the timeout, in which pebble ends a worker that can be ended
 _END_S = 10.0  # the longest that the end of the service waits for workers
 _START_S = 10.0  # the longest that its start waits for each of them
@@ -68,8 +64,9 @@ class Decoders:
     ) -> None:
         self._context = worker_context()
         self._workers = workers
-        self._started = self._context.Semaphore(0)
-        self._pool = self._new_pool()
+        with _saying_who_cannot_start():
+            self._started = self._context.Semaphore(0)
+            self._pool = self._new_pool()
         self._timeout = timeout
         self._done = done
         self._pending: dict[Future[list[Any]], Sequence[str]] = {}
@@ -77,10 +74,8 @@ class Decoders:
 
     def __enter__(self) -> Self:
         # The first worker takes about a second to start, which no file is to wait for.
-        try:
+        with _saying_who_cannot_start():
             self._schedule(read_images, [[], 1, 1]).result()
-        except BrokenProcessPool as error:
-            raise click.ClickException(_NOT_STARTED) from error
         # One that is still starting when the pool ends leaves a traceback.
         for _ in range(self._workers):
             self._started.acquire(timeout=_START_S)
@@ -129,21 +124,19 @@ class Decoders:
             self._begin(group, read_images, group, size, max_pixels)
 
     def _begin(self, group: Sequence[str], task: Task, *arguments: object) -> None:
-        try:
-            future = self._schedule(task, arguments)
-        except RuntimeError:  # a worker was killed while idle, which ends the pool
-            self._replace_pool()
-            future = self._schedule(task, arguments)
+        with _saying_who_cannot_start():
+            try:
+                future = self._schedule(task, arguments)
+            except RuntimeError:  # a worker was killed while idle, which ends the pool
+                self._replace_pool()
+                future = self._schedule(task, arguments)
         if not self._pending:
             self._stirred = time.monotonic()
         self._pending[future] = group
         future.add_done_callback(self._end)
 
     def _schedule(self, task: Task, arguments: Sequence[object]) -> "Future[list[Any]]":
-        try:
-            return self._pool.schedule(task, args=arguments, timeout=self._timeout)
-        except (BrokenPipeError, BlockingIOError, EOFError) as error:
-            raise click.ClickException(_NOT_STARTED) from error
+        return self._pool.schedule(task, args=arguments, timeout=self._timeout)
 
     def _replace_pool(self) -> None:
         _shut(self._pool)
@@ -177,6 +170,19 @@ class Decoders:
         except BaseException as error:  # of the worker, not of this thread
             problem = f"internal error: {type(error).__name__}: {error}"
         return _failed(group, problem)
+
+
+@contextmanager
+def _saying_who_cannot_start() -> Iterator[None]:
+    """Raise ClickException where a process cannot be started; of a BrokenPipeError click
+    would say nothing."""
+    try:
+        yield
+    except (BrokenPipeError, BlockingIOError, EOFError, BrokenProcessPool) as error:
+        raise click.ClickException(
+            "a process that reads files has ended or could not be started: may this user "
+            f"run {sys.executable}, and as many processes? Else set workers lower."
+        ) from error
 
 
 def worker_context() -> ForkServerContext:

@@ -59,7 +59,7 @@ class Recorder:
                 result = write()
             except sqlite3.OperationalError as error:
                 # A statement that cannot be run, as of a table that is gone, never will be.
-                if self.stop_asked or error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+                if self.stop_asked or _never_passes(error):
                     raise
                 if waiting_since is None:
                     waiting_since = time.monotonic()
@@ -88,8 +88,13 @@ class Recorder:
             logger.warning(problem, path, folder, moved.problem)
         elif target:
             name, sha256, to = moved.outcome.path, moved.outcome.sha256, str(target)
-            self.write(lambda: self.log.mark_moved(name, sha256, to))
             logger.info("moved path=%r to %r", path, text_of(to))
+            self.write(lambda: self.log.mark_moved(name, sha256, to))
+
+
+def _never_passes(error: sqlite3.OperationalError) -> bool:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # some have none
+    return bool(code == sqlite3.SQLITE_ERROR)
 
 
 def _report(outcome: Outcome) -> None:

@@ -88,3 +88,19 @@ def test_workers_start_where_their_account_may_not_be(tmp_path: Path) -> None:
         command, cwd=tmp_path / "open", capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[False]\n", "")
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/nonexistent/python"])
+def test_processes_that_cannot_be_started_are_told_of(python: str) -> None:
+    code = f"""
+import multiprocessing, click
+from pic_daemon.decoding import Decoders
+multiprocessing.set_executable({python!r})
+try:
+    with Decoders(1, 10, print):
+        pass
+except click.ClickException as error:
+    print(error.message)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "a process that reads files has ended or could not be started" in result.stdout

@@ -334,14 +334,23 @@ def test_a_folder_below_a_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["best.pt", "report.json", "parity.npy", "last.pt", "validation.npz"]
+    ("name", "cut"),
+    [
+        ("best.pt", None),
+        ("best.pt", 8192),  # of which PyTorch says something else
+        ("report.json", None),
+        ("parity.npy", None),
+        ("last.pt", None),
+        ("last.pt", 8192),
+        ("validation.npz", None),
+    ],
 )
 def test_a_damaged_run_folder_is_said_to_be(
-    run_here: Run, folders: Path, finished: Path, tmp_path: Path, name: str
+    run_here: Run, folders: Path, finished: Path, tmp_path: Path, name: str, cut: int | None
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     whole = (run / name).read_bytes()
-    (run / name).write_bytes(whole[: len(whole) // 2])
+    (run / name).write_bytes(whole[: len(whole) // 2 if cut is None else cut])
     command = ["pic-export", run, "--output", tmp_path / "model.onnx"]
     if name in ("last.pt", "validation.npz"):
         command = ["pic-train", *options(folders, run), "--resume"]
@@ -363,6 +372,8 @@ def test_a_damaged_run_folder_is_said_to_be(
         ("parity.npy", np.zeros((256, 32, 32, 3), np.uint8)),
         ("best.pt", [1]),
         ("best.pt", {"network": 1}),
+        ("best.pt", {"network": {"head.weight": 1}}),
+        ("best.pt", {"network": {"head.weight": torch.zeros(1, 3)}}),
         ("best.pt", "hello"),
     ],
 )

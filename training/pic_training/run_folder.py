@@ -251,10 +251,14 @@ def load_network(folder: Path) -> tuple[RunConfig, Normalised]:
         config.architecture  # noqa: B018 - one that this version knows
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a run folder of pic-train: {error}.") from error
-    state = load_checkpoint(folder / "best.pt", torch.device("cpu"))
-    items = len(state["network"].get("head.weight", ()))
+    path = folder / "best.pt"
+    state = load_checkpoint(path, torch.device("cpu"))
+    try:
+        items = len(state["network"]["head.weight"])
+    except (KeyError, TypeError) as error:
+        raise InputError(another_version(path)) from error
     network = new_network(config, "none", items)
-    fill(network, state["network"], folder / "best.pt")
+    fill(network, state["network"], path)
     return config, network.eval()
 
 
@@ -262,7 +266,7 @@ def fill(network: Normalised, state: dict[str, Any], path: Path) -> None:
     """Give a network the weights of a checkpoint; raises InputError where it is another."""
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise InputError(another_version(path)) from error
 
 
@@ -281,7 +285,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, device, weights_only=True)
         if not isinstance(state["network"], dict):
             raise TypeError
-    except OSError:
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever PyTorch makes of bytes that are none of its own
         raise InputError(f"the checkpoint {path} is damaged; {_RESTORE}") from error
@@ -326,11 +330,15 @@ def load_parity(folder: Path, size: int) -> Pixels:
     return np.asarray(images)
 
 
+def has_parity(folder: Path) -> bool:
+    """Whether `save_parity` has been called for a run."""
+    return (folder / _PARITY).exists()
+
+
 def save_parity(folder: Path, images: Pixels) -> None:
-    """Write the first validation samples, once: uint8, shape (N, size, size, 3)."""
-    if not (folder / _PARITY).exists():
-        with replacing(folder / _PARITY) as path, path.open("wb") as file:
-            np.save(file, images[:PARITY_SAMPLES])
+    """Write the first of the validation samples, uint8, shape (N, size, size, 3)."""
+    with replacing(folder / _PARITY) as path, path.open("wb") as file:
+        np.save(file, images[:PARITY_SAMPLES])
 
 
 def new_network(config: RunConfig, weights: str, items: int) -> Normalised:

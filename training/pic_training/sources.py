@@ -112,7 +112,7 @@ class Sources:
 
 def digest_of(pictures: Iterable[tuple[str, str, str]]) -> str:
     """SHA-256 over the content's SHA-256, kind and split of pictures, in order."""
-    lines = (" ".join(picture) + "\n" for picture in pictures)
+    lines = (f"{sha256} {kind} {split}\n" for sha256, kind, split in pictures)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

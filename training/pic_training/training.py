@@ -33,6 +33,7 @@ from pic_training.run_folder import (
     altered_otherwise,
     another_version,
     best_of,
+    has_parity,
     load_checkpoint,
     load_network,
     load_validation,
@@ -130,10 +131,10 @@ def run_training(
         on_cpu = "can't allocate memory" in str(error)  # as PyTorch says it there
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
+        where, less = ("this machine", ", or fewer images") if on_cpu else ("the GPU", "")
         raise InputError(
-            f"the {config.device}'s memory does not hold what a step of "
-            f"{config.batch_size} images needs: free some, or start again with a smaller "
-            "--batch-size."
+            f"{where}'s memory does not hold what a step of {config.batch_size} images "
+            f"needs: free some, or start again with a smaller --batch-size{less}."
         ) from error
 
 
@@ -206,12 +207,13 @@ class _Run:
         best = load_validation(self.folder, self.val_set.count)
         within, done = best["scores"].copy(), 0
         batches = self._val_batches()
-        for images, some in self._until_interrupted("second look", batches, len(within)):
-            if looks := second_looks(images.cpu().numpy()):
-                seen = torch.from_numpy(np.stack(list(looks.values())))
-                made = network(seen.to(self.learner.device)).float().cpu().numpy()
-                within[[done + number for number in looks]] = made
-            done += len(some)
+        with self._showing("second look", batches, len(within)) as shown:
+            for images, some in shown:
+                if looks := second_looks(images.cpu().numpy()):
+                    seen = torch.from_numpy(np.stack(list(looks.values())))
+                    made = network(seen.to(self.learner.device)).float().cpu().numpy()
+                    within[[done + number for number in looks]] = made
+                done += len(some)
         save_validation(self.folder, **{**best, "within": within})
 
     def _start_head(self) -> None:
@@ -243,8 +245,9 @@ class _Run:
     def _features(
         self, name: str, batches: Iterator[Batch], count: int, bf16: bool = False
     ) -> Batch:
-        batches = self._until_interrupted(name, batches, count)
-        return features_of(self.learner.network, batches, count, self.learner.device, bf16)
+        network, device = self.learner.network, self.learner.device
+        with self._showing(name, batches, count) as shown:
+            return features_of(network, shown, count, device, bf16)
 
     def _move_samples(self) -> None:
         side = working_side(self.train_set.size)
@@ -396,11 +399,10 @@ class _Run:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What the network makes of `count` samples, (N,) or (N, D), and labels, 1 or 0."""
         network = self.learner.network.eval()
-        outputs, labels = collected(
-            self._until_interrupted(name, batches, count),
-            count,
-            lambda images: network(images.to(self.learner.device)),
-        )
+        with self._showing(name, batches, count) as shown:
+            outputs, labels = collected(
+                shown, count, lambda images: network(images.to(self.learner.device))
+            )
         return outputs.numpy(), (labels > 0).float().numpy()
 
     def _catalog_batches(self) -> Iterator[Batch]:
@@ -425,18 +427,21 @@ class _Run:
             if len(first) * size < PARITY_SAMPLES:
                 first.append(images)
             yield images, labels
-        save_parity(self.folder, torch.cat(first).numpy())
+        if not has_parity(self.folder):
+            save_parity(self.folder, torch.cat(first).numpy())
 
     def _val_fits(self) -> bool:
         """Whether the validation samples fill less than a quarter of what is free."""
         free, _ = torch.cuda.mem_get_info()
         return self.val_set.count * self.val_set.size**2 * 3 < free // 4
 
-    def _until_interrupted(
+    @contextmanager
+    def _showing(
         self, name: str, batches: Iterator[Batch], count: int
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Iterator[Batch]]:
         """The batches, shown as they go by; a checkpoint and Interrupted after Ctrl-C."""
-        with self._bar(name, count) as show:
+
+        def passing(show: Callable[[int], None]) -> Iterator[Batch]:
             for batch in batches:
                 yield batch
                 show(len(batch[1]))
@@ -444,6 +449,9 @@ class _Run:
                     # What is trained is kept: resuming goes over these batches anew.
                     self._save("last.pt")
                     raise Interrupted
+
+        with self._bar(name, count) as show:
+            yield passing(show)
 
     def _save(self, name: str) -> None:
         if not self.processes.is_first:
