@@ -185,11 +185,12 @@ def _saying_who_cannot_start() -> Iterator[None]:
         ) from error
 
 
-def worker_context() -> ForkServerContext:
+def worker_context(*preload: str) -> ForkServerContext:
     """What starts processes for looking at pictures, from a server that holds no threads.
 
     They do not import the program that they belong to, as each would by default: half a
-    second and 35 MB of it for the whole service. Their tasks come from other modules.
+    second and 35 MB of it for the whole service. Their tasks come from other modules; those
+    named by `preload` are imported once for all.
     """
     try:
         os.chdir(os.getcwd())  # as each worker does, or ends
@@ -197,7 +198,7 @@ def worker_context() -> ForkServerContext:
         os.chdir("/")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pic_daemon.single_threaded", "pic_daemon.identification"]
+        ["pic_daemon.single_threaded", "pic_daemon.identification", *preload]
     )
     sys.modules["__main__"].__file__ = None
     return context

@@ -78,10 +78,13 @@ class _Prepared:
 
 
 @contextmanager
-def workers() -> Iterator[ProcessPoolExecutor]:
-    """Processes for what no network does; one a core. Raises InputError where one dies."""
+def workers(*preload: str) -> Iterator[ProcessPoolExecutor]:
+    """Processes for what no network does; one a core. Raises InputError where one dies.
+
+    The modules named by `preload` are imported once for all.
+    """
     try:
-        with ProcessPoolExecutor(cores(), worker_context(), _start_worker) as pool:
+        with ProcessPoolExecutor(cores(), worker_context(*preload), _start_worker) as pool:
             yield pool
     except BrokenProcessPool as error:
         raise InputError(

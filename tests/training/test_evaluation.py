@@ -254,6 +254,18 @@ def test_what_an_edit_leaves_blank_never_matches(report: Path, tmp_path: Path) -
     assert (scores[OURS][blank] == 0).all() and (scores[OURS][~blank] > 0.5).all()
 
 
+def test_the_processes_share_one_pytorch() -> None:
+    # A module that cannot be imported there is passed over in silence.
+    code = (
+        "from pic_daemon.indexing import workers\n"
+        "from pic_training.evaluation_scores import Scorer\n"
+        "with workers(Scorer.__module__) as pool:\n"
+        "    print(pool.submit(eval, \"'torch' in __import__('sys').modules\").result())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+
+
 def test_the_page_shows_curves_and_mistakes(report: Path) -> None:
     page = (report / "evaluation.html").read_text()
     assert page.count("data:image/png") == 2
