@@ -29,7 +29,7 @@ from pic_daemon.recording import Recorder
 from pic_daemon.scanning import Found, Scanner, SeenAgain, Sight, scanning
 from pic_daemon.schema import Status
 from pic_daemon.service import Service
-from pic_daemon.setting_aside import Mover, SetAside
+from pic_daemon.setting_aside import Mover, SetAside, set_aside
 from pic_daemon.watch import FileHint, HintsLost
 
 
@@ -446,3 +446,25 @@ def test_a_failed_file_that_may_still_be_written_to_is_moved_once_it_is_quiet(
         mover.end()
         running._note_moves()
         assert running.inbox.empty()
+
+
+def test_what_is_being_moved_at_the_end_is_noted_in_its_row(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(path: str, stamp: FileStamp, folder: Path) -> Path | None:
+        time.sleep(1)
+        return set_aside(path, stamp, folder)
+
+    monkeypatch.setattr(setting_aside, "set_aside", slowly)
+    folders = (Folder(tmp_path / "archive", mode="poll", poll_seconds=math.inf),)
+    for folder in ("archive", "failed"):
+        (tmp_path / folder).mkdir()
+    failure(tmp_path / "archive" / "bad.png")
+    config = Config(
+        folders, model_file, tmp_path / "log.db", failed_folder=tmp_path / "failed"
+    )
+    with closing(MatchLog.open(config.database)) as log:
+        Service(config, load_model(model_file, "cpu"), log, until_done=True).run()
+    assert (tmp_path / "failed" / "bad.png").exists()
+    (row,) = Database(config.database)["images"].rows
+    assert "moved to" in row["error"]

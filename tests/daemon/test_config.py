@@ -50,6 +50,7 @@ def test_a_file_sets_every_key_and_the_command_line_wins(
         ("rescan_seconds = inf", "at most"),
         ("settle_seconds = nan", "at most"),
         ("hook_seconds = 1e300", "at most"),
+        ("workers = 5000", "at most"),
         ("metrics = '127.0.0.1'", "metrics must be HOST:PORT"),
         ("metrics = '127.0.0.1:99999'", "metrics must be HOST:PORT"),
         ("metrics = 'http://127.0.0.1:9465'", "metrics must be HOST:PORT"),

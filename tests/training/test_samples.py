@@ -152,6 +152,22 @@ def test_an_alteration_keeps_to_its_ranges() -> None:
         assert width * height >= 0.49 * 256 * 256
 
 
+def test_half_of_what_was_made_smaller_is_enlarged_to_the_size_it_had() -> None:
+    ranges = Augmentation(1, (1, 1), 1, side=(48, 60), quality=(95, 95))
+    sides, fine = [], np.asarray(product(0)).astype(int)
+    for number in range(60):
+        data = augment(product(0), np.random.default_rng(number), ranges)
+        altered = Image.open(io.BytesIO(data))
+        sides.append(max(altered.size))
+        if sides[-1] == 256:  # blurred
+            made = np.asarray(altered).astype(int)
+            assert (
+                np.abs(np.diff(made, axis=1)).mean() < np.abs(np.diff(fine, axis=1)).mean()
+            )
+    assert 20 <= sides.count(256) <= 40
+    assert all(48 <= side <= 60 for side in sides if side != 256)
+
+
 @pytest.mark.parametrize("factor", [0.2, 0.43, 0.81, 1.0, 2.3])
 def test_a_picture_is_resized_as_pillow_does_it(factor: float) -> None:
     pixels = np.asarray(product(4))[5:178, 20:231]  # a view, as a crop is
