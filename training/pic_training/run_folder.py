@@ -422,7 +422,7 @@ def read_json(path: Path, kind: type[dict[str, Any] | list[Any]] = dict) -> Any:
     try:
         value = json.loads(path.read_text(), object_pairs_hook=stored)
         if not isinstance(value, kind):
-            raise ValueError(f"no {kind.__name__}")
+            raise ValueError(f"no {'object' if kind is dict else 'list'} in it")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); {_RESTORE}") from error
     except ValueError as error:
