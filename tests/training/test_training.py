@@ -388,6 +388,16 @@ def test_what_no_run_wrote_is_not_exported(
     assert not (tmp_path / "model.onnx").exists()
 
 
+def test_nor_is_a_network_that_this_version_does_not_know(
+    run_here: Run, finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"arch": "cubist"}
+    (run / "config.json").write_text(json.dumps(config))
+    result = run_here("pic-export", run, "--output", tmp_path / "model.onnx")
+    assert result.returncode == 2 and "is not a run folder" in result.stderr
+
+
 def test_a_threshold_that_is_no_score_is_not_exported(
     run_here: Run, finished: Path, tmp_path: Path
 ) -> None:

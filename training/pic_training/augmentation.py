@@ -130,7 +130,8 @@ def _resize(pixels: Pixels, draw: np.random.Generator, ranges: Augmentation) -> 
 
 
 def bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
-    """RGB pixels resized by what Pillow calls BICUBIC, in a third of its time."""
+    """RGB pixels resized by what Pillow calls BICUBIC; in a third of its time with AVX2, in
+    twice as much without (bench/results/published-protocol.md)."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
     resized = interpolate(image, (height, width), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
